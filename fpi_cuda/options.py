@@ -1,0 +1,253 @@
+"""Solver and adjoint choices: small frozen records, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def option(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen dataclass whose unknown options raise and name the valid ones."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    generated: Callable[..., None] = cls.__init__
+    valid = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = [name for name in kwargs if name not in valid]
+        if unknown:
+            choices = ", ".join(valid) if valid else "none"
+            raise TypeError(
+                f"{cls.__name__}: unknown option {unknown[0]!r}. Valid options: {choices}"
+            )
+        if len(args) > len(valid):
+            raise TypeError(
+                f"{cls.__name__}: takes at most {len(valid)} options, got {len(args)}. "
+                f"Valid options: {', '.join(valid) if valid else 'none'}"
+            )
+        generated(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+def require_count(owner: str, name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise unless `value` is an int in [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    if value < least or (most is not None and value > most):
+        span = f"at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{owner}: {name} must be {span}, got {value}")
+
+
+def require_real(
+    owner: str,
+    name: str,
+    value: object,
+    least: float,
+    most: float = math.inf,
+    *,
+    open_below: bool = False,
+) -> None:
+    """Raise unless `value` is a finite number in [least, most] (or (least, most])."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
+    below = value <= least if open_below else value < least
+    if not math.isfinite(value) or below or value > most:
+        left = "(" if open_below else "["
+        right = "inf)" if most == math.inf else f"{most}]"
+        raise ValueError(f"{owner}: {name} must be in {left}{least}, {right}, got {value}")
+
+
+MAX_DEPTH = 16
+"""Largest history depth: the small solve is unrolled to this size in the kernels."""
+
+
+@option
+class Picard:
+    """x <- x + damping (g(x) - x).
+
+    Args:
+        damping: step length in (0, 2]; 1 is the plain iteration.
+    """
+
+    damping: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_real("Picard", "damping", self.damping, 0.0, 2.0, open_below=True)
+
+
+@option
+class Anderson:
+    """Anderson acceleration, type II, per sample, with a scale-free ridge and a safeguard.
+
+    Args:
+        m: depth of the history, 1 to 16. Extra memory is 2m + 6 times the state.
+        beta: mixing in (0, 2]; 1 uses g alone.
+        ridge: relative to the unit diagonal of the scaled Gram matrix; 0 for linear maps.
+        history_dtype: dtype of the stored differences; None stores them as the state.
+            torch.bfloat16 halves the traffic of a float32 state.
+    Source:
+        Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, eq. (2.2).
+    """
+
+    m: int = 5
+    beta: float = 1.0
+    ridge: float = 1e-3
+    history_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        require_count("Anderson", "m", self.m, 1, MAX_DEPTH)
+        require_real("Anderson", "beta", self.beta, 0.0, 2.0, open_below=True)
+        require_real("Anderson", "ridge", self.ridge, 0.0, 1.0)
+        allowed = (None, torch.float32, torch.float64, torch.bfloat16)
+        if self.history_dtype not in allowed:
+            raise ValueError(
+                "Anderson: history_dtype must be None, torch.float32, torch.float64 or "
+                f"torch.bfloat16, got {self.history_dtype!r}"
+            )
+
+
+@option
+class Broyden:
+    """Limited-memory good Broyden on g(x) - x = 0, per sample: the solver of DEQ.
+
+    Args:
+        m: number of rank-one updates kept, 1 to 16; the memory starts afresh when full.
+        beta: mixing of the first step and after a restart, in (0, 2].
+    Source:
+        Broyden, Math. Comp. 19, 1965; Bai, Kolter, Koltun, NeurIPS 2019, section 3.1.3.
+    """
+
+    m: int = 16
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_count("Broyden", "m", self.m, 1, MAX_DEPTH)
+        require_real("Broyden", "beta", self.beta, 0.0, 2.0, open_below=True)
+
+
+@option
+class GMRES:
+    """Restarted GMRES, per sample. For the adjoint system only: it is linear.
+
+    Args:
+        restart: size of the Krylov basis, 1 to 128; memory is restart + 4 times the state.
+    Source:
+        Saad and Schultz, SIAM J. Sci. Stat. Comput. 7(3), 1986.
+    """
+
+    restart: int = 32
+
+    def __post_init__(self) -> None:
+        require_count("GMRES", "restart", self.restart, 1, 128)
+
+
+@option
+class ConjugateGradient:
+    """Conjugate gradients on the normal equations, per sample. For the adjoint system only.
+
+    Each step costs one product with the Jacobian and one with its transpose.
+
+    Source:
+        Liao et al., Reviving and Improving Recurrent Back-Propagation, ICML 2018 (CG-RBP).
+    """
+
+
+FixedPointSolver = Picard | Anderson | Broyden
+LinearSolver = GMRES | ConjugateGradient
+FIXED_POINT_SOLVERS = (Picard, Anderson, Broyden)
+LINEAR_SOLVERS = (GMRES, ConjugateGradient)
+
+
+@option
+class Implicit:
+    """Gradient from the adjoint fixed point c = J^T c + v, by the solver named here.
+
+    Args:
+        solver: Picard, Anderson, Broyden, GMRES or ConjugateGradient. None takes the forward's
+            solver; an Anderson then runs with no ridge and a depth of up to 16, for the
+            system is linear.
+        rtol: ||J^T c + v - c|| <= rtol ||v|| per sample; None takes the forward's rtol.
+        max_steps: None takes the forward's max_steps.
+    """
+
+    solver: FixedPointSolver | LinearSolver | None = None
+    rtol: float | None = None
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver is not None:
+            require_instance("Implicit", "solver", self.solver, FIXED_POINT_SOLVERS + LINEAR_SOLVERS)
+        if self.rtol is not None:
+            require_real("Implicit", "rtol", self.rtol, 0.0)
+        if self.max_steps is not None:
+            require_count("Implicit", "max_steps", self.max_steps, 1)
+
+
+@option
+class JacobianFree:
+    """Gradient with (I - J)^-1 replaced by I: cheap, biased.
+
+    Source:
+        Fung et al., JFB: Jacobian-Free Backpropagation for Implicit Networks, AAAI 2022.
+    """
+
+
+@option
+class Phantom:
+    """Gradient of k damped steps x <- tau g(x) + (1 - tau) x unrolled at the fixed point.
+
+    Source:
+        Geng et al., On Training Implicit Models, NeurIPS 2021.
+    """
+
+    k: int = 5
+    tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_count("Phantom", "k", self.k, 1)
+        require_real("Phantom", "tau", self.tau, 0.0, 1.0, open_below=True)
+
+
+@option
+class Neumann:
+    """Gradient with (I - J)^-T replaced by its Neumann series up to (J^T)^k.
+
+    Source:
+        Liao et al., Reviving and Improving Recurrent Back-Propagation, ICML 2018.
+    """
+
+    k: int = 5
+
+    def __post_init__(self) -> None:
+        require_count("Neumann", "k", self.k, 0)
+
+
+@option
+class Unroll:
+    """Gradient by differentiating through every step of the solver.
+
+    Memory grows with the number of steps. It is the only choice that also gives the gradient
+    in x0.
+    """
+
+
+Adjoint = Implicit | JacobianFree | Phantom | Neumann | Unroll
+ADJOINTS = (Implicit, JacobianFree, Phantom, Neumann, Unroll)
+
+
+def require_instance(owner: str, name: str, value: object, classes: tuple[type, ...]) -> None:
+    """Raise unless `value` is an instance of one of `classes`; a bare class gets a hint."""
+    if isinstance(value, classes):
+        return
+    names = ", ".join(c.__name__ for c in classes)
+    hint = ""
+    if isinstance(value, type) and issubclass(value, classes):
+        hint = f"; did you mean {value.__name__}()?"
+    raise TypeError(f"{owner}: {name} must be one of {names}, got {value!r}{hint}")
