@@ -1,0 +1,1 @@
+"""Benchmarks: convergence throughput against peers, and the paper's experiments."""
