@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,22 @@ class Stats:
     def converged(self) -> Tensor:
         """(B,) bool: status is CONVERGED."""
         return self.status == Status.CONVERGED
+
+
+class SolveResult(NamedTuple):
+    """What a solver returns for a flat batch.
+
+    Attributes:
+        x: (B, D) the solution, or the best iterate where the solve failed.
+        status: (B,) int8, values of Status.
+        num_steps: (B,) int32, evaluations of the map or operator spent on each sample.
+        residual: (B,) float64, the residual of the returned x, in the units of x.
+    """
+
+    x: Tensor
+    status: Tensor
+    num_steps: Tensor
+    residual: Tensor
 
 
 class AdjointRecord:
