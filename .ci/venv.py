@@ -1,0 +1,35 @@
+"""Make a virtual environment that sees the torch of this interpreter, or has a torch of its own.
+
+Usage: python .ci/venv.py FOLDER TORCH_REQUIREMENT
+"""
+
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+if sys.version_info < (3, 10):
+    sys.exit(f"fpi_cuda: Python >= 3.10 is needed, got {sys.version.split()[0]}: make PYTHON=...")
+
+
+def usable_torch():
+    try:
+        import torch
+    except Exception:
+        return False
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
+folder, requirement = Path(sys.argv[1]), sys.argv[2]
+borrow = usable_torch()
+venv.create(folder, system_site_packages=borrow, with_pip=True, clear=True)
+python = folder / "bin" / "python"
+if borrow and sys.prefix != sys.base_prefix:
+    # system_site_packages means those of the base interpreter, not of the environment we run in.
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.check_output([python, "-c", query], text=True).strip()
+    parent = sysconfig.get_path("purelib")
+    Path(site, "parent.pth").write_text(f"import site; site.addsitedir({parent!r})\n")
+wanted = ["setuptools>=77", "ninja"] + ([] if borrow else [requirement])
+sys.exit(subprocess.call([python, "-m", "pip", "install", *wanted]))

@@ -1,0 +1,29 @@
+# `make test` and `make bench` do everything, set-up included. PYTHON=python3.12 picks the interpreter.
+PYTHON ?= python3
+# Used only where PYTHON has no torch >= 2.10 of its own.
+TORCH ?= torch==2.13.0
+RUN := .venv/bin/python
+CSRC := $(shell find csrc -type f)
+
+.PHONY: test bench lint clean
+
+test: .venv/built
+	$(RUN) -m pytest -n 2 --timeout=600 $(ARGS)
+
+bench: .venv/built
+	$(RUN) -m bench.throughput --short $(ARGS)
+
+lint: .venv/built
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf .venv build *.egg-info fpi_cuda/*.so
+
+.venv/built: .venv/ready setup.py pyproject.toml $(CSRC)
+	$(RUN) -m pip install --no-build-isolation -e ".[test,bench,dev]"
+	touch $@
+
+.venv/ready: .ci/venv.py
+	"$(PYTHON)" .ci/venv.py .venv "$(TORCH)"
+	touch $@
