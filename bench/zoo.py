@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fpi_cuda import backends
 from fpi_cuda.options import Anderson, Broyden, Picard
 from fpi_cuda.result import Status
 from fpi_cuda.solvers.loop import solve
@@ -144,7 +145,7 @@ def run(
         rtol=rtol,
         atol=0.0,
         max_steps=max_steps,
-        backend=backend,
+        backend=backends.resolve(backend, p.x0.device, p.x0.dtype),
         rowwise=rowwise,
     )
     seconds = time.perf_counter() - start

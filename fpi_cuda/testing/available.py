@@ -1,30 +1,22 @@
-"""Which backends can solve on this machine, found by solving."""
+"""Which backends can serve a state on this machine."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
-from torch import Tensor
 
-from fpi_cuda.options import Anderson
-from fpi_cuda.solvers.loop import solve
+from fpi_cuda import backends
 
 
-@functools.cache
-def backends_available() -> tuple[str, ...]:
-    """Names of the backends that solve a CPU problem here; "reference" is always among them."""
-    return tuple(name for name in ("reference", "native", "cuda", "triton") if _solves(name))
+def backends_available(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[str, ...]:
+    """Names of the backends that take states of this device and dtype; "reference" always does."""
+    return tuple(name for name in backends.NAMES if _available(name, torch.device(device), dtype))
 
 
-def _solves(backend: str) -> bool:
-    x0, solver = torch.zeros(1, 1), Anderson()
+def _available(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     try:
-        solve(_halve, x0, solver, rtol=1e-3, atol=0.0, max_steps=9, backend=backend)
-    except (RuntimeError, ValueError):
+        backends.resolve(name, device, dtype)
+    except ValueError:
         return False
     return True
-
-
-def _halve(x: Tensor, rows: Tensor | None) -> Tensor:
-    return 0.5 * x + 1

@@ -48,16 +48,19 @@ def quadratic_problem(draw: Draw, step: float) -> Problem:
 
 @register("energy/quadratic-1.0")
 def quadratic(draw: Draw) -> Problem:
+    """Step 1 / L: condition numbers 10 to 10,000."""
     return quadratic_problem(draw, 1.0)
 
 
 @register("energy/quadratic-1.9")
 def quadratic_stiff(draw: Draw) -> Problem:
+    """Step 1.9 / L: the steepest direction flips sign and decays by 0.9 a step."""
     return quadratic_problem(draw, 1.9)
 
 
 @register("energy/quadratic-2.2")
 def quadratic_unstable(draw: Draw) -> Problem:
+    """Step 2.2 / L: Picard diverges along the steepest direction."""
     return quadratic_problem(draw, 2.2)
 
 
@@ -111,16 +114,19 @@ def logistic_problem(draw: Draw, step: float, at_minimum: bool) -> Problem:
 
 @register("energy/logistic-1.0")
 def logistic(draw: Draw) -> Problem:
+    """Logistic regression, step 1 / L."""
     return logistic_problem(draw, 1.0, at_minimum=False)
 
 
 @register("energy/logistic-1.9")
 def logistic_stiff(draw: Draw) -> Problem:
+    """Logistic regression, step 1.9 / L, with L the bound over all x."""
     return logistic_problem(draw, 1.9, at_minimum=False)
 
 
 @register("energy/logistic-edge")
 def logistic_edge(draw: Draw) -> Problem:
+    """Logistic regression, step 1.9 / L, with L at the minimum."""
     # The curvature at x0 exceeds that at the minimum: stable there, unstable on the way.
     return logistic_problem(draw, 1.9, at_minimum=True)
 
@@ -133,6 +139,7 @@ def double_well_descent(x: Tensor, H: Tensor, b: Tensor, step: Tensor) -> Tensor
 
 @register("energy/double-well")
 def double_well(draw: Draw) -> Problem:
+    """A non-convex energy: x0 is near a saddle, the fixed points are minima."""
     H = symmetric(draw, 4 * spectrum(CONDITIONS, D))
     steps = torch.linspace(0.05, 0.3, NUM_SAMPLES, dtype=torch.float64)[:, None]
     x0, b = 0.1 * draw.normal(NUM_SAMPLES, D), 0.3 * draw.normal(NUM_SAMPLES, D)
@@ -148,6 +155,7 @@ def shrinkage(x: Tensor, H: Tensor, b: Tensor, step: Tensor, weight: Tensor) -> 
 
 @register("energy/lasso")
 def lasso(draw: Draw) -> Problem:
+    """Proximal gradient (ISTA): which coordinates are zero changes on the way."""
     H = symmetric(draw, spectrum(CONDITIONS, D))
     b = (H @ draw.normal(NUM_SAMPLES, D, 1)).squeeze(-1)
     steps, weight = torch.full((NUM_SAMPLES, 1), 1.8), 0.05 * b.abs().amax(-1, keepdim=True)
@@ -163,6 +171,7 @@ def box_descent(x: Tensor, H: Tensor, b: Tensor, step: Tensor) -> Tensor:
 
 @register("energy/box")
 def box(draw: Draw) -> Problem:
+    """Projected gradient: which coordinates are at a bound changes on the way."""
     H = symmetric(draw, spectrum(CONDITIONS, D))
     b = (H @ draw.normal(NUM_SAMPLES, D, 1)).squeeze(-1)
     steps, x0 = torch.full((NUM_SAMPLES, 1), 1.9), torch.zeros(NUM_SAMPLES, D)

@@ -64,6 +64,7 @@ def rotations(radius: Tensor, angle: Tensor) -> Tensor:
 
 @register("linear/positive")
 def positive(draw: Draw) -> Problem:
+    """Symmetric, spectrum uniform on [0, rho]."""
     eigenvalues = draw.uniform(0, 1, NUM_SAMPLES, D)
     eigenvalues[:, 0] = 1
     A = symmetric(draw, radii(draw)[:, None] * eigenvalues)
@@ -72,6 +73,7 @@ def positive(draw: Draw) -> Problem:
 
 @register("linear/indefinite")
 def indefinite(draw: Draw) -> Problem:
+    """Symmetric, spectrum uniform on [-rho, rho]."""
     eigenvalues = draw.uniform(-1, 1, NUM_SAMPLES, D)
     eigenvalues[:, 0] = 1
     A = symmetric(draw, radii(draw)[:, None] * eigenvalues)
@@ -80,6 +82,7 @@ def indefinite(draw: Draw) -> Problem:
 
 @register("linear/negative")
 def negative(draw: Draw) -> Problem:
+    """Symmetric, spectrum uniform on [-rho, 0]."""
     eigenvalues = draw.uniform(-1, 0, NUM_SAMPLES, D)
     eigenvalues[:, 0] = -1
     A = symmetric(draw, radii(draw)[:, None] * eigenvalues)
@@ -88,6 +91,7 @@ def negative(draw: Draw) -> Problem:
 
 @register("linear/ginibre")
 def ginibre(draw: Draw) -> Problem:
+    """Gaussian entries: eigenvalues fill the disc of radius rho."""
     A = draw.normal(NUM_SAMPLES, D, D)
     radius = torch.linalg.eigvals(A).abs().amax(-1)
     return affine_problem(
@@ -97,6 +101,7 @@ def ginibre(draw: Draw) -> Problem:
 
 @register("linear/non-normal")
 def non_normal(draw: Draw) -> Problem:
+    """Triangular in a random basis: transient growth, then decay at rho."""
     # The strictly upper part lets the residual grow by orders of magnitude before it decays.
     A = draw.normal(NUM_SAMPLES, D, D).triu(1) * (0.6 / math.sqrt(D)) * 2
     A += torch.diag_embed(radii(draw)[:, None] * draw.uniform(0.2, 1, NUM_SAMPLES, D))
@@ -106,6 +111,7 @@ def non_normal(draw: Draw) -> Problem:
 
 @register("linear/jordan")
 def jordan(draw: Draw) -> Problem:
+    """Jordan blocks of size 4: every eigenvalue is defective."""
     block = torch.diag(torch.ones(3, dtype=torch.float64), 1)
     shift = torch.block_diag(*[block] * (D // 4))
     diagonal = torch.diag_embed(radii(draw)[:, None].expand(NUM_SAMPLES, D) * 0.97)
@@ -114,6 +120,7 @@ def jordan(draw: Draw) -> Problem:
 
 @register("linear/rotations")
 def many_rotations(draw: Draw) -> Problem:
+    """Complex eigenvalues of radius rho at 16 angles, in a random basis."""
     angle = draw.uniform(0, math.pi, NUM_SAMPLES, D // 2)
     A = rotations(radii(draw)[:, None].expand_as(angle), angle)
     Q = draw.orthogonal(NUM_SAMPLES, D)
@@ -122,6 +129,7 @@ def many_rotations(draw: Draw) -> Problem:
 
 @register("linear/one-rotation")
 def one_rotation(draw: Draw) -> Problem:
+    """One pair of complex eigenvalues, repeated: solved by two differences."""
     angle = draw.uniform(0.3, 2.8, NUM_SAMPLES, 1).expand(NUM_SAMPLES, D // 2)
     return affine_problem(
         draw, rotations(radii(draw)[:, None].expand_as(angle), angle), draw.normal(NUM_SAMPLES, D)
@@ -130,6 +138,7 @@ def one_rotation(draw: Draw) -> Problem:
 
 @register("linear/clustered")
 def clustered(draw: Draw) -> Problem:
+    """Diagonal with three tight clusters."""
     centres = torch.tensor([-0.9, 0.1, 1.0], dtype=torch.float64)
     jitter = draw.uniform(0.99, 1.0, NUM_SAMPLES, D)
     eigenvalues = radii(draw)[:, None] * centres[torch.arange(D) % 3] * jitter
@@ -138,6 +147,7 @@ def clustered(draw: Draw) -> Problem:
 
 @register("linear/spread")
 def spread(draw: Draw) -> Problem:
+    """Diagonal with 1 - eigenvalue spread evenly in the logarithm."""
     exponent = torch.linspace(0, 1, D, dtype=torch.float64)
     eigenvalues = 1 - (1 - radii(draw)[:, None]) ** exponent
     return affine_problem(draw, torch.diag_embed(eigenvalues), draw.normal(NUM_SAMPLES, D))
@@ -145,6 +155,7 @@ def spread(draw: Draw) -> Problem:
 
 @register("linear/page-rank")
 def page_rank(draw: Draw) -> Problem:
+    """A random walk with teleporting: non-negative, not symmetric."""
     links = draw.uniform(0, 1, NUM_SAMPLES, D, D) ** 6
     A = radii(draw)[:, None, None] * links / links.sum(-2, keepdim=True)
     teleport = ((1 - radii(draw)) / D)[:, None].expand(NUM_SAMPLES, D)
@@ -153,6 +164,7 @@ def page_rank(draw: Draw) -> Problem:
 
 @register("linear/wide-diagonal")
 def wide_diagonal(draw: Draw) -> Problem:
+    """1,024 unknowns, diagonal, spectrum uniform on [-rho, rho]."""
     d = 1024
     a = radii(draw)[:, None] * draw.uniform(-1, 1, NUM_SAMPLES, d)
     a, b = draw.cast(a, draw.normal(NUM_SAMPLES, d))
@@ -171,6 +183,7 @@ def wide_diagonal(draw: Draw) -> Problem:
 
 @register("linear/extreme-scales")
 def extreme_scales(draw: Draw) -> Problem:
+    """States from 1e-28 to 1e28."""
     # Squares of these states overflow or vanish in float32.
     scale = 10 ** torch.linspace(-28, 28, NUM_SAMPLES, dtype=torch.float64)
     A = symmetric(draw, draw.uniform(-0.9, 0.9, NUM_SAMPLES, D))
@@ -179,6 +192,7 @@ def extreme_scales(draw: Draw) -> Problem:
 
 @register("expansive/minus-two")
 def minus_two(draw: Draw) -> Problem:
+    """x -> -k x + b with k from 1.5 to 3."""
     factor = -torch.linspace(1.5, 3, NUM_SAMPLES, dtype=torch.float64)
     A = factor[:, None, None] * torch.eye(4, dtype=torch.float64)
     return affine_problem(draw, A, draw.normal(NUM_SAMPLES, 4))
@@ -186,6 +200,7 @@ def minus_two(draw: Draw) -> Problem:
 
 @register("expansive/rotations")
 def expansive_rotations(draw: Draw) -> Problem:
+    """Complex eigenvalues of radius 1.02 to 2."""
     radius = torch.linspace(1.02, 2, NUM_SAMPLES, dtype=torch.float64)[:, None]
     angle = draw.uniform(0.7, 2.5, NUM_SAMPLES, 4)
     A = rotations(radius.expand_as(angle), angle)
@@ -194,6 +209,7 @@ def expansive_rotations(draw: Draw) -> Problem:
 
 @register("expansive/one-bad-direction")
 def one_bad_direction(draw: Draw) -> Problem:
+    """Contractive but for one eigenvalue from -1.1 to -5."""
     eigenvalues = radii(draw)[:, None] * draw.uniform(-0.9, 0.9, NUM_SAMPLES, D)
     eigenvalues[:, 0] = -torch.linspace(1.1, 5, NUM_SAMPLES, dtype=torch.float64)
     return affine_problem(draw, symmetric(draw, eigenvalues), draw.normal(NUM_SAMPLES, D))
@@ -201,6 +217,7 @@ def one_bad_direction(draw: Draw) -> Problem:
 
 @register("expansive/saddle")
 def saddle(draw: Draw) -> Problem:
+    """Expansive directions of both signs."""
     eigenvalues = draw.uniform(-2, 0.8, NUM_SAMPLES, 16)
     eigenvalues[:, 0] = torch.linspace(1.2, 3, NUM_SAMPLES, dtype=torch.float64)
     return affine_problem(draw, symmetric(draw, eigenvalues), draw.normal(NUM_SAMPLES, 16))

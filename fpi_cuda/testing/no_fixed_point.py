@@ -11,10 +11,12 @@ from fpi_cuda.testing.problem import NUM_SAMPLES, Draw, Map, Problem, register, 
 
 
 def hopeless(draw: Draw, g: Map, x0: Tensor, *z: Tensor) -> Problem:
+    """A problem without a fixed point."""
     return draw.problem(g, x0, z, exists=False, bitwise=True)
 
 
 def starts(low: float, high: float) -> Tensor:
+    """(B, 1) values evenly from low to high."""
     return torch.linspace(low, high, NUM_SAMPLES, dtype=torch.float64)[:, None]
 
 
@@ -26,11 +28,13 @@ def shift(x: Tensor, z: Tensor) -> Tensor:
 
 @register("no-fixed-point/shift")
 def unit_shift(draw: Draw) -> Problem:
+    """x + 1."""
     return hopeless(draw, shift, starts(-4, 4), torch.ones(NUM_SAMPLES, 1))
 
 
 @register("no-fixed-point/shift-wide")
 def wide_shift(draw: Draw) -> Problem:
+    """x + z with 64 unknowns."""
     return hopeless(draw, shift, torch.zeros(NUM_SAMPLES, 64), draw.normal(NUM_SAMPLES, 64))
 
 
@@ -42,6 +46,7 @@ def growing(x: Tensor, z: Tensor) -> Tensor:
 
 @register("no-fixed-point/growing-drift")
 def growing_drift(draw: Draw) -> Problem:
+    """Relative to x, the drift never gets small."""
     return hopeless(draw, growing, starts(-1, 1), starts(0.25, 2))
 
 
@@ -53,6 +58,7 @@ def exponential(x: Tensor, z: Tensor) -> Tensor:
 
 @register("no-fixed-point/exponential")
 def exponentials(draw: Draw) -> Problem:
+    """exp(x) + z."""
     return hopeless(draw, exponential, torch.zeros(NUM_SAMPLES, 1), starts(-0.5, 2))
 
 
@@ -64,6 +70,7 @@ def hyperbola(x: Tensor, z: Tensor) -> Tensor:
 
 @register("no-fixed-point/hyperbola")
 def hyperbolas(draw: Draw) -> Problem:
+    """The residual falls towards z and never below."""
     return hopeless(draw, hyperbola, starts(-1, 1), starts(0.3, 1))
 
 
@@ -75,12 +82,14 @@ def soft_shift(x: Tensor, z: Tensor) -> Tensor:
 
 @register("no-fixed-point/softplus")
 def soft_shifts(draw: Draw) -> Problem:
+    """softplus(x) + 1."""
     problem = hopeless(draw, soft_shift, starts(-2, 2), torch.ones(NUM_SAMPLES, 1))
     return Problem(**{**vars(problem), "bitwise": False})
 
 
 @register("no-fixed-point/screw")
 def screw(draw: Draw) -> Problem:
+    """Rotations in three planes and a shift along their axis."""
     angle = draw.uniform(0.3, 2.8, NUM_SAMPLES, 3)
     radius = torch.linspace(0.5, 1.0, NUM_SAMPLES, dtype=torch.float64)[:, None]
     turn = rotations(radius.expand_as(angle), angle)
@@ -92,6 +101,7 @@ def screw(draw: Draw) -> Problem:
 
 @register("no-fixed-point/projection-drift")
 def projection_drift(draw: Draw) -> Problem:
+    """A projection plus an offset in its range."""
     # Along the axes, so that rounding leaves P a projection. The offset lies in its range:
     # nothing can cancel it.
     kept = (torch.arange(16) < 5).double()
@@ -108,4 +118,5 @@ def jump(x: Tensor, z: Tensor) -> Tensor:
 
 @register("no-fixed-point/jump")
 def jumps(draw: Draw) -> Problem:
+    """A discontinuity where the fixed point would be."""
     return hopeless(draw, jump, torch.zeros(NUM_SAMPLES, 1), starts(0.5, 4))

@@ -19,6 +19,7 @@ def kepler(x: Tensor, eccentricity: Tensor, anomaly: Tensor) -> Tensor:
 
 @register("scalar/kepler")
 def kepler_orbits(draw: Draw) -> Problem:
+    """Eccentricity 0.1 to 0.98."""
     eccentricity = torch.linspace(0.1, 0.98, NUM_SAMPLES, dtype=torch.float64)[:, None]
     anomaly = draw.uniform(0.2, 3.0, NUM_SAMPLES, 1)
     e, M = (t.double() for t in draw.cast(eccentricity, anomaly))
@@ -47,6 +48,7 @@ def cosine(x: Tensor, scale: Tensor) -> Tensor:
 
 @register("scalar/cosine")
 def cosine_samples(draw: Draw) -> Problem:
+    """Dottie number at eight scales."""
     # A power of two scales exactly, so every dtype has the same fixed point.
     scale = 2.0 ** torch.arange(-4, 4, dtype=torch.float64)[:, None]
     dottie = 0.7390851332151607
@@ -70,6 +72,7 @@ def babylonian(x: Tensor, a: Tensor) -> Tensor:
 
 @register("scalar/square-root")
 def square_root(draw: Draw) -> Problem:
+    """Newton for roots of 1e-3 to 1e4: Picard needs a handful of steps."""
     a = 10 ** torch.linspace(-3, 4, NUM_SAMPLES, dtype=torch.float64)[:, None]
     (a,) = (t.double() for t in draw.cast(a))
     return draw.problem(
@@ -91,6 +94,7 @@ def logistic_map(x: Tensor, r: Tensor) -> Tensor:
 
 
 def logistic_map_problem(draw: Draw, r: float) -> Problem:
+    """Starting points across the interval."""
     growth = torch.full((NUM_SAMPLES, 1), r, dtype=torch.float64)
     x0 = torch.linspace(0.1, 0.85, NUM_SAMPLES, dtype=torch.float64)[:, None]
     # Both 0 and 1 - 1/r are fixed points, so none is named.
@@ -101,21 +105,25 @@ def logistic_map_problem(draw: Draw, r: float) -> Problem:
 
 @register("scalar/logistic-2.8")
 def logistic_stable(draw: Draw) -> Problem:
+    """r = 2.8: slope -0.8."""
     return logistic_map_problem(draw, 2.8)
 
 
 @register("scalar/logistic-3.2")
 def logistic_cycle(draw: Draw) -> Problem:
+    """r = 3.2: Picard ends in a 2-cycle."""
     return logistic_map_problem(draw, 3.2)
 
 
 @register("scalar/logistic-3.9")
 def logistic_chaos(draw: Draw) -> Problem:
+    """r = 3.9: Picard is chaotic."""
     return logistic_map_problem(draw, 3.9)
 
 
 @register("scalar/spiral")
 def spiral(draw: Draw) -> Problem:
+    """Two unknowns, complex eigenvalues of radius 0.5 to 0.99."""
     radius = torch.linspace(0.5, 0.99, NUM_SAMPLES, dtype=torch.float64)[:, None]
     angle = torch.linspace(0.2, 3.0, NUM_SAMPLES, dtype=torch.float64)[:, None]
     return affine_problem(draw, rotations(radius, angle), draw.normal(NUM_SAMPLES, 2))
@@ -132,6 +140,7 @@ def coupled(x: Tensor, c: Tensor) -> Tensor:
 
 @register("scalar/three-unknowns")
 def three_unknowns(draw: Draw) -> Problem:
+    """Strongly contractive."""
     c = torch.linspace(0.5, 1.2, NUM_SAMPLES, dtype=torch.float64)[:, None]
     x0 = torch.full((NUM_SAMPLES, 3), 0.1)
     return draw.problem(coupled, x0, (c,), contractive=True, bitwise=True)
@@ -145,6 +154,7 @@ def logarithm(x: Tensor, c: Tensor) -> Tensor:
 
 @register("domain/logarithm")
 def logarithm_samples(draw: Draw) -> Problem:
+    """log(x) + c from 0.5: the other fixed point, which repels, is nearby."""
     c = torch.linspace(1.25, 6, NUM_SAMPLES, dtype=torch.float64)[:, None]
     x0 = torch.full((NUM_SAMPLES, 1), 0.5)
     return draw.problem(logarithm, x0, (c,), contractive=True, bitwise=True)
@@ -158,6 +168,7 @@ def root(x: Tensor, a: Tensor, c: Tensor) -> Tensor:
 
 @register("domain/square-root")
 def root_samples(draw: Draw) -> Problem:
+    """sqrt(2 - a x)."""
     a = torch.linspace(0.2, 1.2, NUM_SAMPLES, dtype=torch.float64)[:, None]
     c = torch.full((NUM_SAMPLES, 1), 2.0, dtype=torch.float64)
     a, c = (t.double() for t in draw.cast(a, c))
@@ -183,6 +194,7 @@ def reflection(x: Tensor, z: Tensor) -> Tensor:
 
 @register("cycle/reflection")
 def reflections(draw: Draw) -> Problem:
+    """z - x."""
     (z,) = (t.double() for t in draw.cast(draw.normal(NUM_SAMPLES, 3)))
     return draw.problem(
         reflection,
@@ -203,6 +215,7 @@ def reciprocal(x: Tensor, z: Tensor) -> Tensor:
 
 @register("cycle/reciprocal")
 def reciprocals(draw: Draw) -> Problem:
+    """z / x."""
     (z,) = (t.double() for t in draw.cast(draw.uniform(1.2, 9, NUM_SAMPLES, 1)))
     # -sqrt(z) is a fixed point too, so none is named.
     return draw.problem(reciprocal, torch.ones(NUM_SAMPLES, 1), (z,), rho=1.0, bitwise=True)
@@ -216,5 +229,6 @@ def swap(x: Tensor, z: Tensor) -> Tensor:
 
 @register("cycle/swap")
 def swaps(draw: Draw) -> Problem:
+    """A permutation plus an offset that it flips."""
     z = draw.normal(NUM_SAMPLES, 1)
     return draw.problem(swap, torch.zeros(NUM_SAMPLES, 2), (z,), rho=1.0, bitwise=True)

@@ -22,6 +22,7 @@ def constant(x: Tensor, z: Tensor) -> Tensor:
 
 @register("singular/constant")
 def constants(draw: Draw) -> Problem:
+    """g does not depend on x."""
     (z,) = (t.double() for t in draw.cast(draw.normal(NUM_SAMPLES, D)))
     kappa = torch.ones(NUM_SAMPLES, dtype=torch.float64)
     x0 = torch.zeros(NUM_SAMPLES, D)
@@ -38,12 +39,14 @@ def identity(x: Tensor, z: Tensor) -> Tensor:
 
 @register("singular/identity")
 def identities(draw: Draw) -> Problem:
+    """x0 is already solved."""
     x0, z = draw.normal(NUM_SAMPLES, D), draw.normal(NUM_SAMPLES, D)
     return draw.problem(identity, x0, (z,), rho=1.0, bitwise=True)
 
 
 @register("singular/nilpotent")
 def nilpotent(draw: Draw) -> Problem:
+    """A shift, scaled by 0.5 to 2."""
     # A^d = 0, yet ||A|| is large: Picard grows for d - 1 steps and is then exact.
     size = torch.linspace(0.5, 2, NUM_SAMPLES, dtype=torch.float64)
     shift = torch.diag(torch.ones(7, dtype=torch.float64), 1)
@@ -52,6 +55,7 @@ def nilpotent(draw: Draw) -> Problem:
 
 @register("singular/projection")
 def projection(draw: Draw) -> Problem:
+    """A projection plus an offset orthogonal to its range."""
     Q = draw.orthogonal(NUM_SAMPLES, D)[:, :, :5]
     P = Q @ Q.mT
     b = draw.normal(NUM_SAMPLES, D, 1)
@@ -62,6 +66,7 @@ def projection(draw: Draw) -> Problem:
 
 @register("singular/alternating-projections")
 def alternating_projections(draw: Draw) -> Problem:
+    """Two lines per plane at angles 0.05 to 1.2."""
     # Two lines per plane at a small angle: the rate is its squared cosine; 1 is an eigenvalue.
     angle = torch.linspace(0.05, 1.2, NUM_SAMPLES, dtype=torch.float64)
     flat = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
@@ -82,6 +87,7 @@ def one_active_coordinate(x: Tensor, z: Tensor) -> Tensor:
 
 @register("singular/parallel-differences")
 def parallel_differences(draw: Draw) -> Problem:
+    """All differences are multiples of one vector."""
     z = draw.normal(NUM_SAMPLES, D)
     x0 = torch.zeros(NUM_SAMPLES, D)
     return draw.problem(one_active_coordinate, x0, (z,), contractive=True, bitwise=True)
@@ -89,6 +95,7 @@ def parallel_differences(draw: Draw) -> Problem:
 
 @register("nan/tanh")
 def tanh_with_nan(draw: Draw) -> Problem:
+    """The contractive tanh cell; z of three samples holds NaN or Inf."""
     W, z = symmetric_normal(draw, 0.9), 0.1 * draw.normal(NUM_SAMPLES, 64)
     exists = torch.ones(NUM_SAMPLES, dtype=torch.bool)
     for row, value in ((2, math.nan), (5, math.inf)):
