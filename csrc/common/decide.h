@@ -1,0 +1,147 @@
+// The rules that end a sample's solve or choose its next step: one copy for every backend.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "control.h"
+#include "macros.h"
+#include "status.h"
+
+namespace fpi {
+
+enum class Move : int {
+  kStop,    // the status is final
+  kMix,     // the accelerated step
+  kPicard,  // x + beta f
+  kReject,  // g was not finite: back halfway to the best point
+};
+
+struct Measured {
+  double residual;   // ||g(x) - x||, NaN or Inf when g(x) is not finite
+  double norm_gx;    // ||g(x)||
+  double norm_x;     // ||x||, read at the first step only
+};
+
+struct Rules {
+  double atol;
+  double rtol;
+  double epsilon;       // of the state's dtype
+  int64_t max_steps;
+  int32_t stall_steps;  // steps without a gain of a tenth before a floor is called
+  bool safeguarded;     // false for Picard: there is nothing to fall back to
+};
+
+struct Decision {
+  Move move;
+  Status status;
+  bool improved;  // x is the best point so far
+};
+
+struct Safeguard {
+  static constexpr double kCap = 0.1;          // relative tolerance against the starting scale
+  static constexpr double kGrowth = 10.0;      // over the best residual, borne without a restart
+  static constexpr double kPatience = 3.0;
+  static constexpr double kPicardLength = 1.0;
+  static constexpr double kDivergence = 1e6;
+  static constexpr int kDivergenceSteps = 8;
+  static constexpr int kRejections = 8;
+  static constexpr int kGrowths = 16;
+  static constexpr double kGain = 0.9;
+  static constexpr double kFloor = 64.0;       // epsilons, relative to ||g||
+};
+
+FPI_HD bool is_finite(double v) { return v - v == 0.0; }
+
+FPI_HD double larger(double a, double b) { return a > b ? a : b; }
+FPI_HD double smaller(double a, double b) { return a < b ? a : b; }
+
+FPI_HD void start(Control& c, const Measured& at) {
+  c.scale0 = larger(at.norm_x, at.norm_gx);
+  c.first = c.best = c.previous = c.gain_residual = at.residual;
+  c.gain_step = 1;
+  c.since_best = 0;
+  c.patience = Safeguard::kPatience;
+  c.picard_length = Safeguard::kPicardLength;
+  c.picard_left = 0;
+  c.mixing_scale = 1;
+  c.rejections = c.growths = 0;
+  c.columns = c.head = 0;
+  c.has_previous = 0;
+}
+
+// The residual cannot be told from rounding any more and has not fallen for a long while.
+FPI_HD bool at_floor(const Control& c, const Measured& at, const Rules& rules, int64_t step) {
+  return step - c.gain_step >= rules.stall_steps &&
+         c.best <= Safeguard::kFloor * rules.epsilon * at.norm_gx;
+}
+
+FPI_HD bool ran_away(const Control& c, const Measured& at, const Rules& rules, int64_t step) {
+  const double reference = larger(c.first, Safeguard::kFloor * rules.epsilon * c.scale0);
+  return step > Safeguard::kDivergenceSteps && at.residual > Safeguard::kDivergence * reference;
+}
+
+// Picks between the accelerated step and a phase of plain Picard steps. Patience and the phase
+// both double each time, so that a problem which acceleration does not help is soon left to
+// Picard, and one bad stretch costs little.
+FPI_HD Move next_move(Control& c, const Measured& at, bool& gave_up) {
+  const bool picard_grew = at.residual > c.previous;
+  const bool grew = at.residual > Safeguard::kGrowth * c.best;
+  c.growths = grew ? c.growths + 1 : 0;
+  gave_up = c.growths >= Safeguard::kGrowths;
+  if (c.picard_left > 0) {
+    c.picard_left = picard_grew ? 0 : c.picard_left - 1;
+    if (c.picard_left > 0) return Move::kPicard;
+    c.since_best = 0;
+    return Move::kMix;
+  }
+  if (grew || c.since_best >= c.patience) {
+    c.picard_left = c.picard_length;
+    c.patience *= 2;
+    c.picard_length *= 2;
+    c.since_best = 0;
+    return Move::kPicard;
+  }
+  return Move::kMix;
+}
+
+// Rules on the evaluation number `step` (from 1) of one sample.
+FPI_HD Decision decide(Control& c, const Measured& at, const Rules& rules, int64_t step) {
+  if (step == 1) start(c, at);
+  if (!is_finite(at.residual)) {
+    c.rejections += 1;
+    if (step == 1 || c.rejections >= Safeguard::kRejections) {
+      return {Move::kStop, kNonfinite, step == 1};
+    }
+    if (step >= rules.max_steps) return {Move::kStop, kMaxSteps, false};
+    c.mixing_scale *= 0.5;
+    return {Move::kReject, kActive, false};
+  }
+  c.rejections = 0;
+  const double tolerance =
+      rules.atol + smaller(rules.rtol * at.norm_gx, Safeguard::kCap * c.scale0);
+  const bool improved = step == 1 || at.residual < c.best;
+  if (improved) {
+    c.best = at.residual;
+    c.since_best = 0;
+    c.mixing_scale = smaller(1.0, 2.0 * c.mixing_scale);
+  } else {
+    c.since_best += 1;
+  }
+  if (c.best <= Safeguard::kGain * c.gain_residual) {
+    c.gain_residual = c.best;
+    c.gain_step = static_cast<double>(step);
+  }
+  if (at.residual <= tolerance) return {Move::kStop, kConverged, true};
+  if (ran_away(c, at, rules, step)) return {Move::kStop, kDiverged, improved};
+  if (at_floor(c, at, rules, step)) return {Move::kStop, kStalled, improved};
+  if (step >= rules.max_steps) return {Move::kStop, kMaxSteps, improved};
+  Move move = Move::kPicard;
+  bool gave_up = false;
+  if (rules.safeguarded) move = next_move(c, at, gave_up);
+  c.previous = at.residual;
+  if (gave_up) return {Move::kStop, kDiverged, improved};
+  return {move, kActive, improved};
+}
+
+}  // namespace fpi

@@ -1,0 +1,67 @@
+// The small least-squares problem of one Anderson step, from its Gram matrix.
+#pragma once
+
+#include <cmath>
+
+#include "control.h"
+#include "macros.h"
+
+namespace fpi {
+
+constexpr double kSmallestPivot = 1e-10;
+
+// Scratch of one small solve; in shared memory on a GPU.
+struct SmallSolve {
+  double factor[kMaxDepth][kMaxDepth];  // Cholesky factor of the kept columns
+  double inverse_norm[kMaxDepth];       // 1 / ||column||
+  double gamma[kMaxDepth];              // solution, by slot
+  bool kept[kMaxDepth];
+};
+
+// Minimises ||f - dF gamma||^2 + ridge |D gamma|^2, D the column norms, over `columns` differences.
+//
+// gram is (depth, depth) by slot, rhs[slot] = <dF_slot, f>; slots run from `head`, the newest,
+// backwards. Columns are scaled to unit norm, so that the ridge means the same at every step, and
+// factored newest first, so that a column which adds nothing is an old one: it is skipped.
+// Source: Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, section 4 (on conditioning).
+FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int columns, int head,
+                        double ridge, SmallSolve& s) {
+  for (int slot = 0; slot < depth; ++slot) s.gamma[slot] = 0.0;
+  const auto slot_of = [depth, head](int age) { return (head - age + depth) % depth; };
+  for (int a = 0; a < columns; ++a) {
+    const int slot = slot_of(a);
+    const double square = gram[slot * depth + slot];
+    s.inverse_norm[a] = square > 0.0 ? 1.0 / sqrt(square) : 0.0;
+    double pivot = square > 0.0 ? 1.0 + ridge : 0.0;
+    double value = rhs[slot] * s.inverse_norm[a];
+    for (int b = 0; b < a; ++b) {
+      if (!s.kept[b]) continue;
+      double entry =
+          gram[slot * depth + slot_of(b)] * s.inverse_norm[a] * s.inverse_norm[b];
+      for (int k = 0; k < b; ++k) {
+        if (s.kept[k]) entry -= s.factor[a][k] * s.factor[b][k];
+      }
+      entry /= s.factor[b][b];
+      s.factor[a][b] = entry;
+      pivot -= entry * entry;
+      value -= entry * s.gamma[slot_of(b)];
+    }
+    // A NaN or Inf in the Gram matrix fails this test too.
+    s.kept[a] = pivot >= kSmallestPivot && value - value == 0.0 && pivot - pivot == 0.0;
+    if (!s.kept[a]) continue;
+    s.factor[a][a] = sqrt(pivot);
+    s.gamma[slot] = value / s.factor[a][a];
+  }
+  for (int a = columns - 1; a >= 0; --a) {
+    const int slot = slot_of(a);
+    if (!s.kept[a]) continue;
+    double value = s.gamma[slot];
+    for (int b = a + 1; b < columns; ++b) {
+      if (s.kept[b]) value -= s.factor[b][a] * s.gamma[slot_of(b)];
+    }
+    s.gamma[slot] = value / s.factor[a][a];
+  }
+  for (int a = 0; a < columns; ++a) s.gamma[slot_of(a)] *= s.inverse_norm[a];
+}
+
+}  // namespace fpi

@@ -1,0 +1,211 @@
+// Anderson acceleration, type II, one sample at a time.
+// Source: Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, eq. (2.2), in difference form.
+#include <vector>
+
+#include "../common/small_solve.h"
+#include "launch.h"
+#include "row.h"
+
+namespace fpi {
+namespace {
+
+// Sums over (a panel of) one sample, all that a step has to know of it.
+struct Sums {
+  double ff = 0, gg = 0, xx = 0;
+  double dfdf = 0, fdf = 0;                 // with the fresh difference
+  double dfdc[kMaxDepth] = {}, fdc[kMaxDepth] = {};  // with the column in each slot
+
+  void add(const Sums& other, int depth) {
+    ff += other.ff;
+    gg += other.gg;
+    xx += other.xx;
+    dfdf += other.dfdf;
+    fdf += other.fdf;
+    for (int s = 0; s < depth; ++s) {
+      dfdc[s] += other.dfdc[s];
+      fdc[s] += other.fdc[s];
+    }
+  }
+};
+
+// What is decided between the two readings.
+struct Plan {
+  Decision decision{Move::kStop, kActive, false};
+  SmallSolve solve;
+  double beta = 1.0;
+  int slots[kMaxDepth];  // of the columns that take part
+  int count = 0;
+};
+
+// Writes the fresh differences and takes every sum, in one reading of the sample's arrays.
+template <class Acc, class T, class H>
+FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool first, Sums& out) {
+  using C = typename Row<T, H>::C;
+  C f[kChunk], df[kChunk];
+  const bool differs = row.has_previous();
+  const int fresh = row.depth ? row.fresh_slot() : 0;
+  const int columns = row.columns();
+  for (int64_t at = begin; at < end; at += kChunk) {
+    const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
+    const T* x = row.x + at;
+    const T* gx = row.gx + at;
+    for (int j = 0; j < n; ++j) f[j] = static_cast<C>(gx[j]) - static_cast<C>(x[j]);
+    out.ff += dot<Acc>(f, f, n);
+    // A chunk at a time, by way of C: bfloat16 has no arithmetic of its own.
+    C wide[kChunk];
+    for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(gx[j]);
+    out.gg += dot<Acc>(wide, wide, n);
+    if (first) {
+      for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(x[j]);
+      out.xx += dot<Acc>(wide, wide, n);
+    }
+    if (!differs) continue;
+    const C* f_previous = row.f_previous + at;
+    const C* g_previous = row.partner_previous + at;
+    H* column_f = row.column_f(fresh) + at;
+    H* column_g = row.column_g(fresh) + at;
+    for (int j = 0; j < n; ++j) {
+      column_f[j] = static_cast<H>(f[j] - f_previous[j]);
+      column_g[j] = static_cast<H>(wide[j] - g_previous[j]);
+      // The difference as it is stored, so that the Gram matrix is that of the stored columns.
+      df[j] = static_cast<C>(column_f[j]);
+    }
+    out.dfdf += dot<Acc>(df, df, n);
+    out.fdf += dot<Acc>(f, df, n);
+    for (int age = 0; age < columns; ++age) {
+      const int slot = (row.head() - age + row.depth) % row.depth;
+      if (slot == fresh) continue;
+      dot2<Acc>(df, f, row.column_f(slot) + at, n, out.dfdc[slot], out.fdc[slot]);
+    }
+  }
+}
+
+// Takes the fresh difference into the history, unless it is rounding noise: ||dF|| <= eps/2 ||g||.
+template <class T, class H>
+FPI_INLINE void admit(const Row<T, H>& row, const Sums& sums, const Measured& at) {
+  Control& c = *row.control;
+  const int depth = row.depth;
+  const int fresh = row.fresh_slot();
+  const int others = std::min(row.columns(), depth - 1);  // the oldest was overwritten
+  const double size = std::sqrt(sums.dfdf);
+  const bool useful =
+      is_finite(sums.dfdf) && size > 0.5 * Numeric<T>::kEpsilon * at.norm_gx;
+  c.columns = others;
+  if (!useful) return;
+  for (int age = 0; age < others; ++age) {
+    const int slot = (row.head() - age + depth) % depth;
+    row.gram[fresh * depth + slot] = row.gram[slot * depth + fresh] = sums.dfdc[slot];
+  }
+  row.gram[fresh * depth + fresh] = sums.dfdf;
+  c.columns = others + 1;
+  c.head = fresh;
+}
+
+template <class T, class H>
+FPI_INLINE void judge(const StepParams& p, const Row<T, H>& row, Sums& sums, Plan& plan) {
+  const int32_t step = ++p.num_steps[row.sample];
+  const Measured at = measured_from(row, sums.ff, sums.gg, sums.xx, step == 1);
+  const bool differs = step > 1 && row.has_previous();
+  plan.decision = decide(*row.control, at, rules_for(p, row), step);
+  const Move move = plan.decision.move;
+  if (!record(p, row, at, plan.decision) || row.depth == 0) {
+    plan.beta = p.beta * row.control->mixing_scale;
+    return;
+  }
+  Control& c = *row.control;
+  plan.beta = p.beta * c.mixing_scale;
+  if (move == Move::kReject) {
+    if (differs) c.columns = std::min(row.columns(), row.depth - 1);  // its slot was written over
+    return;
+  }
+  if (differs) {
+    sums.fdc[row.fresh_slot()] = sums.fdf;
+    admit(row, sums, at);
+  }
+  c.has_previous = 1;
+  if (move != Move::kMix || row.columns() == 0) return;
+  solve_small(row.gram, sums.fdc, row.depth, row.columns(), row.head(), p.ridge, plan.solve);
+  for (int slot = 0; slot < row.depth; ++slot) {
+    if (plan.solve.gamma[slot] != 0.0) plan.slots[plan.count++] = slot;
+  }
+}
+
+// Keeps the best point, remembers this evaluation, and writes the next point.
+template <class T, class H>
+FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, int64_t end) {
+  using C = typename Row<T, H>::C;
+  switch (plan.decision.move) {
+    case Move::kStop: return finish(row, plan.decision, begin, end);
+    case Move::kReject: return step_back(row, begin, end);
+    default: break;
+  }
+  if (plan.decision.improved) std::copy(row.x + begin, row.x + end, row.best + begin);
+  const C beta = static_cast<C>(plan.beta);
+  const C rest = C(1) - beta;
+  C f[kChunk], next[kChunk];
+  for (int64_t at = begin; at < end; at += kChunk) {
+    const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
+    T* x = row.x + at;
+    const T* gx = row.gx + at;
+    for (int j = 0; j < n; ++j) {
+      next[j] = static_cast<C>(gx[j]);
+      f[j] = next[j] - static_cast<C>(x[j]);
+    }
+    if (row.depth) {
+      std::copy(f, f + n, row.f_previous + at);
+      std::copy(next, next + n, row.partner_previous + at);
+    }
+    for (int k = 0; k < plan.count; ++k) {
+      const C gamma = static_cast<C>(plan.solve.gamma[plan.slots[k]]);
+      const H* column_g = row.column_g(plan.slots[k]) + at;
+      for (int j = 0; j < n; ++j) next[j] -= gamma * static_cast<C>(column_g[j]);
+    }
+    if (rest != C(0)) {
+      for (int k = 0; k < plan.count; ++k) {
+        const C gamma = static_cast<C>(plan.solve.gamma[plan.slots[k]]);
+        const H* column_f = row.column_f(plan.slots[k]) + at;
+        for (int j = 0; j < n; ++j) f[j] -= gamma * static_cast<C>(column_f[j]);
+      }
+      for (int j = 0; j < n; ++j) next[j] -= rest * f[j];
+    }
+    for (int j = 0; j < n; ++j) x[j] = static_cast<T>(next[j]);
+  }
+}
+
+template <class T, class H>
+struct AndersonStep {
+  using State = T;
+  using History = H;
+  using Partial = Sums;
+  using Scratch = Plan;
+  static constexpr int kPasses = 2;
+
+  static FPI_INLINE void pass(int which, const StepParams& p, const Row<T, H>& row,
+                              const Plan& plan, int64_t begin, int64_t end, bool wide, Sums& out) {
+    using C = typename Numeric<T>::Compute;
+    if (which == 1) return advance(row, plan, begin, end);
+    const bool first = p.num_steps[row.sample] == 0;
+    if (wide) return measure<double>(row, begin, end, first, out);
+    measure<C>(row, begin, end, first, out);
+  }
+
+  // Float sums left the range in which nothing is lost: take them again in double.
+  static bool needs_wide(const Row<T, H>& row, int, const Sums& sums, const Plan&) {
+    using C = typename Numeric<T>::Compute;
+    return sizeof(C) == 4 &&
+           !(trustworthy<C>(sums.ff, row.dim) && trustworthy<C>(sums.gg, row.dim) &&
+             (!row.has_previous() || trustworthy<C>(sums.dfdf, row.dim)));
+  }
+
+  static void between(int, const StepParams& p, const Row<T, H>& row, Sums& sums, Plan& plan) {
+    judge(p, row, sums, plan);
+  }
+};
+
+}  // namespace
+
+void anderson_step_cpu(const StepParams& p, StateType state, StateType history, ParallelFor run) {
+  launch<AndersonStep>(p, state, history, run);
+}
+
+}  // namespace fpi

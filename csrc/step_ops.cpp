@@ -1,0 +1,207 @@
+// The step ops: schema, checks, and the CPU kernels behind them.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <functional>
+#include <optional>
+
+#include "common/control.h"
+#include "common/small_solve.h"
+#include "common/step_params.h"
+#include "cpu/step.h"
+#include "require.h"
+
+namespace fpi {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check_shape(const char* op, const char* name, const Tensor& t,
+                 std::initializer_list<int64_t> shape) {
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t axis = 0;
+  for (const int64_t size : shape) same = same && t.size(axis++) == size;
+  require(same, op, ": ", name, " must be ", shape, ", got ", t.sizes());
+  require(t.is_contiguous(), op, ": ", name, " must be contiguous");
+}
+
+void check_type(const char* op, const char* name, const Tensor& t, ScalarType type) {
+  require(t.scalar_type() == type, op, ": ", name, " must have dtype ",
+          torch::headeronly::toString(type), ", got ",
+          torch::headeronly::toString(t.scalar_type()));
+}
+
+StateType state_type(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return StateType::kFloat32;
+    case ScalarType::Double: return StateType::kFloat64;
+    case ScalarType::BFloat16: return StateType::kBFloat16;
+    default: break;
+  }
+  require(false, op, ": ", name, " must be float32, float64 or bfloat16 on the CPU, got ",
+          torch::headeronly::toString(t.scalar_type()));
+  return StateType::kFloat32;
+}
+
+// Every array of a step, by the names of the schema.
+struct StepTensors {
+  Tensor x, gx;
+  std::optional<Tensor> sample_of;
+  Tensor best, f_previous, partner_previous, columns_f, columns_g, gram, control, atol, status,
+      num_steps, residual;
+};
+
+StepParams checked_params(const char* op, StepTensors& t, bool uses_gram) {
+  require(t.x.dim() == 2, op, ": x must be (rows, dim), got ", t.x.sizes());
+  require(t.best.dim() == 2, op, ": best must be (batch, dim), got ", t.best.sizes());
+  require(t.columns_f.dim() == 3, op, ": columns_f must be (batch, depth, dim), got ",
+          t.columns_f.sizes());
+  const int64_t rows = t.x.size(0), dim = t.x.size(1), batch = t.best.size(0);
+  const int64_t depth = t.columns_f.size(1);
+  require(depth <= kMaxDepth, op, ": depth must be at most ", kMaxDepth, ", got ", depth);
+  check_shape(op, "x", t.x, {rows, dim});
+  check_shape(op, "gx", t.gx, {rows, dim});
+  check_shape(op, "best", t.best, {batch, dim});
+  check_shape(op, "columns_f", t.columns_f, {batch, depth, dim});
+  check_shape(op, "columns_g", t.columns_g, {batch, depth, dim});
+  const int64_t remembered = depth ? batch : 0;
+  check_shape(op, "f_previous", t.f_previous, {remembered, dim});
+  check_shape(op, "partner_previous", t.partner_previous, {remembered, dim});
+  if (uses_gram) check_shape(op, "gram", t.gram, {batch, depth, depth});
+  check_shape(op, "control", t.control, {batch, kControlSize});
+  check_shape(op, "atol", t.atol, {batch});
+  check_shape(op, "status", t.status, {batch});
+  check_shape(op, "num_steps", t.num_steps, {batch});
+  check_shape(op, "residual", t.residual, {batch});
+  const ScalarType state = t.x.scalar_type();
+  const ScalarType compute = state == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_type(op, "gx", t.gx, state);
+  check_type(op, "best", t.best, state);
+  check_type(op, "f_previous", t.f_previous, compute);
+  check_type(op, "partner_previous", t.partner_previous, compute);
+  check_type(op, "columns_g", t.columns_g, t.columns_f.scalar_type());
+  const bool narrow =
+      state == ScalarType::Float && t.columns_f.scalar_type() == ScalarType::BFloat16;
+  if (!narrow) check_type(op, "columns_f", t.columns_f, state);
+  if (uses_gram) check_type(op, "gram", t.gram, ScalarType::Double);
+  check_type(op, "control", t.control, ScalarType::Double);
+  check_type(op, "atol", t.atol, ScalarType::Double);
+  check_type(op, "status", t.status, ScalarType::Char);
+  check_type(op, "num_steps", t.num_steps, ScalarType::Int);
+  check_type(op, "residual", t.residual, ScalarType::Double);
+
+  StepParams p{};
+  if (t.sample_of) {
+    check_shape(op, "sample_of", *t.sample_of, {rows});
+    check_type(op, "sample_of", *t.sample_of, ScalarType::Long);
+    p.sample_of = t.sample_of->const_data_ptr<int64_t>();
+  } else {
+    require(rows == batch, op, ": x must hold the whole batch of ", batch, ", got ", rows,
+            " rows; pass sample_of to name those it holds");
+  }
+  p.x = t.x.mutable_data_ptr();
+  p.gx = t.gx.const_data_ptr();
+  p.best = t.best.mutable_data_ptr();
+  p.f_previous = t.f_previous.mutable_data_ptr();
+  p.partner_previous = t.partner_previous.mutable_data_ptr();
+  p.columns_f = t.columns_f.mutable_data_ptr();
+  p.columns_g = t.columns_g.mutable_data_ptr();
+  p.gram = uses_gram ? t.gram.mutable_data_ptr<double>() : nullptr;
+  p.control = t.control.mutable_data_ptr<double>();
+  p.atol = t.atol.const_data_ptr<double>();
+  p.status = t.status.mutable_data_ptr<int8_t>();
+  p.num_steps = t.num_steps.mutable_data_ptr<int32_t>();
+  p.residual = t.residual.mutable_data_ptr<double>();
+  p.rows = rows;
+  p.dim = dim;
+  p.depth = static_cast<int32_t>(depth);
+  return p;
+}
+
+// The kernels index the batch by these, unchecked.
+void check_samples(const char* op, const StepParams& p, int64_t batch) {
+  if (!p.sample_of) return;
+  for (int64_t i = 0; i < p.rows; ++i) {
+    require(p.sample_of[i] >= 0 && p.sample_of[i] < batch, op,
+            ": sample_of must name samples below ", batch, ", got ", p.sample_of[i]);
+  }
+}
+
+void parallel_rows(int64_t begin, int64_t end, int64_t grain,
+                   const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(begin, end, grain, body);
+}
+
+void anderson_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tensor best,
+                      Tensor f_previous, Tensor g_previous, Tensor columns_f, Tensor columns_g,
+                      Tensor gram, Tensor control, Tensor atol, Tensor status, Tensor num_steps,
+                      Tensor residual, double rtol, int64_t max_steps, double beta,
+                      double ridge) {
+  const char* op = "anderson_step_";
+  StepTensors t{x,         gx,        sample_of, best,    f_previous, g_previous, columns_f,
+                columns_g, gram,      control,   atol,    status,     num_steps,  residual};
+  StepParams p = checked_params(op, t, true);
+  check_samples(op, p, t.best.size(0));
+  p.rtol = rtol;
+  p.max_steps = max_steps;
+  p.beta = beta;
+  p.ridge = ridge;
+  anderson_step_cpu(p, state_type(op, "x", x), state_type(op, "columns_f", columns_f),
+                    parallel_rows);
+}
+
+void broyden_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tensor best,
+                     Tensor f_previous, Tensor x_previous, Tensor columns_u, Tensor columns_v,
+                     Tensor control, Tensor atol, Tensor status, Tensor num_steps,
+                     Tensor residual, double rtol, int64_t max_steps, double beta) {
+  const char* op = "broyden_step_";
+  StepTensors t{x,         gx,      sample_of, best,   f_previous, x_previous, columns_u,
+                columns_v, control, control,   atol,   status,     num_steps,  residual};
+  require(columns_u.dim() == 3 && columns_u.size(1) >= 1, op, ": depth must be at least 1");
+  StepParams p = checked_params(op, t, false);
+  check_samples(op, p, t.best.size(0));
+  p.rtol = rtol;
+  p.max_steps = max_steps;
+  p.beta = beta;
+  broyden_step_cpu(p, state_type(op, "x", x), state_type(op, "columns_u", columns_u),
+                   parallel_rows);
+}
+
+// Nothing is returned, so a fake run has nothing to do.
+void anderson_step_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, Tensor, Tensor,
+                        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, int64_t,
+                        double, double) {}
+void broyden_step_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, Tensor, Tensor,
+                       Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, int64_t,
+                       double) {}
+
+}  // namespace
+}  // namespace fpi
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fpi_cuda, m) {
+  m.def(
+      "anderson_step_(Tensor(a!) x, Tensor gx, Tensor? sample_of, Tensor(b!) best, "
+      "Tensor(c!) f_previous, Tensor(d!) g_previous, Tensor(e!) columns_f, "
+      "Tensor(f!) columns_g, Tensor(g!) gram, Tensor(h!) control, Tensor atol, "
+      "Tensor(i!) status, Tensor(j!) num_steps, Tensor(k!) residual, *, float rtol, "
+      "int max_steps, float beta, float ridge) -> ()");
+  m.def(
+      "broyden_step_(Tensor(a!) x, Tensor gx, Tensor? sample_of, Tensor(b!) best, "
+      "Tensor(c!) f_previous, Tensor(d!) x_previous, Tensor(e!) columns_u, "
+      "Tensor(f!) columns_v, Tensor(h!) control, Tensor atol, Tensor(i!) status, "
+      "Tensor(j!) num_steps, Tensor(k!) residual, *, float rtol, int max_steps, "
+      "float beta) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, CPU, m) {
+  m.impl("anderson_step_", TORCH_BOX(&fpi::anderson_step_op));
+  m.impl("broyden_step_", TORCH_BOX(&fpi::broyden_step_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, Meta, m) {
+  m.impl("anderson_step_", TORCH_BOX(&fpi::anderson_step_meta));
+  m.impl("broyden_step_", TORCH_BOX(&fpi::broyden_step_meta));
+}

@@ -1,0 +1,19 @@
+"""The step ops in C++: csrc/cpu on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+name = "native"
+
+
+def anderson_step_(*args: Any, **kwargs: Any) -> None:
+    """See fpi_cuda.backends.reference.anderson_step_, its twin."""
+    torch.ops.fpi_cuda.anderson_step_.default(*args, **kwargs)
+
+
+def broyden_step_(*args: Any, **kwargs: Any) -> None:
+    """See fpi_cuda.backends.reference.broyden_step_, its twin."""
+    torch.ops.fpi_cuda.broyden_step_.default(*args, **kwargs)

@@ -1,0 +1,217 @@
+"""The rules of csrc/common/decide.h and small_solve.h in plain torch, for a whole batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.result import Status
+
+STOP, MIX, PICARD, REJECT = range(4)
+
+CAP = 0.1
+GROWTH = 10.0
+PATIENCE = 3.0
+PICARD_LENGTH = 1.0
+DIVERGENCE = 1e6
+DIVERGENCE_STEPS = 8
+REJECTIONS = 8
+GROWTHS = 16
+GAIN = 0.9
+FLOOR = 64.0
+SMALLEST_PIVOT = 1e-10
+
+Control = dict[str, Tensor]
+"""The columns of the `control` tensor by name, each (B,) float64."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the stop test is judged by; `atol` is (B,), the rest one number for the batch."""
+
+    atol: Tensor
+    rtol: float
+    epsilon: float
+    max_steps: int
+    stall_steps: int
+    safeguarded: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """(B,) float64 norms of one evaluation."""
+
+    residual: Tensor
+    norm_gx: Tensor
+    norm_x: Tensor
+
+
+@dataclass(frozen=True)
+class Decision:
+    """(B,) move (STOP, MIX, PICARD, REJECT), status, and whether x is the best point so far."""
+
+    move: Tensor
+    status: Tensor
+    improved: Tensor
+
+
+def read_control(control: Tensor) -> Control:
+    """The columns of `control` by name."""
+    return dict(zip(CONTROL_FIELDS, control.unbind(1), strict=True))
+
+
+def write_control(columns: Control) -> Tensor:
+    """The (B, CONTROL_SIZE) tensor of these columns."""
+    return torch.stack([columns[name] for name in CONTROL_FIELDS], dim=1)
+
+
+def started(at: Measured) -> Control:
+    """What the rules remember at the first evaluation."""
+    zero = torch.zeros_like(at.residual)
+    fresh = dict.fromkeys(CONTROL_FIELDS, zero)
+    fresh["scale0"] = torch.maximum(at.norm_x, at.norm_gx)
+    for name in ("first", "best", "previous", "gain_residual"):
+        fresh[name] = at.residual
+    fresh["gain_step"] = fresh["mixing_scale"] = zero + 1
+    fresh["patience"] = zero + PATIENCE
+    fresh["picard_length"] = zero + PICARD_LENGTH
+    return fresh
+
+
+def chosen(where: Tensor, new: Control, old: Control) -> Control:
+    """`new` in the samples of `where`, `old` in the others."""
+    return {name: torch.where(where, new[name], old[name]) for name in CONTROL_FIELDS}
+
+
+def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Control, Decision]:
+    """Judge evaluation number `step` (B,), from 1, of every sample; see csrc/common/decide.h."""
+    c = chosen(step == 1, started(at), c)
+    finite = torch.isfinite(at.residual)
+
+    rejections = torch.where(finite, 0.0, c["rejections"] + 1)
+    hopeless = ~finite & ((step == 1) | (rejections >= REJECTIONS))
+
+    improved = finite & ((step == 1) | (at.residual < c["best"]))
+    best = torch.where(improved, at.residual, c["best"])
+    since_best = torch.where(improved, 0.0, c["since_best"] + 1)
+    mixing = torch.where(improved, (2 * c["mixing_scale"]).clamp(max=1.0), c["mixing_scale"])
+    gained = best <= GAIN * c["gain_residual"]
+    judged = {
+        **c,
+        "best": best,
+        "since_best": since_best,
+        "mixing_scale": mixing,
+        "gain_residual": torch.where(gained, best, c["gain_residual"]),
+        "gain_step": torch.where(gained, step.double(), c["gain_step"]),
+        "rejections": rejections,
+    }
+    rejected = {**c, "rejections": rejections, "mixing_scale": c["mixing_scale"] * 0.5}
+    c = chosen(finite, judged, rejected)
+
+    relative = torch.minimum(rules.rtol * at.norm_gx, CAP * c["scale0"])
+    converged = at.residual <= rules.atol + relative
+    reference = torch.maximum(c["first"], FLOOR * rules.epsilon * c["scale0"])
+    ran_away = (step > DIVERGENCE_STEPS) & (at.residual > DIVERGENCE * reference)
+    at_floor = (step - c["gain_step"] >= rules.stall_steps) & (
+        c["best"] <= FLOOR * rules.epsilon * at.norm_gx
+    )
+    status = torch.full_like(step, Status.ACTIVE)
+    for holds, name in (
+        (step >= rules.max_steps, Status.MAX_STEPS),
+        (finite & at_floor, Status.STALLED),
+        (finite & ran_away, Status.DIVERGED),
+        (finite & converged, Status.CONVERGED),
+        (hopeless, Status.NONFINITE),
+    ):
+        status = torch.where(holds, int(name), status)
+
+    move = torch.where(finite, PICARD, REJECT)
+    going = finite & (status == Status.ACTIVE)
+    if rules.safeguarded:
+        advanced, chosen_move, gave_up = next_move(c, at)
+        c = chosen(going, advanced, c)
+        move = torch.where(going, chosen_move, move)
+    else:
+        gave_up = torch.zeros_like(going)
+    c["previous"] = torch.where(going, at.residual, c["previous"])
+    status = torch.where(going & gave_up, int(Status.DIVERGED), status)
+    move = torch.where(status == Status.ACTIVE, move, STOP)
+    improved = improved | (status == Status.CONVERGED) | (hopeless & (step == 1))
+    return c, Decision(move, status, improved)
+
+
+def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
+    """The accelerated step or a phase of Picard steps; see csrc/common/decide.h."""
+    picard_grew = at.residual > c["previous"]
+    grew = at.residual > GROWTH * c["best"]
+    growths = torch.where(grew, c["growths"] + 1, 0.0)
+
+    in_phase = c["picard_left"] > 0
+    left = torch.where(picard_grew, 0.0, c["picard_left"] - 1)
+    leaves = in_phase & (left <= 0)
+    enters = ~in_phase & (grew | (c["since_best"] >= c["patience"]))
+    advanced = {
+        **c,
+        "growths": growths,
+        "picard_left": torch.where(enters, c["picard_length"], torch.where(in_phase, left, 0.0)),
+        "patience": torch.where(enters, 2 * c["patience"], c["patience"]),
+        "picard_length": torch.where(enters, 2 * c["picard_length"], c["picard_length"]),
+        "since_best": torch.where(enters | leaves, 0.0, c["since_best"]),
+    }
+    move = torch.where(enters | (in_phase & ~leaves), PICARD, MIX)
+    return advanced, move, growths >= GROWTHS
+
+
+def solve_small(gram: Tensor, rhs: Tensor, columns: Tensor, head: Tensor, ridge: float) -> Tensor:
+    """gamma (B, m) by slot, of min ||f - dF gamma||^2 + ridge |D gamma|^2, D the column norms.
+
+    Columns are scaled to unit norm and factored newest first; one whose pivot is below
+    SMALLEST_PIVOT is skipped.
+
+    Args:
+        gram: (B, m, m) float64 by slot. rhs: (B, m) float64. columns, head: (B,).
+    Source:
+        Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, section 4 (on conditioning).
+    """
+    depth = gram.shape[1]
+    ages = torch.arange(depth, device=gram.device)
+    slot_of = (head[:, None].long() - ages) % depth
+    square = torch.gather(gram.diagonal(dim1=1, dim2=2), 1, slot_of)
+    exists = (ages < columns[:, None]) & (square > 0)
+    inverse_norm = torch.where(exists, torch.where(exists, square, 1.0).rsqrt(), 0.0)
+    by_age = gram.gather(1, slot_of[:, :, None].expand_as(gram))
+    by_age = by_age.gather(2, slot_of[:, None, :].expand_as(gram))
+    scaled = by_age * inverse_norm[:, :, None] * inverse_norm[:, None, :]
+    target = torch.gather(rhs, 1, slot_of) * inverse_norm
+
+    factor: list[list[Tensor]] = []
+    diagonal: list[Tensor] = []
+    kept: list[Tensor] = []
+    gamma: list[Tensor] = []
+    zero = torch.zeros_like(target[:, 0])
+    for a in range(depth):
+        row: list[Tensor] = []
+        pivot, value = zero + 1.0 + ridge, target[:, a]
+        for b in range(a):
+            entry = scaled[:, a, b]
+            for k in range(b):
+                entry = entry - row[k] * factor[b][k]
+            entry = torch.where(kept[b], entry / diagonal[b], 0.0)
+            row.append(entry)
+            pivot = pivot - entry * entry
+            value = value - entry * gamma[b]
+        keeps = exists[:, a] & (pivot >= SMALLEST_PIVOT) & pivot.isfinite() & value.isfinite()
+        kept.append(keeps)
+        diagonal.append(torch.where(keeps, pivot, 1.0).sqrt())
+        factor.append([torch.where(keeps, entry, 0.0) for entry in row])
+        gamma.append(torch.where(keeps, value / diagonal[a], 0.0))
+    for a in reversed(range(depth)):
+        value = gamma[a]
+        for b in range(a + 1, depth):
+            value = value - factor[b][a] * gamma[b]
+        gamma[a] = torch.where(kept[a], value / diagonal[a], 0.0)
+    by_age_gamma = torch.stack(gamma, dim=1) * inverse_norm
+    return torch.zeros_like(rhs).scatter(1, slot_of, by_age_gamma)

@@ -1,0 +1,117 @@
+"""The host loop that every fixed-point solver shares: evaluate, step, see who is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
+from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.solvers.workspace import Workspace, allocate
+
+FlatMap = Callable[[Tensor, "Tensor | None"], Tensor]
+"""evaluate(x, rows): g on flat states. x is (n, D) and is overwritten by the next step; rows is
+None where x holds the whole batch, else (n,) int64, the samples that x holds. The same rows
+object is passed until the batch shrinks again."""
+
+
+class Backend(Protocol):
+    """One implementation of the step ops. The schemas are those of csrc/step_ops.cpp."""
+
+    name: str
+    anderson_step_: Callable[..., None]
+    broyden_step_: Callable[..., None]
+
+
+# Gathering the active rows costs about as much as a step on a fifth of them.
+COMPACTION_THRESHOLD = 0.8
+
+
+def solve(
+    evaluate: FlatMap,
+    x0: Tensor,
+    solver: FixedPointSolver,
+    *,
+    rtol: float,
+    atol: float | Tensor,
+    max_steps: int,
+    backend: Backend,
+    rowwise: bool = False,
+) -> SolveResult:
+    """Iterate from x0 until every sample has stopped.
+
+    Args:
+        evaluate: the map on flat states; see FlatMap.
+        x0: (B, D), plain, not modified.
+        atol: one number, or (B,) float64.
+        backend: from fpi_cuda.backends.resolve.
+        rowwise: evaluate may be called on some of the rows alone; stopped samples then leave
+            the batch, and cost nothing.
+    """
+    if x0.shape[0] == 0:
+        return empty_result(x0)
+    with torch.no_grad():
+        work = allocate(x0, solver, atol)
+        x = x0.clone(memory_format=torch.contiguous_format)
+        rows: Tensor | None = None
+        while True:
+            gx = evaluate(x, rows)
+            if shares_memory(gx, x):
+                gx = gx.clone()
+            step(backend, solver, work, x, gx.contiguous(), rows, rtol, max_steps)
+            stopped = work.status if rows is None else work.status[rows]
+            num_active = x.shape[0] - int(torch.count_nonzero(stopped))
+            if num_active == 0:
+                break
+            if rowwise and num_active <= COMPACTION_THRESHOLD * x.shape[0]:
+                keep = torch.nonzero(stopped == Status.ACTIVE).flatten()
+                x = x[keep]
+                rows = keep if rows is None else rows[keep]
+        return SolveResult(work.best, work.status, work.num_steps, work.residual)
+
+
+def step(
+    backend: Backend,
+    solver: FixedPointSolver,
+    work: Workspace,
+    x: Tensor,
+    gx: Tensor,
+    rows: Tensor | None,
+    rtol: float,
+    max_steps: int,
+) -> None:
+    """One step of `solver` on every active sample of x, in place."""
+    account = (work.control, work.atol, work.status, work.num_steps, work.residual)
+    history = (work.f_previous, work.partner_previous, work.columns_f, work.columns_g)
+    if isinstance(solver, Broyden):
+        backend.broyden_step_(
+            x, gx, rows, work.best, *history, *account,
+            rtol=rtol, max_steps=max_steps, beta=solver.beta,
+        )  # fmt: skip
+        return
+    accelerated = isinstance(solver, Anderson)
+    backend.anderson_step_(
+        x, gx, rows, work.best, *history, work.gram, *account,
+        rtol=rtol, max_steps=max_steps,
+        beta=solver.beta if accelerated else solver.damping,
+        ridge=solver.ridge if accelerated else 0.0,
+    )  # fmt: skip
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """True if a and b lie in one storage: g returned x or a view of it."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def empty_result(x0: Tensor) -> SolveResult:
+    """The account of a batch without samples."""
+    device = x0.device
+    return SolveResult(
+        x0.clone(),
+        torch.zeros(0, dtype=torch.int8, device=device),
+        torch.zeros(0, dtype=torch.int32, device=device),
+        torch.zeros(0, dtype=torch.float64, device=device),
+    )

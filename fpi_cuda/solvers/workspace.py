@@ -1,0 +1,73 @@
+"""The arrays of one solve: every sample's history, best point, and what the rules remember."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.control import CONTROL_SIZE
+from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
+
+def compute_dtype(state: torch.dtype) -> torch.dtype:
+    """What a step is computed in: the state's dtype, but float32 for the half precisions."""
+    return torch.float64 if state == torch.float64 else torch.float32
+
+
+@dataclass
+class Workspace:
+    """Arrays over a batch of B samples of D elements, with m columns of history.
+
+    Attributes:
+        best: (B, D) the best point so far; the point to return once the sample has stopped.
+        f_previous: (B, D) g(x) - x one step ago, in the compute dtype; (0, D) where m = 0.
+        partner_previous: (B, D) g(x) (Anderson) or x (Broyden) one step ago.
+        columns_f: (B, m, D) differences of f (Anderson), or the u of Broyden's updates.
+        columns_g: (B, m, D) differences of g (Anderson), or the v of Broyden's updates.
+        gram: (B, m, m) float64 <dF_i, dF_j>; (B, 0, 0) for Broyden.
+        control: (B, CONTROL_SIZE) float64.
+        atol: (B,) float64.
+        status: (B,) int8. num_steps: (B,) int32. residual: (B,) float64.
+    """
+
+    best: Tensor
+    f_previous: Tensor
+    partner_previous: Tensor
+    columns_f: Tensor
+    columns_g: Tensor
+    gram: Tensor
+    control: Tensor
+    atol: Tensor
+    status: Tensor
+    num_steps: Tensor
+    residual: Tensor
+
+
+def depth_of(solver: FixedPointSolver) -> int:
+    """Columns of history that `solver` keeps; 0 for Picard."""
+    return solver.m if isinstance(solver, (Anderson, Broyden)) else 0
+
+
+def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Workspace:
+    """Arrays for a solve from x0 (B, D): 2m + 3 times the state, and a little per sample."""
+    batch, dim = x0.shape
+    depth = depth_of(solver)
+    history = solver.history_dtype if isinstance(solver, Anderson) else None
+    compute = compute_dtype(x0.dtype)
+    remembered = batch if depth else 0
+    gram_depth = depth if not isinstance(solver, Broyden) else 0
+    scalar = {"dtype": torch.float64, "device": x0.device}
+    return Workspace(
+        best=x0.clone(memory_format=torch.contiguous_format),
+        f_previous=x0.new_empty((remembered, dim), dtype=compute),
+        partner_previous=x0.new_empty((remembered, dim), dtype=compute),
+        columns_f=x0.new_empty((batch, depth, dim), dtype=history or x0.dtype),
+        columns_g=x0.new_empty((batch, depth, dim), dtype=history or x0.dtype),
+        gram=torch.empty((batch, gram_depth, gram_depth), **scalar),
+        control=torch.zeros((batch, CONTROL_SIZE), **scalar),
+        atol=torch.as_tensor(atol, **scalar).expand(batch).contiguous(),
+        status=torch.zeros(batch, dtype=torch.int8, device=x0.device),
+        num_steps=torch.zeros(batch, dtype=torch.int32, device=x0.device),
+        residual=torch.full((batch,), torch.inf, **scalar),
+    )
