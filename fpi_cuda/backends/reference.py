@@ -7,7 +7,7 @@ csrc/step_ops.cpp.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from fpi_cuda.backends.rules import (
     solve_small,
     write_control,
 )
+from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
 from fpi_cuda.result import Status
 
 name = "reference"
@@ -65,6 +66,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def unless(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`old` where mask (n,) holds, else `new`; a frozen NaN cannot spread."""
+    if len(old) == 0:
+        return old
     return torch.where(mask.view(-1, *[1] * (new.dim() - 1)), old, new)
 
 
@@ -129,6 +132,8 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     size = norm(df)
     useful = (size > 0.5 * rules.epsilon * norm(gx)) & torch.isfinite(size)
     admits = differs & goes_on & useful
+    # Zeroed where it is not taken: under autograd 0 * NaN would reach the products below.
+    df, dg = unless(~admits, df, torch.zeros_like(df)), unless(~admits, dg, torch.zeros_like(dg))
     columns_f = with_column(s.columns_f, fresh, df, admits)
     columns_g = with_column(s.columns_g, fresh, dg, admits)
 
@@ -228,6 +233,15 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
     )
 
 
+def step(s: StepState, gx: Tensor, rules: Rules, solver: FixedPointSolver) -> StepState:
+    """One step of `solver` on every active sample, without side effects and differentiable."""
+    if isinstance(solver, Broyden):
+        return frozen(s, broyden_step(s, gx, rules, solver.beta))
+    if isinstance(solver, Anderson):
+        return frozen(s, anderson_step(s, gx, rules, solver.beta, solver.ridge))
+    return frozen(s, anderson_step(s, gx, rules, solver.damping, 0.0))
+
+
 def rules_for(
     state: torch.dtype, depth: int, atol: Tensor, rtol: float, max_steps: int
 ) -> Rules:
@@ -285,7 +299,8 @@ def anderson_step_(
     s = gather(x, sample_of, arrays, account)
     some_atol = atol if sample_of is None else atol[sample_of]
     rules = rules_for(x.dtype, columns_f.shape[1], some_atol, rtol, max_steps)
-    scatter(s, anderson_step(s, gx, rules, beta, ridge), x, sample_of, arrays, account)
+    new = frozen(s, anderson_step(s, gx, rules, beta, ridge))
+    scatter(new, x, sample_of, arrays, account)
 
 
 def broyden_step_(
@@ -321,7 +336,18 @@ def broyden_step_(
     s = gather(x, sample_of, arrays, account)
     some_atol = atol if sample_of is None else atol[sample_of]
     rules = rules_for(x.dtype, columns_u.shape[1], some_atol, rtol, max_steps)
-    scatter(s, broyden_step(s, gx, rules, beta), x, sample_of, arrays, account)
+    new = frozen(s, broyden_step(s, gx, rules, beta))
+    scatter(new, x, sample_of, arrays, account)
+
+
+def frozen(old: StepState, new: StepState) -> StepState:
+    """`new`, but `old` in the samples that had already stopped."""
+    stopped = old.status != Status.ACTIVE
+    kept = {
+        field.name: unless(stopped, getattr(new, field.name), getattr(old, field.name))
+        for field in fields(StepState)
+    }
+    return StepState(**kept)
 
 
 def gather(
@@ -335,22 +361,18 @@ def gather(
 
 
 def scatter(
-    old: StepState,
     new: StepState,
     x: Tensor,
     sample_of: Tensor | None,
     arrays: tuple[Tensor, ...],
     account: tuple[Tensor, ...],
 ) -> None:
-    """Write `new` back over the samples that were still active."""
-    frozen = old.status != Status.ACTIVE
-    x.copy_(unless(frozen, new.x, old.x))
-    fields = ("best", "f_previous", "partner_previous", "columns_f", "columns_g", "gram")
-    fields += ("control", "status", "num_steps", "residual")
-    for target, field in zip((*arrays, *account), fields, strict=True):
+    """Write `new` over the arrays of the op."""
+    x.copy_(new.x)
+    values = [getattr(new, field.name) for field in fields(StepState)][1:]
+    for target, value in zip((*arrays, *account), values, strict=True):
         if len(target) == 0:
             continue
-        value = unless(frozen, getattr(new, field).to(target.dtype), getattr(old, field))
         if sample_of is None:
             target.copy_(value)
         else:
