@@ -21,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.dist_info import dist_info
 
 CPP_SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cu"))
@@ -98,8 +99,8 @@ def run_all(compiles, link):
         if any(codes) or any(subprocess.call(command) for _, command in link.values()):
             sys.exit("fpi_cuda: the build failed, see the compiler's message above")
         return
-    lines = ["rule run", " command = $line", " depfile = $out.d", " deps = gcc", "rule link"]
-    lines += [" command = $line"]
+    lines = [f"builddir = {BUILD}", "rule link", " command = $line"]
+    lines += ["rule run", " command = $line", " depfile = $out.d", " deps = gcc"]
     for rule, edges in (("run", compiles), ("link", link)):
         for output, (inputs, command) in edges.items():
             lines += [f"build {output}: {rule} {' '.join(inputs)}"]
@@ -147,10 +148,22 @@ class BuildLibrary(build_ext):
         flags = [arg for word in keep.split(",") for arg in ("-Xlinker", word)]
         line = [*linker, "-shared", *compiles, "-o", library, f"-L{torch / 'lib'}", *flags]
         run_all(compiles, {library: (list(compiles), [*line, "-ltorch", "-ltorch_cpu"])})
-        self.copy_file(library, self.get_ext_fullpath(ext.name))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(library, str(target))
+
+
+class CheckedDistInfo(dist_info):
+    """Fail before pip downloads the dependencies of a build that cannot succeed."""
+
+    def run(self):
+        find_torch()
+        super().run()
 
 
 setup(
-    ext_modules=[Extension("fpi_cuda.libfpi_cuda", CPP_SOURCES, py_limited_api=True)],
-    cmdclass={"build_ext": BuildLibrary},
+    ext_modules=[Extension("fpi_cuda.libfpi_cuda", CPP_SOURCES)],
+    cmdclass={"build_ext": BuildLibrary, "dist_info": CheckedDistInfo},
+    # The library uses no Python API, so one wheel serves every Python.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

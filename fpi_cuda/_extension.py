@@ -34,43 +34,19 @@ load_error: str | None = _load()
 """Why the library is unavailable, with the remedy; None where it is loaded."""
 
 
-def build_info() -> dict[str, str]:
-    """How the library was built: compiler, torch_headers, torch_target, and cuda or no_cuda.
-
-    Raises:
-        RuntimeError: the library is not loaded.
-    """
-    require("native", "build_info")
-    return dict(line.split("=", 1) for line in torch.ops.fpi_cuda.build_info().splitlines())
-
-
 def native_available() -> bool:
     """Whether the C++ kernels can be called."""
     return load_error is None
 
 
-def cuda_available() -> bool:
-    """Whether the CUDA kernels were built; says nothing of a device."""
-    return native_available() and "cuda" in build_info()
+def build_info() -> dict[str, str]:
+    """How the library was built: compiler, torch_headers, torch_target, and cuda or no_cuda.
 
+    `cuda` holds the architectures, `no_cuda` the reason why there are none.
 
-def require(backend: str, operation: str = "fixed_point") -> None:
-    """Raise unless the library holds the kernels of `backend`.
-
-    Args:
-        backend: "native" or "cuda".
-        operation: named in the error.
     Raises:
-        RuntimeError: they are missing; says why and what to do.
+        RuntimeError: the library is not loaded.
     """
     if load_error is not None:
-        problem = load_error
-        fallback = "reference"
-    elif backend == "cuda" and not cuda_available():
-        problem = f"built without CUDA ({build_info()['no_cuda']}). Reinstall with CUDA_HOME set"
-        fallback = "native"
-    else:
-        return
-    raise RuntimeError(
-        f'{operation}: backend="{backend}" is unavailable: {problem}, or use backend="{fallback}".'
-    )
+        raise RuntimeError(f"build_info: the library is unavailable: {load_error}.")
+    return dict(line.split("=", 1) for line in torch.ops.fpi_cuda.build_info().splitlines())
