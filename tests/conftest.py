@@ -1,0 +1,43 @@
+"""What every test shares: threads, hypothesis profiles, and the account of GPU tests."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+NO_GPU = "no CUDA device"
+
+hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("default")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The workers share the cores; tests of threading set their own number.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Make each test draw the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip gpu tests where there is no device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name every gpu test that was not run: nobody has checked what it would show."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    names = [report.nodeid for report in skipped if NO_GPU in str(report.longrepr)]
+    if names:
+        terminalreporter.section(f"gpu tests not run: {NO_GPU}")
+        for name in sorted(names):
+            terminalreporter.write_line(f"NOT RUN {name}")

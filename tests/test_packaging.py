@@ -1,0 +1,345 @@
+"""The package as it is installed: import, the compiled library, metadata, and the build."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import fpi_cuda
+from fpi_cuda import _extension
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter, from a folder that is not the repository's."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=variables,
+        cwd="/",
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_library_is_loaded_and_says_how_it_was_built() -> None:
+    assert _extension.load_error is None
+    info = _extension.build_info()
+    assert info["torch_target"] == "2.10"
+    assert re.match(r"(gcc|clang) \d+", info["compiler"])
+    assert re.match(r"\d+\.\d+", info["torch_headers"])
+    assert ("cuda" in info) != ("no_cuda" in info)
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_library_needs_no_python_and_no_cuda_library() -> None:
+    listing = subprocess.check_output(["readelf", "-d", _extension.LIBRARY], text=True)
+    needed = re.findall(r"\(NEEDED\).*\[(\S+?)\.so", listing)
+    assert {"libtorch", "libtorch_cpu"} <= set(needed)
+    assert not [name for name in needed if re.search("python|cuda|cudart|c10", name)]
+
+
+MISSING = """
+import pathlib, shutil, sys
+folder = pathlib.Path({folder!r})
+sys.path.insert(0, str(folder))
+import fpi_cuda
+assert pathlib.Path(fpi_cuda.__file__).parent == folder / "fpi_cuda"
+from fpi_cuda import _extension
+print(_extension.native_available(), _extension.load_error)
+"""
+
+
+@pytest.fixture
+def copy_without_library(tmp_path: Path) -> Path:
+    package = Path(fpi_cuda.__file__).parent
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(package, tmp_path / "fpi_cuda", ignore=ignore)
+    return tmp_path
+
+
+def test_import_works_without_the_library(copy_without_library: Path) -> None:
+    done = run(MISSING.format(folder=str(copy_without_library)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False built without the extension")
+    assert "pip install ." in done.stdout
+
+
+def test_import_works_with_a_broken_library(copy_without_library: Path) -> None:
+    (copy_without_library / "fpi_cuda" / "libfpi_cuda.so").write_bytes(b"not a library")
+    done = run(MISSING.format(folder=str(copy_without_library)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False the extension does not load")
+    assert "libfpi_cuda.so" in done.stdout
+    assert "pip install ." in done.stdout
+
+
+def test_build_info_without_the_library_says_why() -> None:
+    code = "from fpi_cuda import _extension; _extension.build_info()"
+    done = run(code, FPI_CUDA_DISABLE_EXTENSION="1")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: build_info: the library is unavailable: switched off")
+
+
+def test_import_makes_no_noise() -> None:
+    done = run("import fpi_cuda")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_version_is_that_of_the_metadata() -> None:
+    assert fpi_cuda.__version__ == importlib.metadata.version("fpi_cuda")
+    assert f"## {fpi_cuda.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# The build, on a copy of the project with one op and one kernel.
+
+ONE_OP = """
+#include <string>
+#include <torch/csrc/stable/library.h>
+#ifdef FPI_CUDA_ARCHS
+int launch();
+std::string built() { return "cuda " FPI_CUDA_ARCHS + std::to_string(launch()); }
+#else
+std::string built() { return "no cuda: " FPI_NO_CUDA; }
+#endif
+STABLE_TORCH_LIBRARY(one_op, m) { m.def("built() -> str"); }
+STABLE_TORCH_LIBRARY_IMPL(one_op, CompositeExplicitAutograd, m) {
+  m.impl("built", TORCH_BOX(&built));
+}
+"""
+ONE_KERNEL = """
+__global__ void fill_kernel(float* x) { x[threadIdx.x] = 1.0f; }
+int launch() { fill_kernel<<<1, 0>>>(nullptr); return cudaGetLastError() == cudaSuccess; }
+"""
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "a folder"
+    (folder / "csrc").mkdir(parents=True)
+    (folder / "fpi_cuda").mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "README.md").touch()
+    (folder / "csrc" / "one_op.cpp").write_text(ONE_OP)
+    (folder / "csrc" / "one_kernel.cu").write_text(ONE_KERNEL)
+    return folder
+
+
+def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("FPI_", "TORCH_CUDA"))}
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=folder,
+        env={**variables, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def load(folder: Path) -> str:
+    library = str(folder / "fpi_cuda" / "libfpi_cuda.so")
+    done = run(f"import torch as t; t.ops.load_library({library!r}); print(t.ops.one_op.built())")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_build_without_cuda_says_so_in_one_line(project: Path) -> None:
+    done = build(project, FPI_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("fpi_cuda:")]
+    assert said == [
+        "fpi_cuda: native CPU backend, no CUDA backend (FPI_CUDA=0 at install); "
+        f"torch {torch.__version__}"
+    ]
+    assert load(project) == "no cuda: FPI_CUDA=0 at install"
+
+
+@needs_nvcc
+def test_build_with_cuda_loads_without_a_device_or_a_cuda_torch(project: Path) -> None:
+    done = build(project, FPI_CUDA="1", FPI_CUDA_ARCHS="8.0 9.0+PTX")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "CUDA backend for 8.0 9.0+PTX" in done.stdout
+    assert load(project).startswith("cuda 8.0 9.0+PTX")
+
+
+def test_a_failed_compile_ends_with_one_sentence(project: Path) -> None:
+    (project / "csrc" / "one_op.cpp").write_text("int main( {")
+    done = build(project, FPI_CUDA="0")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("fpi_cuda: the build failed")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def setup_py(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """setup.py as a module, without the call of setup()."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    for name in ("FPI_CUDA", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.CUDA_SOURCES = ["csrc/cuda/one_kernel.cu"]
+    return module
+
+
+@pytest.fixture
+def isolated(setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """setup.py in a build that cannot import torch."""
+    monkeypatch.setattr(setup_py.importlib.util, "find_spec", lambda name: None)
+    return setup_py
+
+
+def site_packages(base: Path) -> Path:
+    variables = {"base": str(base), "platbase": str(base)}
+    return Path(sysconfig.get_path("purelib", "posix_prefix", variables))
+
+
+def test_isolated_build_finds_the_torch_of_its_environment(
+    isolated: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = site_packages(tmp_path) / "torch"
+    folder.mkdir(parents=True)
+    (folder / "version.py").write_text("__version__ = '2.11.0+cu130'\ncuda = '13.0'\n")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    found, version = isolated.find_torch()
+    assert found == folder
+    assert version["cuda"] == "13.0"
+
+
+@pytest.mark.parametrize(("installed", "found"), [(None, "none"), ("2.9.1", "2.9.1")])
+def test_build_without_a_usable_torch_says_what_to_install(
+    isolated: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    installed: str | None,
+    found: str,
+) -> None:
+    if installed:
+        folder = site_packages(tmp_path) / "torch"
+        folder.mkdir(parents=True)
+        (folder / "version.py").write_text(f"__version__ = {installed!r}\n")
+    schemes = {"purelib": str(site_packages(tmp_path)), "platlib": str(tmp_path)}
+    monkeypatch.setattr(isolated.sysconfig, "get_paths", lambda *args: schemes)
+    with pytest.raises(SystemExit, match=f"found {found}. First pip install") as error:
+        isolated.find_torch()
+    assert "\n" not in str(error.value)
+
+
+CPU_TORCH = {"__version__": "2.13.0+cpu", "cuda": None}
+CUDA_TORCH = {"__version__": "2.13.0+cu130", "cuda": "13.0"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "nvcc", "torch_version", "reason"),
+    [
+        ("", True, CUDA_TORCH, None),
+        ("", True, CPU_TORCH, "torch 2.13.0+cpu at install was a build without CUDA"),
+        ("", False, CUDA_TORCH, "no nvcc at install"),
+        ("0", True, CUDA_TORCH, "FPI_CUDA=0 at install"),
+        ("1", True, CPU_TORCH, None),
+    ],
+)
+def test_toolkit_and_torch_decide_on_cuda(
+    setup_py: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    choice: str,
+    nvcc: bool,
+    torch_version: dict[str, str | None],
+    reason: str | None,
+) -> None:
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    if nvcc:
+        compiler.touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FPI_CUDA", choice)
+    chosen = str(compiler) if reason is None else None
+    assert setup_py.plan_cuda(torch_version) == (chosen, reason)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("1", "FPI_CUDA=1 asks for the CUDA kernels, but: no nvcc at install"),
+        ("yes", "FPI_CUDA must be 0, 1 or unset, got 'yes'"),
+    ],
+)
+def test_an_impossible_choice_of_cuda_is_an_error(
+    setup_py: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    choice: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FPI_CUDA", choice)
+    with pytest.raises(SystemExit, match=message):
+        setup_py.plan_cuda(CUDA_TORCH)
+
+
+def test_architectures_become_options_of_nvcc(setup_py: types.ModuleType) -> None:
+    assert list(setup_py.arch_flags("8.0;9.0a+PTX")) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    with pytest.raises(SystemExit, match="CUDA architectures are written"):
+        list(setup_py.arch_flags("Hopper"))
+
+
+@pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "no ninja"])
+def test_commands_run_with_and_without_ninja(
+    setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ninja: bool
+) -> None:
+    if ninja and not setup_py.shutil.which("ninja"):
+        pytest.skip("no ninja")
+    if not ninja:
+        monkeypatch.setattr(setup_py.shutil, "which", lambda *args, **options: None)
+    monkeypatch.chdir(tmp_path)
+    setup_py.BUILD.mkdir(parents=True)
+    Path("a.cpp").write_text("a $HOME")
+    compiles = {"a.o": (["a.cpp"], ["cp", "a.cpp", "a.o"])}
+    setup_py.run_all(compiles, {"a.so": (["a.o"], ["cp", "a.o", "a.so"])})
+    assert Path("a.so").read_text() == "a $HOME"
+    with pytest.raises(SystemExit, match="the build failed"):
+        setup_py.run_all(compiles, {"b.so": (["a.o"], ["false"])})
+
+
+# What may not be in the repository.
+
+FOLDERS = "opt|work|tmp|root|home"  # Machine paths: they hold on nobody else's computer.
+FORBIDDEN = re.compile(rf"(?<![\w.)}}*-])/({FOLDERS})/|extra-index|find-links|index-url")
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_no_tracked_file_names_one_machine() -> None:
+    listing = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True)
+    paths = [ROOT / name for name in listing.split("\0") if name]
+    assert len(paths) > 10
+    problems = []
+    for path in paths:
+        if path == Path(__file__) or not path.is_file():
+            continue
+        text = path.read_bytes().decode(errors="ignore")
+        problems += [f"{path}: {match[0]}" for match in FORBIDDEN.finditer(text)]
+    assert not problems
