@@ -24,6 +24,6 @@ clean:
 	$(RUN) -m pip install --no-build-isolation -e ".[test,bench,dev]"
 	touch $@
 
-.venv/ready: .ci/venv.py
-	"$(PYTHON)" .ci/venv.py .venv "$(TORCH)"
+.venv/ready: .ci/make_venv.py
+	"$(PYTHON)" .ci/make_venv.py .venv "$(TORCH)"
 	touch $@

@@ -1,6 +1,6 @@
 """Make a virtual environment that sees the torch of this interpreter, or has a torch of its own.
 
-Usage: python .ci/venv.py FOLDER TORCH_REQUIREMENT
+Usage: python .ci/make_venv.py FOLDER TORCH_REQUIREMENT
 """
 
 import subprocess
