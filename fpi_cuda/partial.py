@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+class IndependentError(ValueError):
+    """r does not depend on s."""
+
+
 def partial(r: Tensor | Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
     """P(s; r), the partial derivatives of r with respect to s, themselves differentiable.
 
@@ -127,9 +131,9 @@ def require_floating(name: str, value: object) -> None:
         raise TypeError(f"partial: {name} must be floating, got {value.dtype}")
 
 
-def independent() -> ValueError:
+def independent() -> IndependentError:
     """The error for an r without a derivative in s."""
-    return ValueError(
+    return IndependentError(
         "partial: r does not depend on s. If the graph between them was cut by detach() or "
         "no_grad(), compute r from s itself; if the derivative is truly zero, use "
         "torch.zeros_like(s)"

@@ -1,0 +1,56 @@
+"""What a cell is: a map in two parts, of which the loop repeats only the second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Cell(nn.Module):
+    """A map g(x, *z) whose work on z alone is done once per solve.
+
+    A subclass gives two methods, and `cell(x, *z)` is `cell.step(x, cell.prepare(*z))`:
+
+    - `prepare(*z)` returns whatever of g does not depend on x, as a tensor or a tuple of
+      tensors;
+    - `step(x, prepared)` returns the next x, in the shape and dtype of x.
+
+    Attributes:
+        rowwise: sample i of the result depends on sample i of x and z alone, and dim 0 of
+            whatever `prepare` returns is the batch. Stopped samples can then be left out.
+        x_features: size of the last dimension of x, or None where any will do.
+    """
+
+    rowwise: bool = True
+    x_features: int | None = None
+    prepare: Callable[..., Any]
+    step: Callable[..., Tensor]
+
+    def forward(self, x: Tensor, *z: Tensor) -> Tensor:
+        """g(x, *z), shaped like x."""
+        return self.step(x, self.prepare(*z))
+
+
+# Weights on x start orthogonal, at the gain that gives a fresh cell this Lipschitz constant: the
+# fixed point then exists, is unique, and is found from any x0, before training has shaped g.
+FRESH_LIPSCHITZ = 0.5
+
+
+def require_features(owner: str, name: str, value: Tensor, features: int) -> None:
+    """Raise unless the last dimension of `value` has `features` entries."""
+    if value.dim() == 0 or value.shape[-1] != features:
+        raise ValueError(
+            f"{owner}: {name} must have {features} features in its last dimension, "
+            f"got {name}={tuple(value.shape)}"
+        )
+
+
+def require_same_batch(owner: str, x: Tensor, prepared: Tensor) -> None:
+    """Raise unless x and the prepared z agree in all but their features."""
+    if x.shape[:-1] != prepared.shape[:-1]:
+        raise ValueError(
+            f"{owner}: z must have the batch of x, got x={tuple(x.shape)}, "
+            f"z=({', '.join(map(str, prepared.shape[:-1]))}, ...); use z.expand"
+        )

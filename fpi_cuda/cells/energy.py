@@ -1,0 +1,103 @@
+"""A learnable energy f(x, z) whose minimiser is the output of an FPI_GD layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fpi_cuda.cells.activation import ACTIVATIONS, require_activation
+from fpi_cuda.cells.cell import require_features, require_same_batch
+from fpi_cuda.options import require_count, require_real
+
+
+class MLPEnergy(nn.Module):
+    """f(x, z) = w . act(A x + B z + b) + quadratic / 2 ||x||^2, one value per sample.
+
+    With quadratic > 0 the energy grows in every direction, for no activation grows faster than
+    linearly: a minimiser exists. While w >= 0 and the activation is convex (softplus) it is
+    strongly convex, so there is one minimiser and a small enough gradient step contracts. With
+    quadratic = 0 the energy may have no minimum, and gradient descent drifts off. The gradient of
+    relu jumps, so that gradient descent need not settle.
+
+    Args:
+        z_features: size of the last dimension of z.
+        x_features: size of the last dimension of x.
+        hidden_features: size of the hidden layer.
+        activation: tanh, relu, sigmoid, gelu, softplus or identity.
+        quadratic: weight of the quadratic term, at least 0.
+        device, dtype: of the parameters.
+    Attributes:
+        A: Linear without bias, weight (hidden_features, x_features).
+        B: Linear with the bias b, weight (hidden_features, z_features).
+        w: (hidden_features,).
+    Raises:
+        ValueError: unknown activation, sizes below 1, quadratic below 0 or not finite.
+    Source:
+        Jeon, Lee, Choi, IEEE Access 2021, the FPI_GD layer.
+    """
+
+    rowwise = True
+
+    def __init__(
+        self,
+        z_features: int,
+        x_features: int,
+        hidden_features: int,
+        activation: str = "softplus",
+        quadratic: float = 1.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_count("MLPEnergy", "z_features", z_features, 1)
+        require_count("MLPEnergy", "x_features", x_features, 1)
+        require_count("MLPEnergy", "hidden_features", hidden_features, 1)
+        require_real("MLPEnergy", "quadratic", quadratic, 0.0)
+        self.z_features = z_features
+        self.x_features = x_features
+        self.hidden_features = hidden_features
+        self.activation = require_activation("MLPEnergy", "activation", activation)
+        self.quadratic = float(quadratic)
+        self.A = nn.Linear(x_features, hidden_features, bias=False, device=device, dtype=dtype)
+        self.B = nn.Linear(z_features, hidden_features, device=device, dtype=dtype)
+        self.w = nn.Parameter(torch.empty(hidden_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew: ||A|| = 1 and 0 <= w <= quadratic (1 if that is 0).
+
+        A smooth activation has |act''| < 0.8, so the Hessian of a fresh energy lies between 0.2
+        and 1.8 times `quadratic`: steps up to 1 / quadratic contract.
+        """
+        nn.init.orthogonal_(self.A.weight)
+        self.B.reset_parameters()
+        nn.init.uniform_(self.w, 0.0, self.quadratic or 1.0)
+
+    def prepare(self, z: Tensor) -> Tensor:
+        """B z + b: z (B, z_features) -> (B, hidden_features)."""
+        require_features("MLPEnergy", "z", z, self.z_features)
+        return self.B(z)
+
+    def value(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """f: x (B, x_features) -> (B,)."""
+        hidden = ACTIVATIONS[self.activation].value(self._hidden_input(x, prepared))
+        return hidden @ self.w + 0.5 * self.quadratic * (x * x).sum(-1)
+
+    def gradient(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """The derivative of f in x, in closed form: x (B, x_features) -> (B, x_features)."""
+        slope = ACTIVATIONS[self.activation].derivative(self._hidden_input(x, prepared))
+        return (slope * self.w) @ self.A.weight + self.quadratic * x
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """f(x, z): x (B, x_features), z (B, z_features) -> (B,)."""
+        return self.value(x, self.prepare(z))
+
+    def _hidden_input(self, x: Tensor, prepared: Tensor) -> Tensor:
+        require_features("MLPEnergy", "x", x, self.x_features)
+        require_same_batch("MLPEnergy", x, prepared)
+        return self.A(x) + prepared
+
+    def extra_repr(self) -> str:
+        """What repr shows besides the submodules."""
+        return f"activation={self.activation!r}, quadratic={self.quadratic}"

@@ -1,0 +1,84 @@
+"""FPI_NN with two layers: the map of the paper's multi-label experiment."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fpi_cuda.cells.activation import ACTIVATIONS, require_activation
+from fpi_cuda.cells.cell import FRESH_LIPSCHITZ, Cell, require_features, require_same_batch
+from fpi_cuda.options import require_count
+
+
+class MLP(Cell):
+    """g(x, z) = out_act(W act(A x + B z + b) + c).
+
+    Args:
+        z_features: size of the last dimension of z.
+        x_features: size of the last dimension of x.
+        hidden_features: size of the hidden layer.
+        activation, out_activation: tanh, relu, sigmoid, gelu, softplus or identity.
+        device, dtype: of the parameters.
+    Attributes:
+        A: Linear without bias, weight (hidden_features, x_features).
+        B: Linear with the bias b, weight (hidden_features, z_features).
+        W: Linear with the bias c, weight (x_features, hidden_features).
+    Raises:
+        ValueError: unknown activation, or sizes below 1.
+    Source:
+        Jeon, Lee, Choi, IEEE Access 2021, the FPI_NN layer.
+    """
+
+    x_features: int
+
+    def __init__(
+        self,
+        z_features: int,
+        x_features: int,
+        hidden_features: int,
+        activation: str = "relu",
+        out_activation: str = "sigmoid",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_count("MLP", "z_features", z_features, 1)
+        require_count("MLP", "x_features", x_features, 1)
+        require_count("MLP", "hidden_features", hidden_features, 1)
+        self.z_features = z_features
+        self.x_features = x_features
+        self.hidden_features = hidden_features
+        self.activation = require_activation("MLP", "activation", activation)
+        self.out_activation = require_activation("MLP", "out_activation", out_activation)
+        self.A = nn.Linear(x_features, hidden_features, bias=False, device=device, dtype=dtype)
+        self.B = nn.Linear(z_features, hidden_features, device=device, dtype=dtype)
+        self.W = nn.Linear(hidden_features, x_features, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, so that g contracts by one half."""
+        lipschitz = (
+            ACTIVATIONS[self.activation].lipschitz * ACTIVATIONS[self.out_activation].lipschitz
+        )
+        gain = (FRESH_LIPSCHITZ / lipschitz) ** 0.5
+        self.B.reset_parameters()
+        self.W.reset_parameters()
+        nn.init.orthogonal_(self.A.weight, gain)
+        nn.init.orthogonal_(self.W.weight, gain)
+
+    def prepare(self, z: Tensor) -> Tensor:
+        """B z + b: z (B, z_features) -> (B, hidden_features)."""
+        require_features("MLP", "z", z, self.z_features)
+        return self.B(z)
+
+    def step(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """out_act(W act(A x + prepared) + c): x (B, x_features) -> (B, x_features)."""
+        require_features("MLP", "x", x, self.x_features)
+        require_same_batch("MLP", x, prepared)
+        hidden = ACTIVATIONS[self.activation].value(self.A(x) + prepared)
+        return ACTIVATIONS[self.out_activation].value(self.W(hidden)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What repr shows besides the submodules."""
+        return f"activation={self.activation!r}, out_activation={self.out_activation!r}"
