@@ -15,6 +15,7 @@ bench: .venv/built
 
 lint: .venv/built
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
 clean:

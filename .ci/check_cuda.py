@@ -45,7 +45,8 @@ def compile_one(nvcc, source, arch, folder):
         [*command, "-c", str(source), "-o", str(output)], cwd=ROOT, capture_output=True, text=True
     )
     if done.returncode:
-        sys.exit(f"cuda gate: {source.name} does not compile for {arch}\n{done.stdout}{done.stderr}")
+        messages = done.stdout + done.stderr
+        sys.exit(f"cuda gate: {source.name} does not compile for {arch}\n{messages}")
     return done.stdout + done.stderr
 
 
@@ -69,7 +70,8 @@ def check(reports, budgets):
             "spill_bytes": int(match["stores"]) + int(match["loads"]),
         }
         allowed = budget_for(name, budgets)
-        print(f"  {match['arch']} {used['registers']:3} registers, {used['spill_bytes']} spill bytes: {name}")
+        registers, spills = used.values()
+        print(f"  {match['arch']} {registers:3} registers, {spills} spill bytes: {name}")
         failures += [
             f"{name} ({match['arch']}): {used[key]} {key}, budget {allowed[key]}"
             for key in used

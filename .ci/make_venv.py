@@ -9,7 +9,7 @@ import sysconfig
 import venv
 from pathlib import Path
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"fpi_cuda: Python >= 3.10 is needed, got {sys.version.split()[0]}: make PYTHON=...")
 
 

@@ -194,7 +194,8 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     for name in ("FPI_CUDA", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.CUDA_SOURCES = ["csrc/cuda/one_kernel.cu"]
