@@ -22,6 +22,7 @@ clean:
 	rm -rf .venv build *.egg-info fpi_cuda/*.so
 
 .venv/built: .venv/ready setup.py pyproject.toml $(CSRC)
+	$(RUN) setup.py -q build_ext --inplace
 	$(RUN) -m pip install --no-build-isolation -e ".[test,bench,dev]"
 	touch $@
 

@@ -99,9 +99,10 @@ def run_all(compiles, link):
         if any(codes) or any(subprocess.call(command) for _, command in link.values()):
             sys.exit("fpi_cuda: the build failed, see the compiler's message above")
         return
-    lines = [f"builddir = {BUILD}", "rule link", " command = $line"]
-    lines += ["rule run", " command = $line", " depfile = $out.d", " deps = gcc"]
-    for rule, edges in (("run", compiles), ("link", link)):
+    line = [" command = $line", " description = $out"]
+    lines = [f"builddir = {BUILD}", "rule link", *line]
+    lines += ["rule compile", *line, " depfile = $out.d", " deps = gcc"]
+    for rule, edges in (("compile", compiles), ("link", link)):
         for output, (inputs, command) in edges.items():
             lines += [f"build {output}: {rule} {' '.join(inputs)}"]
             lines += [" line = " + shlex.join(command).replace("$", "$$")]
