@@ -58,11 +58,6 @@ def quartic(x: Tensor, z: Tensor) -> Tensor:
     return (x**4).sum(-1) - (x * z[..., :X]).sum(-1)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=list(CELLS))
 def cell(request: pytest.FixtureRequest) -> Cell:
     return CELLS[request.param]().double()

@@ -17,11 +17,6 @@ SOLVERS = ["gmres", "gmres_restarted", "conjugate_gradient"]
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 class System:
     """A (B, D, D) batch of matrices that counts how often each product is evaluated."""
 

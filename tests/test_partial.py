@@ -12,11 +12,6 @@ from torch.autograd import gradcheck, gradgradcheck
 from fpi_cuda.partial import partial
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
