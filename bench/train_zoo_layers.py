@@ -3,7 +3,7 @@
     python -m bench.train_zoo_layers --data DIR
 
 Writes the weights, rounded to float16, and the hoisted inputs of eight test rows per layer: all
-that a problem of the zoo needs, and nothing of the data set. About two minutes on one core.
+that a problem of the zoo needs, and nothing of the data set. Two minutes on one core.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ Layer = Perceptron | Energy
 
 
 def flat_solve(
-    evaluate: FlatMap, x0: Tensor, solver: Anderson | Picard, rtol: float
+    evaluate: FlatMap, x0: Tensor, solver: Anderson | Picard, rtol: float, max_steps: int = 300
 ) -> SolveResult:
-    """The library's loop with the best backend, at most 300 steps."""
+    """The library's loop with the best backend."""
     backend = backends.resolve(None, x0.device, x0.dtype)
-    return solve(evaluate, x0, solver, rtol=rtol, atol=0.0, max_steps=300, backend=backend)
+    return solve(evaluate, x0, solver, rtol=rtol, atol=0.0, max_steps=max_steps, backend=backend)
 
 
 def fixed_points(layer: Layer, z: Tensor, rtol: float) -> Tensor:
