@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +61,9 @@ class TrainedMap:
 @functools.cache
 def stored() -> dict[str, Tensor]:
     """Every array of the file, as float64."""
+    # Here, so that the rest of the zoo does without numpy, on which the package does not depend.
+    import numpy as np
+
     with np.load(WEIGHTS) as file:
         return {name: torch.from_numpy(file[name].astype(np.float64)) for name in file.files}
 
