@@ -1,0 +1,81 @@
+"""xitorch (https://github.com/xitorch/xitorch): equilibrium, one norm over the whole batch."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from xitorch.optimize import equilibrium
+
+from bench.peers.base import Entry, Peer
+from bench.problems import Problem
+
+
+class _Step(nn.Module):
+    """The cell's step as a module: xitorch takes gradients in the parameters of a module only."""
+
+    def __init__(self, cell: Any) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor, *prepared: Tensor) -> Tensor:
+        return self.cell.step(x, prepared[0] if len(prepared) == 1 else prepared)
+
+
+class Xitorch(Peer):
+    """xitorch.optimize.equilibrium; the backward is its bicgstab, its default."""
+
+    library = "xitorch"
+
+    def _run(self, problem: Problem, z: Tensor, tol: float, adjoint_tol: float) -> Tensor:
+        prepared = problem.cell.prepare(z)
+        tensors = prepared if isinstance(prepared, tuple) else (prepared,)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it did not converge: the residual tells
+            return equilibrium(
+                _Step(problem.cell).forward,
+                problem.x0,
+                params=tensors,
+                bck_options={
+                    "method": "bicgstab",
+                    "rtol": adjoint_tol,
+                    "atol": 0.0,
+                    "max_niter": problem.max_steps,
+                },
+                maxiter=problem.max_steps,
+                f_tol=tol,
+                x_tol=float("inf"),
+                **self.settings,
+            )
+
+    def first_tolerance(self, problem: Problem) -> float:
+        return super().first_tolerance(problem) * problem.batch**0.5
+
+    def solve(self, problem: Problem, tol: float) -> Tensor:
+        with torch.no_grad():
+            return self._run(problem, problem.z, tol, tol)
+
+    def solve_and_grad(
+        self, problem: Problem, tol: float, adjoint_tol: float, v: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        z = problem.z.detach().requires_grad_()
+        x = self._run(problem, z, tol, adjoint_tol)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            grads = torch.autograd.grad((v * x).sum(), [z, *problem.parameters])
+        return x.detach(), list(grads)
+
+
+def entries() -> list[Entry]:
+    return [
+        Entry("xitorch broyden1 (default)", (Xitorch("default", method="broyden1"),)),
+        Entry(
+            "xitorch Anderson (best)",
+            tuple(
+                Xitorch(f"m={m}, lmbda={ridge:g}", method="anderson_acc", msize=m, lmbda=ridge)
+                for m, ridge in ((5, 1e-4), (5, 1e-10), (8, 1e-10))
+            ),
+        ),
+    ]

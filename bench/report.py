@@ -1,0 +1,256 @@
+"""Tables, plots and the README's results section, from the benchmark's JSON.
+
+python -m bench.report bench/out/throughput.json     # the terminal tables again
+python -m bench.report --readme                      # README.md from bench/results/*.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from bench.plots import plot
+
+WIDTH = 100
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+COLUMNS = ("library", "solved", "steps", "fwd/s", "time / ours", "fwd+bwd/s", "time / ours", "MB")
+
+__all__ = ["markdown", "plot", "text", "update_readme"]
+
+Table = list[tuple[str, ...]]
+
+
+def text(results: dict[str, Any]) -> str:
+    """Everything measured, as tables at most 100 columns wide."""
+    lines: list[str] = []
+    for layer in results["training"]:
+        last = layer["history"][-1]
+        lines += wrapped(
+            [
+                f"{layer['name']}: {len(layer['history'])} epochs, train loss {last['loss']:.3f}, "
+                f"test {layer['metric']} {layer['score']:.3f}, {last['solved']:.1%} of solves "
+                f"converged, {last['steps']:.1f} steps per sample"
+            ]
+        )
+    for problem in results["problems"]:
+        for table in problem["tables"]:
+            lines += ["", title(problem, table["batch"]), *aligned(throughput_table(table))]
+        lines += wrapped(settings(problem))
+        if "contamination" in problem:
+            lines += ["", CONTAMINATION, *aligned(contamination_table(problem))]
+            lines += ["", LOSS_SCALE, *aligned(loss_scale_table(problem))]
+    lines += ["", *wrapped([f"skipped {name}: {why}" for name, why in results["skipped"].items()])]
+    if "total_seconds" in results:
+        lines.append(
+            f"{results['training_seconds']:.0f} s of training, "
+            f"{results['total_seconds']:.0f} s in all"
+        )
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same for README: the main tables, the settings, and where it was measured."""
+    where = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    parts = [
+        f"Measured on {where['cpu'] if where['device'] == 'cpu' else where['device']}, "
+        f"{where['threads']} thread(s), Python {where['python']}, {versions}, commit "
+        f"{where['commit']}, {where['date']}: `{where['command']}`."
+    ]
+    for problem in results["problems"]:
+        table = main_table(problem)
+        parts += [f"**{title(problem, table['batch'])}**", piped(throughput_table(table))]
+        if "contamination" in problem:
+            parts += [f"**{CONTAMINATION}**", piped(contamination_table(problem))]
+            parts += [f"**{LOSS_SCALE}**", piped(loss_scale_table(problem))]
+    if results["skipped"]:
+        parts.append("Skipped: " + "; ".join(f"{k} ({v})" for k, v in results["skipped"].items()))
+    return "\n\n".join(parts)
+
+
+CONTAMINATION = "Batch contamination: how 32 easy samples fare beside 32 hard or NaN ones"
+LOSS_SCALE = "Largest gradient error of a sample, by loss scale"
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every infinity or NaN in it, at any depth: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main_table(problem: dict[str, Any]) -> dict[str, Any]:
+    """The batch size at which settings were chosen and memory was measured."""
+    tables: list[dict[str, Any]] = problem["tables"]
+    return max(tables, key=lambda table: "peak_bytes" in table["rows"][0])
+
+
+def title(problem: dict[str, Any], batch: int) -> str:
+    """What one table shows."""
+    return (
+        f"{problem['name']}: B={batch}, d={problem['features']}, {problem['dtype']}, "
+        f"true residual {problem['rtol']:g}, gradient error {problem['gradient_rtol']:.1g}"
+    )
+
+
+def throughput_table(table: dict[str, Any]) -> Table:
+    """Rows of COLUMNS: samples converged per second, and time over fpi_cuda Anderson's."""
+    rows: Table = [COLUMNS]
+    rows += [
+        (
+            row["label"],
+            share(row["solved"]),
+            f"{row['steps_mean']:.0f}/{row['steps_max']:.0f}",
+            *_timing(row["forward"]),
+            *_timing(row.get("both")),
+            f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else "",
+        )
+        for row in table["rows"]
+    ]
+    return rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]
+
+
+def _timing(timing: dict[str, Any] | None) -> tuple[str, str]:
+    if timing is None:
+        return "-", "-"
+    ratio = timing.get("time_over_baseline")
+    shown = f"{two(ratio['median'])} ({two(ratio['min'])}-{two(ratio['max'])})" if ratio else ""
+    return rate(timing["solved_per_second"]), shown
+
+
+def contamination_table(problem: dict[str, Any]) -> Table:
+    """How far an easy sample's answer moves, and whether it is still solved."""
+    head = ("library", "hard: moved", "solved", "NaN: moved", "solved", "steps", "with NaN")
+    rows: Table = [head]
+    for item in problem["contamination"]:
+        hard, nan, easy = item["hard"], item["nan"], item["easy"]
+        rows.append(
+            (
+                item["label"],
+                *_moved(hard),
+                *_moved(nan),
+                _steps(easy),
+                _steps(nan),
+            )
+        )
+    return rows
+
+
+def _moved(case: dict[str, Any]) -> tuple[str, str]:
+    if "error" in case:
+        return case["error"], share(0.0)
+    return number(case["moved"]), share(case["solved"])
+
+
+def _steps(case: dict[str, Any]) -> str:
+    return f"{case['steps']:.0f}" if "steps" in case else "-"
+
+
+def loss_scale_table(problem: dict[str, Any]) -> Table:
+    """Relative gradient errors, one column for each scale."""
+    items = [item for item in problem["loss_scale"] if "setting" in item]
+    scales = [key for key in items[0] if key not in ("label", "setting")] if items else []
+    rows: Table = [("library", *(f"loss x {scale}" for scale in scales))]
+    rows += [(item["label"], *(number(item[scale]) for scale in scales)) for item in items]
+    return rows
+
+
+def settings(problem: dict[str, Any]) -> list[str]:
+    """Which settings stand behind each row, and which rows there are not."""
+    lines = []
+    for row in main_table(problem)["rows"]:
+        line = f"{row['label']}: {row['setting']}, tolerance {row['tol']:.2g}"
+        if "both_setting" in row:
+            other = "" if row["both_setting"] == row["setting"] else f"{row['both_setting']}, "
+            line += (
+                f"; backward: {other}tolerance {row['adjoint_tol']:.2g}, "
+                f"{share(row['gradient_solved'])} within the gradient error"
+            )
+        lines.append(line)
+    reasons: dict[str, list[str]] = {}
+    for label, why in problem["failed"].items():
+        reasons.setdefault(why, []).append(label)
+    return lines + [f"not run: {', '.join(labels)}: {why}" for why, labels in reasons.items()]
+
+
+def rate(value: float) -> str:
+    """At most six characters for anything below 100 million."""
+    return f"{value:,.0f}" if value < 99_999.5 else f"{value / 1000:,.0f}k"
+
+
+def two(value: float) -> str:
+    """Two significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2g}"
+
+
+def share(value: float) -> str:
+    """A percentage that reads 100 only where nothing is missing."""
+    return "100%" if value == 1.0 else f"{min(100 * value, 99.9):.3g}%"
+
+
+def number(value: float | str | None) -> str:
+    """A magnitude, or whatever stands in its place; None is not finite."""
+    if value is None:
+        return "not finite"
+    return value if isinstance(value, str) else f"{value:.1e}"
+
+
+def aligned(table: Table) -> list[str]:
+    """Columns padded: the first to the left, the others to the right; closer where it is tight."""
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
+    lines = []
+    for first, *rest in table:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        lines.append(gap.join([first.ljust(widths[0]), *cells]))
+    return lines
+
+
+def wrapped(lines: list[str]) -> list[str]:
+    """Long lines broken at WIDTH, continued with an indent."""
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="    ")]
+
+
+def piped(table: Table) -> str:
+    """A Markdown table."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([head, "| --- |" + " ---: |" * (len(table[0]) - 1), *body])
+
+
+def update_readme(readme: Path, folder: Path) -> None:
+    """Replace what lies between the markers of `readme` by the tables of `folder`/*.json.
+
+    Raises:
+        ValueError: the markers are missing.
+    """
+    old = readme.read_text()
+    if BEGIN not in old or END not in old:
+        raise ValueError(f"update_readme: {readme} must hold {BEGIN} and {END}")
+    before, rest = old.split(BEGIN, 1)
+    after = rest.split(END, 1)[1]
+    loaded = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    sections = [markdown(results) for results in loaded if results.get("kind") == "throughput"]
+    readme.write_text(f"{before}{BEGIN}\n\n{chr(10).join(sections)}\n\n{END}{after}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="*", type=Path, help="JSON files to print")
+    parser.add_argument("--readme", action="store_true", help="regenerate README.md's tables")
+    options = parser.parse_args()
+    root = Path(__file__).parent.parent
+    for path in options.results:
+        print(text(json.loads(path.read_text())))
+    if options.readme:
+        update_readme(root / "README.md", root / "bench" / "results")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""Picks each library's settings on a problem: tolerances at equal true error, then the fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from bench.measure import Calibration, loosest_tolerance, quickest
+from bench.peers import Entry, Peer
+from bench.problems import Problem, Reference, reference_solution
+
+SCREEN_BATCH = 8
+SCREEN_SECONDS = 2.0
+"""A setting that needs longer than this for SCREEN_BATCH samples is left out, by name."""
+
+BACKWARD_FIELD = 1.5
+"""Settings within this factor of the fastest forward are tried forward+backward."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A problem with what its gradient is measured against.
+
+    Attributes:
+        v: (B, d) gradient of the loss in x.
+    """
+
+    problem: Problem
+    v: Tensor
+    reference: Reference
+
+    @property
+    def gradient_rtol(self) -> float:
+        """condition times rtol: the relative error that a residual of rtol explains."""
+        return self.reference.condition * self.problem.rtol
+
+    def gradient_errors(self, z_grad: Tensor) -> Tensor:
+        """(valid,) relative error of each sample's gradient in z; NaN counts as inf."""
+        exact = self.reference.z_grad
+        error = (z_grad.double() - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-30)
+        return torch.nan_to_num(error[self.reference.valid], nan=torch.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """A setting whose forward tolerance is found, and its time in seconds."""
+
+    peer: Peer
+    tol: Calibration
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """The same with the tolerance of the backward solve; the time is forward+backward."""
+
+    peer: Peer
+    tol: Calibration
+    adjoint: Calibration
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """A row of the tables: the best setting forward, and the best with the backward.
+
+    Attributes:
+        both: None where no setting's backward ran.
+        failures: the settings that did not run, and why.
+    """
+
+    label: str
+    forward: Forward
+    both: Both | None
+    failures: list[str]
+
+
+def make_task(problem: Problem, start: Peer) -> Task:
+    """Draw the loss and compute its exact gradient, from the solution that `start` finds."""
+    generator = torch.Generator().manual_seed(1)
+    v = torch.randn(problem.x0.shape, generator=generator).to(problem.x0)
+    x = start.solve(problem, start.first_tolerance(problem))
+    return Task(problem, v, reference_solution(problem, x, v))
+
+
+def choose(entry: Entry, task: Task, num_candidates: int | None = None) -> Chosen:
+    """Pick the entry's settings on this problem.
+
+    Args:
+        num_candidates: try this many settings of a "fastest" entry; None tries all.
+    Raises:
+        RuntimeError: no setting ran; the message tells why.
+    """
+    if entry.pick == "first_solving":
+        return _first_solving(entry, task)
+    reasons: list[str] = []
+    found = [
+        forward
+        for peer in entry.candidates[:num_candidates]
+        if (forward := _attempt(lambda peer=peer: try_forward(peer, task.problem), peer, reasons))
+    ]
+    if not found:
+        raise RuntimeError("; ".join(reasons))
+    fastest = max(found, key=lambda item: (item.tol.solved, -item.seconds))
+    field = [
+        item
+        for item in found
+        if item.tol.solved == fastest.tol.solved
+        and item.seconds <= BACKWARD_FIELD * fastest.seconds
+    ]
+    complete = [
+        both
+        for item in field
+        if (both := _attempt(lambda item=item: try_both(item, task), item.peer, reasons))
+    ]
+    return Chosen(
+        entry.label,
+        fastest,
+        max(complete, key=lambda item: (item.adjoint.solved, -item.seconds), default=None),
+        reasons,
+    )
+
+
+def _first_solving(entry: Entry, task: Task) -> Chosen:
+    """The first setting that solves all samples, and the first whose gradients are right, too."""
+    reasons: list[str] = []
+    forward: Forward | None = None
+    both: Both | None = None
+    for peer in entry.candidates:
+        tried = _attempt(lambda peer=peer: try_forward(peer, task.problem), peer, reasons)
+        if tried is None:
+            continue
+        if forward is None or tried.tol.solved > forward.tol.solved:
+            forward = tried
+        if tried.tol.solved < 1.0:
+            continue
+        complete = _attempt(lambda tried=tried: try_both(tried, task), peer, reasons)
+        if complete and (both is None or complete.adjoint.solved > both.adjoint.solved):
+            both = complete
+        if both is not None and both.adjoint.solved == 1.0:
+            break
+    if forward is None:
+        raise RuntimeError("; ".join(reasons))
+    return Chosen(entry.label, forward, both, reasons)
+
+
+T = TypeVar("T")
+
+
+def _attempt(call: Callable[[], T], peer: Peer, reasons: list[str]) -> T | None:
+    """The result of `call`; or None, and why in `reasons`: a peer's failure is a finding."""
+    try:
+        return call()
+    except Exception as error:
+        reasons.append(f"{peer.name}: {reason(error)}")
+        return None
+
+
+def try_forward(peer: Peer, problem: Problem, first: float | None = None) -> Forward:
+    """Find the loosest tolerance at which the library's answers meet the problem's rtol.
+
+    Raises:
+        RuntimeError: a few samples already take too long.
+    """
+    screen(peer, problem)
+    tol = loosest_tolerance(
+        lambda tol: problem.true_residual(peer.solve(problem, tol)),
+        problem.rtol,
+        first or peer.first_tolerance(problem),
+    )
+    return Forward(peer, tol, quickest(lambda: peer.solve(problem, tol.tol), problem.z.device))
+
+
+def try_both(forward: Forward, task: Task) -> Both:
+    """Find the loosest adjoint tolerance at which every sample's gradient in z is close enough."""
+    peer, tol, problem = forward.peer, forward.tol, task.problem
+
+    def errors(adjoint_tol: float) -> Tensor:
+        _, grads = peer.solve_and_grad(problem, tol.tol, adjoint_tol, task.v)
+        return task.gradient_errors(grads[0])
+
+    adjoint = loosest_tolerance(errors, task.gradient_rtol, peer.first_tolerance(problem))
+    taken = quickest(
+        lambda: peer.solve_and_grad(problem, tol.tol, adjoint.tol, task.v), problem.z.device
+    )
+    return Both(peer, tol, adjoint, taken)
+
+
+def at_batch(chosen: Chosen, problem: Problem) -> Chosen:
+    """The same settings on another batch: forward tolerances found anew, adjoint ones kept."""
+    forward = try_forward(chosen.forward.peer, problem, chosen.forward.tol.tol)
+    if chosen.both is None:
+        return dataclasses.replace(chosen, forward=forward)
+    same = chosen.both.peer is chosen.forward.peer
+    again = forward if same else try_forward(chosen.both.peer, problem, chosen.both.tol.tol)
+    both = dataclasses.replace(chosen.both, tol=again.tol)
+    return dataclasses.replace(chosen, forward=forward, both=both)
+
+
+def screen(peer: Peer, problem: Problem) -> None:
+    """Raise a RuntimeError where a few samples already take too long."""
+    if peer.compiles:
+        return
+    few = problem.with_batch(min(SCREEN_BATCH, problem.batch))
+    first = peer.first_tolerance(few)
+    taken = quickest(lambda: peer.solve(few, first), problem.z.device, 2)
+    if taken > SCREEN_SECONDS:
+        raise RuntimeError(f"too slow, {taken:.1f} s for {few.batch} samples")
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
