@@ -1,5 +1,53 @@
-"""Fixed-point iteration layers for PyTorch."""
+"""Fixed-point iteration layers for PyTorch: fast, with exact gradients, honest on convergence."""
 
 from __future__ import annotations
 
+from fpi_cuda import cells
+from fpi_cuda._extension import build_info, native_available
+from fpi_cuda.diagnostics import contract_, jacobian_penalty, spectral_radius
+from fpi_cuda.functional import fixed_point
+from fpi_cuda.implicit import FixedPointWarning
+from fpi_cuda.layer import FPILayer
+from fpi_cuda.options import (
+    GMRES,
+    Anderson,
+    Broyden,
+    ConjugateGradient,
+    Implicit,
+    JacobianFree,
+    Neumann,
+    Phantom,
+    Picard,
+    Unroll,
+)
+from fpi_cuda.partial import partial
+from fpi_cuda.result import ConvergenceError, Solution, Stats, Status
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "GMRES",
+    "Anderson",
+    "Broyden",
+    "ConjugateGradient",
+    "ConvergenceError",
+    "FPILayer",
+    "FixedPointWarning",
+    "Implicit",
+    "JacobianFree",
+    "Neumann",
+    "Phantom",
+    "Picard",
+    "Solution",
+    "Stats",
+    "Status",
+    "Unroll",
+    "build_info",
+    "cells",
+    "contract_",
+    "fixed_point",
+    "jacobian_penalty",
+    "native_available",
+    "partial",
+    "spectral_radius",
+]

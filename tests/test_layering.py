@@ -17,7 +17,7 @@ LEVELS = [
     {"layer"},
     {"functional"},
     {"implicit", "solvers", "cells", "backends"},
-    {"options", "result", "state", "partial", "control"},
+    {"options", "result", "state", "partial", "control", "faithful", "transforms"},
     {"_extension"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.

@@ -1,0 +1,206 @@
+"""The user's g with its inputs bound, as a map of flat (B, D) tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpi_cuda.faithful import Replay
+from fpi_cuda.state import Layout
+
+
+class FlatMap:
+    """x (B, D) -> g(x, *z) (B, D), checked at every evaluation.
+
+    A g that offers `prepare(*z)` and `step(x, prepared)` has the first called once, here.
+
+    Attributes:
+        g, layout, z, replay: as given.
+        source_z: z, also where a mended map evaluates g on something else.
+        hoisted: g offers prepare and step.
+        in_place: g changes the x it is given, so each evaluation gets a copy. Known after the
+            first evaluation.
+    """
+
+    def __init__(self, g: Any, layout: Layout, z: tuple[Tensor, ...], replay: Replay) -> None:
+        self.g = g
+        self.layout = layout
+        self.z = z
+        self.source_z = z
+        self.replay = replay
+        self.hoisted = offers_hoisting(g)
+        self.in_place = False
+        self._prepare_replay = Replay(layout.device)
+        self._prepared: Any = None
+        if self.hoisted:
+            self._prepared = self._prepare_replay(lambda: g.prepare(*z))
+        self._seen = False
+        self._selection: tuple[Tensor | None, Any] = (None, None)
+        self._whole: Tensor | None = None
+        self._mend: tuple[Tensor, int] | None = None
+        self._steps = 1
+        self._damping = 1.0
+
+    def selectable(self) -> bool:
+        """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
+        read = self._prepared if self.hoisted else self.z
+        parts = read if isinstance(read, (tuple, list)) else (read,)
+        return all(
+            isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == self.layout.batch
+            for part in parts
+        )
+
+    def evaluate(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """g for a solver, without a graph; see fpi_cuda.solvers.loop.FlatMap."""
+        if rows is None:
+            self._whole = x
+            return self._checked(x, self._call)
+        if self.replay.stochastic:
+            # Fewer rows would draw other random numbers.
+            assert self._whole is not None
+            whole = self._whole.index_copy(0, rows, x)
+            self._whole = whole
+            return self._checked(whole, self._call)[rows]
+        return self._checked(x, lambda state: self._call_rows(state, rows))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """g of the whole batch, with the graph that the grad mode allows."""
+        return self._iterated(x, self._call)
+
+    def with_inputs(
+        self, x: Tensor, z: Sequence[Tensor], tensors: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """g(x, *z) once more, with other tensors in the place of z.
+
+        Args:
+            x: (B, D).
+            z: as many tensors as source_z.
+            tensors: for a module g, parameters and buffers by name.
+        """
+
+        def call(state: Any) -> Any:
+            if tensors:
+                return torch.func.functional_call(self.g, dict(tensors), (state, *z))
+            if self.hoisted:
+                return self.g.step(state, self._prepare_replay(lambda: self.g.prepare(*z)))
+            return self.g(state, *z)
+
+        if self._mend is not None:
+            z = self._mended_inputs(z, *self._mend)
+        return self._iterated(x, call)
+
+    def damped(self, steps: int, damping: float) -> FlatMap:
+        """The map x <- x + damping (g(x) - x), so many times."""
+        other = copy.copy(self)
+        other._steps, other._damping = steps, damping
+        return other
+
+    def mended(self, bad: Tensor) -> FlatMap:
+        """This map with a good sample's x and z in the place of those of the bad ones.
+
+        Args:
+            bad: (B,) bool, not all True.
+        """
+        good = int(torch.nonzero(~bad)[0])
+        other = copy.copy(self)
+        other._mend = (bad, good)
+        other.z = tuple(self._mended_inputs(self.source_z, bad, good))
+        if self.hoisted:
+            other._prepared = self._prepare_replay(lambda: self.g.prepare(*other.z))
+        return other
+
+    def _mended_inputs(self, z: Sequence[Tensor], bad: Tensor, good: int) -> list[Tensor]:
+        batch = self.layout.batch
+        return [replace_rows(t, bad, good) if t.dim() > 0 and t.shape[0] == batch else t for t in z]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, as they are now; empty unless g is a module."""
+        if not isinstance(self.g, nn.Module):
+            return {}
+        return dict(self.g.named_parameters()) | dict(self.g.named_buffers())
+
+    def _iterated(self, x: Tensor, call: Callable[[Any], Any]) -> Tensor:
+        if self._mend is not None:
+            x = replace_rows(x, *self._mend)
+        for _ in range(self._steps):
+            gx = self._checked(x, call)
+            x = gx if self._damping == 1.0 else x + self._damping * (gx - x)
+        return x
+
+    def _call(self, state: Any) -> Any:
+        if self.hoisted:
+            return self.g.step(state, self._prepared)
+        return self.g(state, *self.z)
+
+    def _call_rows(self, state: Any, rows: Tensor) -> Any:
+        if self._selection[0] is not rows:
+            read = self._prepared if self.hoisted else self.z
+            self._selection = (rows, select(read, rows))
+        selected = self._selection[1]
+        return self.g.step(state, selected) if self.hoisted else self.g(state, *selected)
+
+    def _checked(self, x: Tensor, call: Callable[[Any], Any]) -> Tensor:
+        """`call` on the state in x, laid out flat again."""
+        copies = self.in_place or not self._seen
+        given = x.clone() if copies else x
+        versions = [version_of(t) for t in (given, *self.z)]
+        gx = self.replay(lambda: call(self.layout.unflatten(given)))
+        changed = [
+            before != version_of(t) for before, t in zip(versions, (given, *self.z), strict=True)
+        ]
+        if any(changed[1:]):
+            raise ValueError(
+                f"fixed_point: g must not change z in place, z[{changed.index(True, 1) - 1}] was "
+                "changed. Use out-of-place operations on it"
+            )
+        if changed[0] and not copies:
+            raise ValueError(
+                "fixed_point: g must not change x in place in some evaluations only. Use "
+                "out-of-place operations on it"
+            )
+        if not self._seen:
+            self._seen = True
+            # Inference tensors count no versions.
+            self.in_place = changed[0] or (given.is_inference() and not torch.equal(given, x))
+        return self.layout.flatten(self._like_state(gx, x.shape[0]))
+
+    def _like_state(self, gx: Any, num_samples: int) -> Any:
+        """gx, checked; what autocast made of the state's dtype is undone."""
+        low = self.replay.autocast_dtype
+        if low is not None:
+            if isinstance(gx, Tensor):
+                gx = self._widened(gx, low)
+            elif isinstance(gx, (tuple, list)):
+                gx = tuple(self._widened(t, low) if isinstance(t, Tensor) else t for t in gx)
+        self.layout.require_like(gx, num_samples)
+        return gx
+
+    def _widened(self, gx: Tensor, low: torch.dtype) -> Tensor:
+        return gx.to(self.layout.dtype) if gx.dtype == low else gx
+
+
+def offers_hoisting(g: object) -> bool:
+    """Whether g separates what does not depend on x."""
+    return callable(getattr(g, "prepare", None)) and callable(getattr(g, "step", None))
+
+
+def select(read: Any, rows: Tensor) -> Any:
+    """Rows of a tensor, or of each tensor in a tuple."""
+    if isinstance(read, Tensor):
+        return read.index_select(0, rows)
+    return type(read)(part.index_select(0, rows) for part in read)
+
+
+def replace_rows(t: Tensor, bad: Tensor, good: int) -> Tensor:
+    """t with row `good`, as a constant, in the place of its bad rows."""
+    mask = bad.reshape(-1, *[1] * (t.dim() - 1))
+    return torch.where(mask, t[good].detach(), t)
+
+
+def version_of(t: Tensor) -> int:
+    """How often t was changed in place; 0 where that is not counted."""
+    return 0 if t.is_inference() else t._version

@@ -1,0 +1,157 @@
+"""Which tensors an evaluation of g depends on, closures included, read off its autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+Edge = tuple[Any, int]
+"""(node, which of its outputs): where in the graph a tensor comes from."""
+
+
+@dataclass
+class Frontier:
+    """Where the graph of one evaluation ends.
+
+    Attributes:
+        leaves: parameters and other leaves that require grad, anchors excepted.
+        edges: non-leaf tensors that were there before the evaluation.
+        nodes: the nodes of the evaluation itself.
+    """
+
+    leaves: list[Tensor] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
+    nodes: set[Any] = field(default_factory=set)
+
+
+def edge_of(t: Tensor) -> Edge | None:
+    """Where t comes from; None for a leaf."""
+    return None if t.grad_fn is None else (t.grad_fn, t.output_nr)
+
+
+def frontier_of(out: Tensor, known: Iterable[Edge], born_after: int) -> Frontier:
+    """Walk the graph of `out` back to what was there before it.
+
+    Args:
+        known: edges to stop at.
+        born_after: autograd's sequence number when the evaluation began; older nodes of this
+            thread belong to captured tensors.
+    """
+    found = Frontier()
+    if not out.requires_grad:
+        return found
+    start = edge_of(out)
+    if start is None:
+        if not is_anchor(out):
+            found.leaves.append(out)
+        return found
+    stops = set(known)
+    visited: set[Edge] = set()
+    pending = [start]
+    while pending:
+        edge = pending.pop()
+        node = edge[0]
+        if node is None or edge in visited:
+            continue
+        visited.add(edge)
+        if edge in stops:
+            found.edges.append(edge)
+        elif is_leaf_node(node):
+            if not is_anchor(node.variable):
+                found.leaves.append(node.variable)
+        elif node._sequence_nr() < born_after:
+            found.edges.append(edge)
+        elif node not in found.nodes:
+            found.nodes.add(node)
+            pending.extend(node.next_functions)
+    return found
+
+
+def depends_beyond(out: Tensor) -> bool:
+    """Whether the graph of out leads to a leaf that is no anchor."""
+    if not out.requires_grad:
+        return False
+    if out.grad_fn is None:
+        return not is_anchor(out)
+    seen: set[Any] = set()
+    pending: list[Any] = [out.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not is_leaf_node(node):
+            pending.extend(following for following, _ in node.next_functions)
+        elif not is_anchor(node.variable):
+            return True
+    return False
+
+
+ANCHOR = "_fpi_cuda_anchor"
+
+
+def mark_as_anchor(x: Tensor) -> Tensor:
+    """x, a leaf made for a derivative in x: it is not among what a fixed point depends on."""
+    setattr(x, ANCHOR, True)
+    return x
+
+
+def is_anchor(x: Tensor) -> bool:
+    """Whether x is such a leaf, of this solve or of one inside g."""
+    return hasattr(x, ANCHOR)
+
+
+def is_leaf_node(node: Any) -> bool:
+    """Whether the node accumulates into a leaf's .grad."""
+    return type(node).__name__ == "AccumulateGrad"
+
+
+class Recorder(TorchFunctionMode):
+    """Finds the tensors of given edges among the arguments of torch functions."""
+
+    def __init__(self, wanted: Iterable[Edge]) -> None:
+        super().__init__()
+        self._wanted = set(wanted)
+        self.found: dict[Edge, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Look at the arguments, then call."""
+        kwargs = kwargs or {}
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                edge = edge_of(leaf)
+                if edge in self._wanted:
+                    self.found[edge] = leaf
+        return func(*args, **kwargs)
+
+
+class Substitution(TorchFunctionMode):
+    """Puts stand-ins in the place of tensors that g closes over."""
+
+    def __init__(self, stand_ins: Iterable[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._pairs = {id(original): (original, other) for original, other in stand_ins}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Exchange the arguments, then call."""
+        args, kwargs = pytree.tree_map_only(Tensor, self._exchange, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _exchange(self, t: Tensor) -> Tensor:
+        pair = self._pairs.get(id(t))
+        return t if pair is None else pair[1]
+
+
+def sequence_number() -> int:
+    """The number that the next autograd node of this thread will get."""
+    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]

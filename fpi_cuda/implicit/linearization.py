@@ -1,0 +1,130 @@
+"""J = dg/dx at one x, as products with J and its transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fpi_cuda import transforms
+from fpi_cuda.implicit.graft import MaybeTensor, Tape, graft, stand_in
+
+
+class Jacobian(Protocol):
+    """Products with a batch of square matrices, (B, D) -> (B, D)."""
+
+    def product(self, t: Tensor) -> Tensor:
+        """J t."""
+
+    def transposed(self, c: Tensor) -> Tensor:
+        """J^T c."""
+
+
+class Linearization:
+    """Products with dg/dx, from the graph of one evaluation of g, which is kept.
+
+    Under grad mode they are differentiable in the vector, and in nothing else.
+
+    Args:
+        x: (B, D) leaf that requires grad.
+        gx: (B, D) computed from it.
+    """
+
+    def __init__(self, x: Tensor, gx: Tensor) -> None:
+        self.x = x
+        self.gx = gx
+        self._weight: Tensor | None = None
+        self._pulled: Tensor | None = None
+
+    def transposed(self, c: Tensor) -> Tensor:
+        """J^T c."""
+        if not self.gx.requires_grad:
+            return torch.zeros_like(c)
+        return gradient(self.gx, self.x, c)
+
+    def product(self, t: Tensor) -> Tensor:
+        """J t: the derivative of J^T w in w, along t."""
+        if self._weight is None:
+            with transforms.truncated(0), torch.enable_grad():
+                self._weight = torch.zeros_like(self.gx).requires_grad_()
+                tape = Tape([self.gx] if self.gx.requires_grad else [], [self.x])
+                weights: list[MaybeTensor] = [self._weight] * len(tape.outputs)
+                (self._pulled,) = tape.pull(weights, create_graph=True)
+        if self._pulled is None or not self._pulled.requires_grad:
+            return torch.zeros_like(t)
+        return gradient(self._pulled, self._weight, t)
+
+
+def gradient(out: Tensor, leaf: Tensor, weight: Tensor) -> Tensor:
+    """The derivative of <weight, out> in the leaf; differentiable in weight under grad mode."""
+    (found,) = torch.autograd.grad(
+        out,
+        leaf,
+        weight,
+        retain_graph=True,
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    return torch.zeros_like(weight) if found is None else found
+
+
+class OpenLinearization(Linearization):
+    """One that can itself be differentiated, in x and in what else g depends on.
+
+    Args:
+        x, gx: leaf and value, as above.
+        leaves: what gx was computed from besides x; see graft.
+        x_original, originals: what x and the leaves stand in for.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        gx: Tensor,
+        leaves: Sequence[Tensor],
+        x_original: Tensor,
+        originals: Sequence[Tensor],
+    ) -> None:
+        super().__init__(x, gx)
+        self.leaves = [x, *leaves]
+        self.originals = [x_original, *originals]
+        self.tape = Tape([gx] if gx.requires_grad else [], self.leaves)
+
+    def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
+        """J^T y or J y as a function of y, x and the inputs."""
+        given = stand_in(y)
+        with torch.enable_grad():
+            if not self.tape.outputs:
+                result: MaybeTensor = None
+            elif transpose:
+                result = self.tape.pull([given], create_graph=True)[0]
+            else:
+                rest: list[MaybeTensor] = [None] * (len(self.leaves) - 1)
+                result = self.tape.push([given, *rest])[0]
+        (grown,) = graft([result], [*self.leaves, given], [*self.originals, y])
+        return torch.zeros_like(y) if grown is None else grown
+
+    def pulled(self, c: Tensor) -> list[MaybeTensor]:
+        """The derivative of <c, g> in each input, x excepted, as a function of c, x, inputs."""
+        given = stand_in(c)
+        with torch.enable_grad():
+            weights: list[MaybeTensor] = [given] * len(self.tape.outputs)
+            pulled = self.tape.pull(weights, create_graph=True)
+        return graft(pulled[1:], [*self.leaves, given], [*self.originals, c])
+
+    def pulled_product(self, left: Tensor, right: Tensor) -> list[MaybeTensor]:
+        """The derivative of <left, J right> in x and each input, as a function of them all."""
+        left_given, right_given = stand_in(left), stand_in(right)
+        pulled: list[MaybeTensor] = [None] * len(self.leaves)
+        with torch.enable_grad():
+            weights: list[MaybeTensor] = [left_given] * len(self.tape.outputs)
+            slope = self.tape.pull(weights, create_graph=True)[0]
+            if slope is not None and slope.requires_grad:
+                pulled = Tape([slope], self.leaves).pull([right_given], create_graph=True)
+        return graft(
+            pulled,
+            [*self.leaves, left_given, right_given],
+            [*self.originals, left, right],
+        )

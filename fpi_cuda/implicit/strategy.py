@@ -1,0 +1,232 @@
+"""How (I - M)^-1 is applied to a batch of vectors in the backward and the forward-mode pass."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.implicit.linearization import Jacobian
+from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
+
+Apply = Callable[[Tensor], Tensor]
+
+
+class LinearSolve(Protocol):
+    """Solves y = M y + b for every sample, from what the caller chose as a solver."""
+
+    def __call__(
+        self, apply: Apply, apply_transpose: Apply, b: Tensor, atol: Tensor
+    ) -> SolveResult:
+        """y (B, D) with ||M y + b - y|| <= atol (B,); without a graph."""
+
+
+class FixedPointWarning(UserWarning):
+    """A gradient is not what was asked for, and a field of the Solution says more."""
+
+
+FAILED = (Status.DIVERGED, Status.NONFINITE)
+
+
+def failed(status: Tensor) -> Tensor:
+    """(B,) bool: the sample's point means nothing, and neither would its gradient."""
+    return (status == FAILED[0]) | (status == FAILED[1])
+
+
+class Account:
+    """Writes down how adjoint solves went, and warns of samples left without a gradient.
+
+    Args:
+        status: (B,) int8, how the forward solve ended.
+        record: where the latest account is kept.
+    Attributes:
+        status: as given.
+        hopeless: (B,) bool, samples that failed in the forward solve; None if none did.
+    """
+
+    def __init__(self, status: Tensor, record: AdjointRecord) -> None:
+        self.status = status
+        self._record = record
+        hopeless = failed(status)
+        self.hopeless: Tensor | None = hopeless if bool(hopeless.any()) else None
+
+    def over(self, status: Tensor) -> Account:
+        """An account of the same record, for samples that ended otherwise."""
+        return Account(status, self._record)
+
+    def masked(self, b: Tensor) -> Tensor:
+        """b with zeros for the samples that failed forward."""
+        return b if self.hopeless is None else zero_rows(b, self.hopeless)
+
+    def close(self, b: Tensor, result: SolveResult) -> tuple[Tensor, Tensor | None]:
+        """Record `result`, of a solve for b; return its x and which samples fail in all.
+
+        Those have zero in x. The second value is None where it says no more than `hopeless`.
+        """
+        x, status, num_steps, residual = result
+        bad = failed(status)
+        fails_here = bool(bad.any())
+        if self.hopeless is not None:
+            bad = bad | self.hopeless
+            status = torch.where(self.hopeless, self.status, status)
+        num_zeroed = int(bad.sum()) if fails_here or self.hopeless is not None else 0
+        if fails_here:
+            x = zero_rows(x, bad)
+            residual = torch.where(bad, norms(b), residual)
+        self._record.stats = Stats(status, num_steps, residual_in(b.dtype, residual), num_zeroed)
+        if num_zeroed:
+            warnings.warn(
+                "fixed_point: some samples contribute no gradient, for their solve or its "
+                "adjoint ended DIVERGED or NONFINITE; see adjoint_stats",
+                FixedPointWarning,
+                stacklevel=2,
+            )
+        return x, bad if fails_here else None
+
+
+@dataclass(frozen=True)
+class Strategy(abc.ABC):
+    """A choice of adjoint.
+
+    Attributes:
+        account: of the solve.
+        truncation: y is the series b + M b + ... + M^k b with this k; None: it is the solution.
+    """
+
+    account: Account
+    truncation: int | None = None
+
+    @abc.abstractmethod
+    def solve(
+        self, b: Tensor, matrix: Jacobian, *, transpose: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """y = (I - M)^-1 b or what stands for it, M = J^T or J; and samples failing, if any.
+
+        Without a graph. Samples are independent only if g is row-wise.
+        """
+
+    def over(self, status: Tensor) -> Strategy:
+        """The same choice, for samples whose forward solve ended so."""
+        return dataclasses.replace(self, account=self.account.over(status))
+
+
+@dataclass(frozen=True)
+class Exact(Strategy):
+    """The exact one: y solves y = M y + b to rtol ||b|| per sample.
+
+    Attributes:
+        linear_solve, rtol: how, and how far.
+    """
+
+    linear_solve: LinearSolve = dataclasses.field(kw_only=True)
+    rtol: float = dataclasses.field(kw_only=True)
+
+    def solve(
+        self, b: Tensor, matrix: Jacobian, *, transpose: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Strategy."""
+        with torch.no_grad(), without_autocast(b.device):
+            return self._solve(self.account.masked(b), matrix, transpose)
+
+    def _solve(self, b: Tensor, matrix: Jacobian, transpose: bool) -> tuple[Tensor, Tensor | None]:
+        both: list[Apply] = [matrix.product, matrix.transposed]
+        apply, apply_transpose = reversed(both) if transpose else both
+        scale = power_of_two(b)
+        scaled = b / scale
+        size = norms(scaled)
+        if not bool(size.any()):
+            return self.account.close(b, trivial(b, size))
+        result = self.linear_solve(apply, apply_transpose, scaled, self.rtol * size)
+        result = result._replace(x=result.x * scale, residual=result.residual * scale.double())
+        return self.account.close(b, result)
+
+
+@dataclass(frozen=True)
+class Truncated(Strategy):
+    """The series b + M b + ... + M^k b; k = 0 takes the identity for (I - M)^-1.
+
+    Attributes:
+        truncation: k.
+    """
+
+    truncation: int = dataclasses.field(kw_only=True)
+
+    def solve(
+        self, b: Tensor, matrix: Jacobian, *, transpose: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See Strategy."""
+        b = self.account.masked(b)
+        apply = matrix.transposed if transpose else matrix.product
+        with torch.no_grad(), without_autocast(b.device):
+            y = series(apply, b, self.truncation)
+            return self.account.close(b, unmeasured(b, y, self.truncation))
+
+
+def series(apply: Apply, b: Tensor, k: int) -> Tensor:
+    """b + M b + ... + M^k b."""
+    y = b
+    for _ in range(k):
+        y = apply(y) + b
+    return y
+
+
+def unmeasured(b: Tensor, y: Tensor, num_steps: int) -> SolveResult:
+    """The account of a y that stopped after `num_steps` by choice, its residual NaN: unknown."""
+    size = norms(b)
+    nothing = trivial(b, size)
+    finite = torch.isfinite(y).all(1)
+    status = torch.where(finite, Status.MAX_STEPS, Status.NONFINITE).to(torch.int8)
+    return SolveResult(
+        y,
+        torch.where(size == 0, nothing.status, status),
+        torch.where(size == 0, 0, num_steps).int(),
+        torch.where(size == 0, 0.0, torch.nan),
+    )
+
+
+def trivial(b: Tensor, residual: Tensor) -> SolveResult:
+    """The account of a solve whose b is zero."""
+    status = torch.full_like(residual, Status.CONVERGED, dtype=torch.int8)
+    return SolveResult(b, status, torch.zeros_like(residual, dtype=torch.int32), residual)
+
+
+def zero_rows(t: Tensor, rows: Tensor) -> Tensor:
+    """t with zeros where rows (B,) is True, whatever stood there."""
+    return torch.where(rows[:, None], torch.zeros((), dtype=t.dtype, device=t.device), t)
+
+
+def norms(b: Tensor) -> Tensor:
+    """(B,) float64 2-norm of each row."""
+    return torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
+
+
+def residual_in(state: torch.dtype, residual: Tensor) -> Tensor:
+    """A residual as it is reported: in the state's dtype, but at least float32."""
+    return residual.to(torch.promote_types(state, torch.float32))
+
+
+def power_of_two(b: Tensor) -> Tensor:
+    """0-dim, about the largest |b|, exact to divide by: a loss scale then changes no digit.
+
+    One for the whole batch, since the samples of a g that is not row-wise are coupled.
+    """
+    largest = b.abs().nan_to_num(0.0, 0.0, 0.0).amax() if b.numel() else b.new_zeros(())
+    # The power and its inverse must both be normal numbers of the dtype.
+    most = int(math.log2(torch.finfo(b.dtype).max)) - 2
+    exponent = torch.frexp(largest.double()).exponent.clamp(-most, most)
+    return torch.ldexp(torch.ones((), dtype=torch.float64, device=b.device), exponent).to(b.dtype)
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """Products in backward are not rounded again, even where backward runs under autocast."""
+    with torch.autocast(device.type, enabled=False):
+        yield

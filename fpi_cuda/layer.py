@@ -1,0 +1,182 @@
+"""FPILayer: a fixed point as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpi_cuda import transforms
+from fpi_cuda.functional import (
+    Options,
+    detached,
+    explain,
+    fixed_point,
+    require_known,
+    require_map,
+)
+from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit
+from fpi_cuda.result import Solution
+from fpi_cuda.state import layout_of
+
+
+class FPILayer(nn.Module):
+    """x = g(x, *z), solved for x in the forward pass; see fixed_point.
+
+    The solve starts, in this order, from the x0 that the call is given, init(*z), zeros of
+    state_shape, zeros with g.x_features in the last dimension of z, or zeros like z. The zeros
+    have the batch and the device of z, and the wider of the dtypes of z and of g's parameters.
+
+    Args:
+        g: g(x, *z) -> like x. A module becomes a submodule.
+        state_shape: of one sample, a tuple of ints (or an int); for a tuple state, a tuple of
+            such tuples.
+        init: init(*z) -> x0. A module becomes a submodule.
+        solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw: as in fixed_point.
+    Attributes:
+        last_solution: Solution of the latest call by any thread, without its graph; None before
+            the first, after copying or unpickling, and after a call inside torch.func
+            transforms. Its adjoint_stats appear once backward has run.
+    Raises:
+        TypeError, ValueError: an option that makes no sense.
+    """
+
+    def __init__(
+        self,
+        g: Callable[..., Any],
+        *,
+        state_shape: int | Sequence[Any] | None = None,
+        init: Callable[..., Any] | None = None,
+        solver: FixedPointSolver = Anderson(),  # noqa: B008
+        rtol: float = 1e-4,
+        atol: float = 0.0,
+        max_steps: int = 100,
+        adjoint: Adjoint = Implicit(),  # noqa: B008
+        backend: str | None = None,
+        rowwise: bool | None = None,
+        throw: bool = False,
+        **unknown: Any,
+    ) -> None:
+        require_known("FPILayer", FPILayer.__init__, unknown)
+        require_map("FPILayer", g)
+        super().__init__()
+        if init is not None and not callable(init):
+            raise TypeError(f"FPILayer: init must be a function of z, got {type(init).__name__}")
+        if init is not None and state_shape is not None:
+            raise ValueError("FPILayer: give state_shape or init, not both")
+        self.options = Options(solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw)
+        self.options.require_sensible("FPILayer")
+        self.g = g
+        self.init = init
+        self.state_shape = None if state_shape is None else checked_shape(state_shape)
+        self.last_solution: Solution | None = None
+        self._last_state: tuple[torch.device, torch.dtype] | None = None
+
+    def forward(self, *z: Tensor, x0: Any = None) -> Any:
+        """The fixed point: a tensor (B, ...), or a tuple of them.
+
+        Args:
+            z: inputs of g.
+            x0: where to start, such as an earlier result; None for the layer's own start.
+        """
+        return self.solve(*z, x0=x0).value
+
+    def solve(self, *z: Tensor, x0: Any = None) -> Solution:
+        """The fixed point and how it was reached; arguments as in forward."""
+        start = self.start(*z) if x0 is None else x0
+        options = self.options
+        solution = fixed_point(
+            self.g,
+            start,
+            *z,
+            solver=options.solver,
+            rtol=options.rtol,
+            atol=options.atol,
+            max_steps=options.max_steps,
+            adjoint=options.adjoint,
+            backend=options.backend,
+            rowwise=options.rowwise,
+            throw=options.throw,
+        )
+        layout = layout_of(start)
+        self._last_state = (layout.device, layout.dtype)
+        self.last_solution = None if transforms.active() else detached(solution)
+        return solution
+
+    def start(self, *z: Tensor) -> Any:
+        """The x0 of a call that is given none."""
+        if self.init is not None:
+            return self.init(*z)
+        if not z or not isinstance(z[0], Tensor) or z[0].dim() == 0:
+            raise TypeError(
+                "FPILayer: the first z must be a tensor with the batch in dim 0, to start from "
+                "zeros. Pass x0, or give the layer an init"
+            )
+        like = z[0]
+        dtype = self._state_dtype(like)
+        if self.state_shape is not None:
+            shapes = self.state_shape
+            if shapes and isinstance(shapes[0], tuple):
+                return tuple(like.new_zeros((like.shape[0], *s), dtype=dtype) for s in shapes)
+            return like.new_zeros((like.shape[0], *shapes), dtype=dtype)
+        features = getattr(self.g, "x_features", None)
+        if features is not None:
+            return like.new_zeros((*like.shape[:-1], features), dtype=dtype)
+        return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+
+    def explain(self) -> str:
+        """Which way a solve goes and why: for the states of the latest call, else of g."""
+        if self._last_state is not None:
+            device, dtype = self._last_state
+        else:
+            parameter = self._floating_parameter()
+            if parameter is None:
+                device, dtype = torch.device("cpu"), torch.get_default_dtype()
+            else:
+                device, dtype = parameter.device, parameter.dtype
+        return explain(self.options, self.g, device, dtype)
+
+    def extra_repr(self) -> str:
+        """What repr shows besides the submodules."""
+        given = [f"solver={self.options.solver}", f"rtol={self.options.rtol}"]
+        if not isinstance(self.g, nn.Module):
+            given.insert(0, f"g={getattr(self.g, '__name__', type(self.g).__name__)}")
+        if self.state_shape is not None:
+            given.append(f"state_shape={self.state_shape}")
+        return ", ".join(given)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The layer without its latest solution, which belongs to a call."""
+        return self.__dict__ | {"last_solution": None}
+
+    def _state_dtype(self, z: Tensor) -> torch.dtype:
+        parameter = self._floating_parameter()
+        if not z.is_floating_point():
+            return torch.get_default_dtype() if parameter is None else parameter.dtype
+        # Under autocast z may be narrower than what the state should be iterated in.
+        return z.dtype if parameter is None else torch.promote_types(z.dtype, parameter.dtype)
+
+    def _floating_parameter(self) -> Tensor | None:
+        return next((p for p in self.parameters() if p.is_floating_point()), None)
+
+
+def checked_shape(shape: object) -> tuple[Any, ...]:
+    """`shape` as a tuple of ints, or of such tuples for a tuple state."""
+    if is_size(shape):
+        return (shape,)
+    if isinstance(shape, (tuple, list)):
+        if all(map(is_size, shape)):
+            return tuple(shape)
+        if all(isinstance(s, (tuple, list)) and all(map(is_size, s)) for s in shape):
+            return tuple(map(tuple, shape))
+    raise ValueError(
+        "FPILayer: state_shape must be the shape of one sample, as a tuple of ints, or a tuple of "
+        f"such tuples, got {shape!r}"
+    )
+
+
+def is_size(value: object) -> bool:
+    """Whether value can be the size of a dimension."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,144 @@
+"""The state as the user sees it, a tensor or a tuple of them, and as solvers do: (B, D)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state with B samples lies in a flat (B, D) tensor.
+
+    Attributes:
+        shapes: shape of one sample, for each tensor of the state.
+        is_tuple: the state is a tuple of tensors, else a single one.
+        batch: B.
+        dtype, device: of every tensor of the state.
+    """
+
+    shapes: tuple[torch.Size, ...]
+    is_tuple: bool
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of one sample, for each tensor; they add up to D."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    def flatten(self, x: Any) -> Tensor:
+        """(n, D) from a state with n samples; a view where that is possible."""
+        parts = x if self.is_tuple else (x,)
+        flat = [
+            part.reshape(part.shape[0], size) for part, size in zip(parts, self.sizes, strict=True)
+        ]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+    def unflatten(self, flat: Tensor) -> Any:
+        """The state with n samples that lies in `flat` (n, D)."""
+        parts = flat.split(self.sizes, 1) if len(self.shapes) > 1 else (flat,)
+        state = tuple(
+            part.reshape(part.shape[0], *shape)
+            for part, shape in zip(parts, self.shapes, strict=True)
+        )
+        return state if self.is_tuple else state[0]
+
+    def require_like(self, gx: object, num_samples: int) -> None:
+        """Raise unless gx, the value of g at `num_samples` samples, is such a state again.
+
+        Raises:
+            TypeError: not a tensor, or not a tuple of as many tensors.
+            ValueError: another shape, dtype or device.
+        """
+        parts = gx if self.is_tuple else (gx,)
+        if not isinstance(parts, (tuple, list)) or len(parts) != len(self.shapes):
+            given = len(parts) if isinstance(parts, (tuple, list)) else type(gx).__name__
+            raise TypeError(
+                f"fixed_point: g must return a tuple of {len(self.shapes)} tensors like x, "
+                f"got {given}"
+            )
+        for index, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
+            x = f"x[{index}]" if self.is_tuple else "x"
+            gx_name = f"g(x)[{index}]" if self.is_tuple else "g(x)"
+            if not isinstance(part, Tensor):
+                raise TypeError(
+                    f"fixed_point: g must return a tensor like x, got {type(part).__name__}"
+                )
+            expected = (num_samples, *shape)
+            if tuple(part.shape) != expected:
+                raise ValueError(
+                    f"fixed_point: g must return the shape of x, got {x}={expected}, "
+                    f"{gx_name}={tuple(part.shape)}"
+                )
+            if part.dtype != self.dtype:
+                raise ValueError(
+                    f"fixed_point: g must return the dtype of x, got {x}={self.dtype}, "
+                    f"{gx_name}={part.dtype}. Cast in g, or pass x0 in that dtype"
+                )
+            if part.device != self.device:
+                raise ValueError(
+                    f"fixed_point: g must return on the device of x, got {x} on {self.device}, "
+                    f"{gx_name} on {part.device}"
+                )
+
+
+def layout_of(x0: object) -> Layout:
+    """The layout of x0.
+
+    Raises:
+        TypeError: x0 is not a floating tensor or a non-empty tuple of them.
+        ValueError: a tensor without a batch dimension; dtypes, devices or batches that differ.
+    """
+    parts = x0 if isinstance(x0, tuple) else (x0,)
+    if not parts:
+        raise TypeError("fixed_point: x0 must hold at least one tensor, got an empty tuple")
+    for part in parts:
+        require_floating_tensor(part)
+    first = parts[0]
+    for part in parts:
+        if part.dim() == 0:
+            raise ValueError(
+                "fixed_point: dim 0 of x0 is the batch, got a scalar. Use x0.reshape(1) for one "
+                "sample of one number"
+            )
+        for rule, given, expected in (
+            ("one dtype", part.dtype, first.dtype),
+            ("one device", part.device, first.device),
+            ("one batch size in dim 0", part.shape[0], first.shape[0]),
+        ):
+            if given != expected:
+                raise ValueError(
+                    f"fixed_point: the tensors of x0 must share {rule}, got {expected} and {given}"
+                )
+    return Layout(
+        shapes=tuple(part.shape[1:] for part in parts),
+        is_tuple=isinstance(x0, tuple),
+        batch=first.shape[0],
+        dtype=first.dtype,
+        device=first.device,
+    )
+
+
+def require_floating_tensor(part: object) -> None:
+    """Raise unless `part` can be (part of) a state."""
+    if not isinstance(part, Tensor):
+        remedy = "convert it with torch.as_tensor" if not isinstance(part, list) else "use a tuple"
+        raise TypeError(
+            "fixed_point: x0 must be a floating tensor or a tuple of them, "
+            f"got {type(part).__name__}; {remedy}"
+        )
+    if not part.is_floating_point():
+        remedy = (
+            "stack its real and imaginary part: torch.view_as_real"
+            if part.is_complex()
+            else "convert it with x0.float()"
+        )
+        raise TypeError(f"fixed_point: x0 must be floating, got {part.dtype}; {remedy}")
+    if part.layout != torch.strided:
+        raise TypeError(f"fixed_point: x0 must be dense, got {part.layout}; use x0.to_dense()")
