@@ -28,7 +28,7 @@ EXACT = [
     fpi.Implicit(solver=fpi.ConjugateGradient()),
 ]
 # The spectral radius of the problem below is 0.5, so that these are exact to 1e-15.
-CONVERGED_SERIES = [fpi.Neumann(k=50), fpi.Phantom(k=50), fpi.Phantom(k=80, tau=0.7)]
+CONVERGED_SERIES = [fpi.Neumann(k=50), fpi.Phantom(k=50), fpi.Phantom(k=50, tau=0.9)]
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_gradcheck_of_every_adjoint(adjoint: Any, weights: Any) -> None:
 
 
 def test_jacobian_free_is_exact_where_g_does_not_depend_on_x(weights: Any) -> None:
-    z, a, c = weights
+    z, _a, c = weights
 
     def layer(z: Tensor, c: Tensor) -> Tensor:
         def g(x: Tensor, z: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def test_backward_twice_with_retain_graph_and_not_without(weights: Any) -> None:
 
 
 def test_a_layer_on_top_of_a_layer(weights: Any) -> None:
-    z, a, c = weights
+    _z, _a, _c = weights
 
     def deep(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda z, a, c: layer(layer(z, a, c)[:, :K] * 0.5, a, c)
@@ -225,7 +225,7 @@ def test_a_layer_on_top_of_a_layer(weights: Any) -> None:
 
 def test_a_layer_inside_of_a_layer(weights: Any) -> None:
     """The inner g sees the outer x as an input; its fixed point is linear in it."""
-    z, a, c = weights
+    _z, _a, _c = weights
 
     def nested(z: Tensor, a: Tensor, c: Tensor) -> Tensor:
         def outer(x: Tensor, z: Tensor) -> Tensor:
@@ -275,26 +275,26 @@ def test_gradients_near_the_ends_of_float32(magnitude: float) -> None:
 
 
 def test_adjoint_stats_are_true_and_relative_to_each_sample(weights: Any) -> None:
-    z, a, c = weights
+    _, a, _ = weights
+    z = torch.randn(B, D, dtype=F64, requires_grad=True)
     v = torch.randn(B, D, dtype=F64) * torch.tensor([[1e-8], [1.0], [1e8]], dtype=F64)
     sol = fpi.fixed_point(
-        lambda x, z: x @ a.T + z @ c.T,
+        lambda x, z: x @ a.T + z,
         torch.zeros(B, D, dtype=F64),
         z,
         adjoint=fpi.Implicit(rtol=1e-3, solver=fpi.Picard()),
     )
     assert sol.adjoint_stats is None
-    (grad,) = torch.autograd.grad(sol.value, z, v)
+    (c,) = torch.autograd.grad(sol.value, z, v)
     stats = sol.adjoint_stats
     assert stats is not None
     assert stats.converged.all()
     assert stats.num_zeroed == 0
-    assert stats.residual.shape == stats.num_steps.shape == stats.status.shape == (B,)
-    adjoint = grad @ torch.linalg.pinv(c.detach())
-    residual = torch.linalg.vector_norm(adjoint @ a.detach() + v - adjoint, dim=1)
-    bound = 1e-3 * torch.linalg.vector_norm(v, dim=1)
-    assert (stats.residual <= bound).all()
-    assert residual.shape == bound.shape
+    assert stats.num_steps.shape == stats.status.shape == (B,)
+    residual = torch.linalg.vector_norm(c @ a.detach() + v - c, dim=1)
+    torch.testing.assert_close(stats.residual, residual)
+    assert (stats.residual <= 1e-3 * torch.linalg.vector_norm(v, dim=1)).all()
+    assert (stats.residual > 0).all()
 
 
 def test_a_sample_without_a_gradient_costs_no_accuracy(weights: Any) -> None:
@@ -374,7 +374,7 @@ def test_a_non_leaf_that_cannot_be_found_is_refused_in_second_order_only(weights
     (grad,) = torch.autograd.grad((x**2).sum(), a, retain_graph=True)
     (oracle,) = torch.autograd.grad((expected**2).sum(), a, retain_graph=True)
     torch.testing.assert_close(grad, oracle)
-    with pytest.raises(RuntimeError, match="Pass .* as z"):
+    with pytest.raises(RuntimeError, match=r"Pass .* as z"):
         torch.autograd.grad((x**2).sum(), a, create_graph=True)
 
 
@@ -388,7 +388,11 @@ def test_parameters_shared_between_g_and_z(weights: Any) -> None:
         return grad, torch.autograd.grad((grad**2).sum(), a, retain_graph=True)[0]
 
     found = layer(
-        lambda z, a: fpi.fixed_point(lambda x, z: x @ a.T + z, torch.zeros(B, D, dtype=F64), z, **TIGHT).value
+        lambda z, a: (
+            fpi.fixed_point(
+                lambda x, z: x @ a.T + z, torch.zeros(B, D, dtype=F64), z, **TIGHT
+            ).value
+        )
     )
     expected = layer(lambda z, a: z @ torch.linalg.inv(torch.eye(D, dtype=F64) - a).T)
     for grad, oracle in zip(found, expected, strict=True):
@@ -400,9 +404,7 @@ def test_a_tensor_hook_on_a_parameter_runs_once(weights: Any) -> None:
     plain = derivatives(linear_layer, weights, 1)
     seen = []
     handle = a.register_hook(lambda grad: seen.append(1) or grad * 2)
-    grads = torch.autograd.grad(
-        (linear_layer(z, a, c) ** 3).sum(), (z, a, c), create_graph=True
-    )
+    grads = torch.autograd.grad((linear_layer(z, a, c) ** 3).sum(), (z, a, c), create_graph=True)
     handle.remove()
     assert len(seen) == 1
     torch.testing.assert_close(grads[1].detach(), 2 * plain[1])
@@ -492,9 +494,7 @@ def test_no_gradient_to_x0_but_through_unroll(weights: Any) -> None:
     few: dict[str, Any] = {"rtol": 0.0, "max_steps": 3, "solver": fpi.Picard()}
     unrolled = fpi.fixed_point(g, x0, z, adjoint=fpi.Unroll(), **few)
     x = x0
-    for _ in range(int(unrolled.num_steps[0]) - 1):
-        x = g(x, z)
-    if not torch.allclose(x, unrolled.value):
+    for _ in range(2):  # the third evaluation is for the residual
         x = g(x, z)
     torch.testing.assert_close(unrolled.value, x)
     for grad, expected in zip(
@@ -526,7 +526,7 @@ def test_nothing_is_attached_where_nothing_is_asked_for(weights: Any) -> None:
 
 
 def test_a_tuple_state(weights: Any) -> None:
-    z, a, c = weights
+    _z, _a, _c = weights
 
     def layer(z: Tensor, a: Tensor, c: Tensor) -> Tensor:
         def g(state: tuple[Tensor, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
@@ -567,12 +567,14 @@ def test_activation_checkpointing_around_a_layer(weights: Any) -> None:
         return fpi.fixed_point(g, torch.zeros(B, D, dtype=F64), z, **TIGHT).value.sin()
 
     expected = torch.autograd.grad(block(z).sum(), (z, a))
+    num_steps = len(calls)
     for use_reentrant in (False, True):
         loss = checkpoint(block, z, use_reentrant=use_reentrant).sum()
         calls.clear()
         z.grad = a.grad = None
         loss.backward()
-        assert len(calls) <= 120  # one more solve, not one for every adjoint step
+        # One more solve, not one for every adjoint step.
+        assert len(calls) <= 1.2 * num_steps
         torch.testing.assert_close((z.grad, a.grad), expected)
 
 
@@ -610,7 +612,7 @@ def test_stacked_modules_train() -> None:
     target = z.sum(1, keepdim=True)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(model(z), target)
         loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Protocol
 
 import torch
@@ -289,13 +290,23 @@ def attach(flat_map: FlatMap, x_star: Tensor, strategy: Strategy, born_after: in
     hopeless = strategy.account.hopeless
     if hopeless is not None and not bool(hopeless.all()):
         flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
-    with torch.enable_grad():
+    with torch.enable_grad(), tensors_saved_as_they_are():
         gx = flat_map(x)
     inputs = Inputs(flat_map, x, gx, born_after)
     if not inputs and not has_tangent(gx):
         return x_star
     problem = MapProblem(flat_map, x_star, gx, Linearization(x, gx), inputs, strategy)
     return _Implicit.apply(problem, gx, *inputs.originals)
+
+
+def tensors_saved_as_they_are() -> contextlib.AbstractContextManager[Any]:
+    """Keep hooks on saved tensors away from the one graph that every adjoint step runs through.
+
+    Activation checkpointing would repeat the whole solve for each step, offloading the transfer.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def drop_gradient(x: Tensor) -> None:
