@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
 
+if TYPE_CHECKING:
+    from typing_extensions import dataclass_transform
+else:
 
+    def dataclass_transform(**_options: Any) -> Callable[[T], T]:
+        """Nothing at run time: type checkers alone read it."""
+        return lambda decorated: decorated
+
+
+@dataclass_transform(frozen_default=True)
 def option(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass whose unknown options raise and name the valid ones."""
     cls = dataclasses.dataclass(frozen=True)(cls)
@@ -36,7 +45,9 @@ def option(cls: type[T]) -> type[T]:
     return cls
 
 
-def require_count(owner: str, name: str, value: object, least: int, most: int | None = None) -> None:
+def require_count(
+    owner: str, name: str, value: object, least: int, most: int | None = None
+) -> None:
     """Raise unless `value` is an int in [least, most]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
@@ -183,7 +194,9 @@ class Implicit:
 
     def __post_init__(self) -> None:
         if self.solver is not None:
-            require_instance("Implicit", "solver", self.solver, FIXED_POINT_SOLVERS + LINEAR_SOLVERS)
+            require_instance(
+                "Implicit", "solver", self.solver, FIXED_POINT_SOLVERS + LINEAR_SOLVERS
+            )
         if self.rtol is not None:
             require_real("Implicit", "rtol", self.rtol, 0.0)
         if self.max_steps is not None:

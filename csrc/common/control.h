@@ -11,10 +11,10 @@ struct Control {
   double scale0;         // max(||x0||, ||g(x0)||): caps the relative tolerance
   double first;          // residual at x0
   double best;           // smallest residual so far
-  double previous;       // residual one step ago
+  double previous;       // residual at the start of the present Picard phase
   double gain_residual;  // residual when it last fell by a tenth
   double gain_step;      // and the step at which it did
-  double since_best;     // steps since `best` improved
+  double since_best;     // steps since `best` fell by a tenth
   double patience;       // steps without a new best that are borne before the next Picard phase
   double picard_length;  // length of the next Picard phase
   double picard_left;    // steps left of the present Picard phase

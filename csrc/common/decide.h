@@ -40,9 +40,13 @@ struct Decision {
 
 struct Safeguard {
   static constexpr double kCap = 0.1;          // relative tolerance against the starting scale
+  static constexpr double kHidden = 0.25;      // of the starting scale
   static constexpr double kGrowth = 10.0;      // over the best residual, borne without a restart
-  static constexpr double kPatience = 3.0;
-  static constexpr double kPicardLength = 1.0;
+  static constexpr double kPatience = 4.0;
+  static constexpr double kProgress = 0.9;     // of the best residual, to count as a new best
+  static constexpr double kFirstPicard = 4.0;   // plain steps at the start
+  static constexpr double kPicardLength = 8.0;
+  static constexpr double kPicardGrowth = 4.0;  // since the phase began; ends it early
   static constexpr double kDivergence = 1e6;
   static constexpr int kDivergenceSteps = 8;
   static constexpr int kRejections = 8;
@@ -63,7 +67,7 @@ FPI_HD void start(Control& c, const Measured& at) {
   c.since_best = 0;
   c.patience = Safeguard::kPatience;
   c.picard_length = Safeguard::kPicardLength;
-  c.picard_left = 0;
+  c.picard_left = Safeguard::kFirstPicard;
   c.mixing_scale = 1;
   c.rejections = c.growths = 0;
   c.columns = c.head = 0;
@@ -81,15 +85,22 @@ FPI_HD bool ran_away(const Control& c, const Measured& at, const Rules& rules, i
   return step > Safeguard::kDivergenceSteps && at.residual > Safeguard::kDivergence * reference;
 }
 
+// x has run so far from where it started that rounding may hide a residual of the cap's size: a
+// map without a fixed point must not pass for converged there.
+FPI_HD bool hidden_by_rounding(const Control& c, const Measured& at, const Rules& rules) {
+  return rules.epsilon * at.norm_gx > rules.atol + Safeguard::kHidden * c.scale0;
+}
+
 // Picks between the accelerated step and a phase of plain Picard steps. Patience and the phase
 // both double each time, so that a problem which acceleration does not help is soon left to
 // Picard, and one bad stretch costs little.
 FPI_HD Move next_move(Control& c, const Measured& at, bool& gave_up) {
-  const bool picard_grew = at.residual > c.previous;
+  const bool in_phase = c.picard_left > 0;
+  const bool picard_grew = at.residual > Safeguard::kPicardGrowth * c.previous;
   const bool grew = at.residual > Safeguard::kGrowth * c.best;
-  c.growths = grew ? c.growths + 1 : 0;
+  c.growths = grew && !in_phase ? c.growths + 1 : 0;
   gave_up = c.growths >= Safeguard::kGrowths;
-  if (c.picard_left > 0) {
+  if (in_phase) {
     c.picard_left = picard_grew ? 0 : c.picard_left - 1;
     if (c.picard_left > 0) return Move::kPicard;
     c.since_best = 0;
@@ -100,6 +111,7 @@ FPI_HD Move next_move(Control& c, const Measured& at, bool& gave_up) {
     c.patience *= 2;
     c.picard_length *= 2;
     c.since_best = 0;
+    c.previous = at.residual;
     return Move::kPicard;
   }
   return Move::kMix;
@@ -121,25 +133,26 @@ FPI_HD Decision decide(Control& c, const Measured& at, const Rules& rules, int64
   const double tolerance =
       rules.atol + smaller(rules.rtol * at.norm_gx, Safeguard::kCap * c.scale0);
   const bool improved = step == 1 || at.residual < c.best;
+  const bool progressed = step == 1 || at.residual < Safeguard::kProgress * c.best;
+  c.since_best = progressed ? 0 : c.since_best + 1;
   if (improved) {
     c.best = at.residual;
-    c.since_best = 0;
     c.mixing_scale = smaller(1.0, 2.0 * c.mixing_scale);
-  } else {
-    c.since_best += 1;
   }
   if (c.best <= Safeguard::kGain * c.gain_residual) {
     c.gain_residual = c.best;
     c.gain_step = static_cast<double>(step);
   }
-  if (at.residual <= tolerance) return {Move::kStop, kConverged, true};
+  if (at.residual <= tolerance) {
+    if (hidden_by_rounding(c, at, rules)) return {Move::kStop, kDiverged, improved};
+    return {Move::kStop, kConverged, true};
+  }
   if (ran_away(c, at, rules, step)) return {Move::kStop, kDiverged, improved};
   if (at_floor(c, at, rules, step)) return {Move::kStop, kStalled, improved};
   if (step >= rules.max_steps) return {Move::kStop, kMaxSteps, improved};
   Move move = Move::kPicard;
   bool gave_up = false;
   if (rules.safeguarded) move = next_move(c, at, gave_up);
-  c.previous = at.residual;
   if (gave_up) return {Move::kStop, kDiverged, improved};
   return {move, kActive, improved};
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from fpi_cuda import _extension
@@ -11,7 +13,7 @@ NAMES = ("reference", "native", "cuda", "triton")
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def resolve(name: str | None, device: torch.device, dtype: torch.dtype):  # noqa: ANN201
+def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
     """The backend called `name` for states of this device and dtype; None takes the best.
 
     Raises:

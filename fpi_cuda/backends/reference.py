@@ -242,9 +242,7 @@ def step(s: StepState, gx: Tensor, rules: Rules, solver: FixedPointSolver) -> St
     return frozen(s, anderson_step(s, gx, rules, solver.damping, 0.0))
 
 
-def rules_for(
-    state: torch.dtype, depth: int, atol: Tensor, rtol: float, max_steps: int
-) -> Rules:
+def rules_for(state: torch.dtype, depth: int, atol: Tensor, rtol: float, max_steps: int) -> Rules:
     """The rules of one solve; patience with a floor grows with the history."""
     return Rules(
         atol=atol,

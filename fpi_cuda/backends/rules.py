@@ -14,8 +14,12 @@ STOP, MIX, PICARD, REJECT = range(4)
 
 CAP = 0.1
 GROWTH = 10.0
-PATIENCE = 3.0
-PICARD_LENGTH = 1.0
+HIDDEN = 0.25
+PATIENCE = 4.0
+PROGRESS = 0.9
+FIRST_PICARD = 4.0
+PICARD_LENGTH = 8.0
+PICARD_GROWTH = 4.0
 DIVERGENCE = 1e6
 DIVERGENCE_STEPS = 8
 REJECTIONS = 8
@@ -76,6 +80,7 @@ def started(at: Measured) -> Control:
     for name in ("first", "best", "previous", "gain_residual"):
         fresh[name] = at.residual
     fresh["gain_step"] = fresh["mixing_scale"] = zero + 1
+    fresh["picard_left"] = zero + FIRST_PICARD
     fresh["patience"] = zero + PATIENCE
     fresh["picard_length"] = zero + PICARD_LENGTH
     return fresh
@@ -96,7 +101,8 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
 
     improved = finite & ((step == 1) | (at.residual < c["best"]))
     best = torch.where(improved, at.residual, c["best"])
-    since_best = torch.where(improved, 0.0, c["since_best"] + 1)
+    progressed = finite & ((step == 1) | (at.residual < PROGRESS * c["best"]))
+    since_best = torch.where(progressed, 0.0, c["since_best"] + 1)
     mixing = torch.where(improved, (2 * c["mixing_scale"]).clamp(max=1.0), c["mixing_scale"])
     gained = best <= GAIN * c["gain_residual"]
     judged = {
@@ -112,7 +118,9 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     c = chosen(finite, judged, rejected)
 
     relative = torch.minimum(rules.rtol * at.norm_gx, CAP * c["scale0"])
-    converged = at.residual <= rules.atol + relative
+    passes = at.residual <= rules.atol + relative
+    hidden = rules.epsilon * at.norm_gx > rules.atol + HIDDEN * c["scale0"]
+    converged = passes & ~hidden
     reference = torch.maximum(c["first"], FLOOR * rules.epsilon * c["scale0"])
     ran_away = (step > DIVERGENCE_STEPS) & (at.residual > DIVERGENCE * reference)
     at_floor = (step - c["gain_step"] >= rules.stall_steps) & (
@@ -122,7 +130,7 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     for holds, name in (
         (step >= rules.max_steps, Status.MAX_STEPS),
         (finite & at_floor, Status.STALLED),
-        (finite & ran_away, Status.DIVERGED),
+        (finite & (ran_away | (passes & hidden)), Status.DIVERGED),
         (finite & converged, Status.CONVERGED),
         (hopeless, Status.NONFINITE),
     ):
@@ -136,7 +144,6 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
         move = torch.where(going, chosen_move, move)
     else:
         gave_up = torch.zeros_like(going)
-    c["previous"] = torch.where(going, at.residual, c["previous"])
     status = torch.where(going & gave_up, int(Status.DIVERGED), status)
     move = torch.where(status == Status.ACTIVE, move, STOP)
     improved = improved | (status == Status.CONVERGED) | (hopeless & (step == 1))
@@ -145,17 +152,18 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
 
 def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
     """The accelerated step or a phase of Picard steps; see csrc/common/decide.h."""
-    picard_grew = at.residual > c["previous"]
-    grew = at.residual > GROWTH * c["best"]
-    growths = torch.where(grew, c["growths"] + 1, 0.0)
-
     in_phase = c["picard_left"] > 0
+    picard_grew = at.residual > PICARD_GROWTH * c["previous"]
+    grew = at.residual > GROWTH * c["best"]
+    growths = torch.where(grew & ~in_phase, c["growths"] + 1, 0.0)
+
     left = torch.where(picard_grew, 0.0, c["picard_left"] - 1)
     leaves = in_phase & (left <= 0)
     enters = ~in_phase & (grew | (c["since_best"] >= c["patience"]))
     advanced = {
         **c,
         "growths": growths,
+        "previous": torch.where(enters, at.residual, c["previous"]),
         "picard_left": torch.where(enters, c["picard_length"], torch.where(in_phase, left, 0.0)),
         "patience": torch.where(enters, 2 * c["patience"], c["patience"]),
         "picard_length": torch.where(enters, 2 * c["picard_length"], c["picard_length"]),

@@ -238,7 +238,7 @@ class RecordedJacobian:
         assert self._restored is not None
         with self._restored():
             if self._push is None:
-                _, self._push = torch.func.vjp(
+                _, self._push = torch.func.vjp(  # type: ignore[misc]
                     lambda c: self._vjp(c)[0], torch.zeros_like(self._out)
                 )
             return self._frame.lower(self._push(self._frame.raised(t))[0])

@@ -92,12 +92,13 @@ def step(
             rtol=rtol, max_steps=max_steps, beta=solver.beta,
         )  # fmt: skip
         return
-    accelerated = isinstance(solver, Anderson)
+    beta, ridge = (
+        (solver.beta, solver.ridge) if isinstance(solver, Anderson) else (solver.damping, 0.0)
+    )
     backend.anderson_step_(
         x, gx, rows, work.best, *history, work.gram, *account,
         rtol=rtol, max_steps=max_steps,
-        beta=solver.beta if accelerated else solver.damping,
-        ridge=solver.ridge if accelerated else 0.0,
+        beta=beta, ridge=ridge,
     )  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpi_cuda.control import CONTROL_SIZE
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
+
 
 def compute_dtype(state: torch.dtype) -> torch.dtype:
     """What a step is computed in: the state's dtype, but float32 for the half precisions."""
@@ -57,7 +59,7 @@ def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Work
     compute = compute_dtype(x0.dtype)
     remembered = batch if depth else 0
     gram_depth = depth if not isinstance(solver, Broyden) else 0
-    scalar = {"dtype": torch.float64, "device": x0.device}
+    scalar: dict[str, Any] = {"dtype": torch.float64, "device": x0.device}
     return Workspace(
         best=x0.clone(memory_format=torch.contiguous_format),
         f_previous=x0.new_empty((remembered, dim), dtype=compute),
