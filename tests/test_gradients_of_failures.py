@@ -106,7 +106,7 @@ def test_a_diverging_sample(weights: Any) -> None:
 
 
 def slope(x: Tensor) -> Tensor:
-    """|x - 1|^1.5 near 1 with a derivative of Inf: value 0, gradient unbounded, at x = 1."""
+    """0 at x = 1, where its derivative is Inf."""
     return torch.sqrt((x - 1).abs())
 
 

@@ -30,7 +30,7 @@ def attach_unrolled(
     differentiated is repeated with a good sample in its place.
     """
     bad = failed(result.status)
-    if not result.x.requires_grad or not bool(bad.any()):
+    if not bool(bad.any()):
         return result.x
     account = Account(result.status, record)
     plain = result.x.detach()
@@ -45,5 +45,6 @@ def attach_unrolled(
         v = v.detach()
         account.close(v, unmeasured(v, v, 0))
 
-    value.register_hook(note)
+    if value.requires_grad:
+        value.register_hook(note)
     return value
