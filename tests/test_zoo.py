@@ -64,7 +64,9 @@ def test_anderson_is_safe(
 ) -> None:
     """Contract 5: whatever Picard solves, in at most 1.5 times its evaluations."""
     if name in KNOWN_UNSAFE:
-        request.applymarker(pytest.mark.xfail(reason="contract 5 is not met here yet"))
+        request.applymarker(
+            pytest.mark.xfail(reason="contract 5 is not met here yet", strict=False)
+        )
     against = compare(solved(name, solver, dtype, rtol), solved(name, "picard", dtype, rtol))
     assert against.lost == []
     assert against.ratio is None or against.ratio <= RATIO_LIMIT
