@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,9 +14,9 @@ from bench.measure import Calibration, loosest_tolerance, quickest
 from bench.peers import Entry, Peer
 from bench.problems import Problem, Reference, reference_solution
 
-SCREEN_BATCH = 8
+SCREEN_BATCHES = (8, 64, 256)
 SCREEN_SECONDS = 2.0
-"""A setting that needs longer than this for SCREEN_BATCH samples is left out, by name."""
+"""A setting that needs longer than this for so many samples is left out, by name."""
 
 BACKWARD_FIELD = 1.5
 """Settings within this factor of the fastest forward are tried forward+backward."""
@@ -205,11 +206,11 @@ def screen(peer: Peer, problem: Problem) -> None:
     """Raise a RuntimeError where a few samples already take too long."""
     if peer.compiles:
         return
-    few = problem.with_batch(min(SCREEN_BATCH, problem.batch))
-    first = peer.first_tolerance(few)
-    taken = quickest(lambda: peer.solve(few, first), problem.z.device, 2)
-    if taken > SCREEN_SECONDS:
-        raise RuntimeError(f"too slow, {taken:.1f} s for {few.batch} samples")
+    for size in SCREEN_BATCHES:
+        few = problem.with_batch(min(size, problem.batch))
+        taken = quickest(partial(peer.solve, few, peer.first_tolerance(few)), problem.z.device, 2)
+        if taken > SCREEN_SECONDS:
+            raise RuntimeError(f"too slow, {taken:.1f} s for {few.batch} samples")
 
 
 def reason(error: Exception) -> str:
