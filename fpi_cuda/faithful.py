@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 T = TypeVar("T")
 
@@ -46,21 +47,17 @@ class Replay:
                 return self._with_random_numbers(evaluation)
         return self._with_random_numbers(evaluation)
 
-    def without_autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Where the solvers' own arithmetic runs: autocast would round it."""
-        if not self._autocast.enabled:
-            return contextlib.nullcontext()
-        return self._own_arithmetic()
-
     @contextlib.contextmanager
-    def _own_arithmetic(self) -> Iterator[None]:
-        try:
-            with self._autocast.switched_off():
-                yield
-        finally:
-            # Weights that no_grad cast are cached without a graph, and whoever uses them next
-            # would silently lose their gradient.
-            torch.clear_autocast_cache()
+    def solving(self) -> Iterator[None]:
+        """Around a whole solve under no_grad: what it does not leave behind.
+
+        The solver's own arithmetic runs without autocast, which would round it.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(caches_kept_clean())
+            if self._autocast.enabled:
+                stack.enter_context(self._autocast.switched_off())
+            yield
 
     def _with_random_numbers(self, evaluation: Callable[[], T]) -> T:
         if self._first:
@@ -156,6 +153,23 @@ def rehearsal(device: torch.device) -> Iterator[None]:
     """An evaluation that does not count: the random numbers it draws will be drawn again."""
     states = generator_states(device)
     try:
-        yield
+        with caches_kept_clean():
+            yield
     finally:
         set_generator_states(device, states)
+
+
+@contextlib.contextmanager
+def caches_kept_clean() -> Iterator[None]:
+    """Drop what is cached inside: under no_grad it has no graph.
+
+    Whoever used it next under grad mode would silently lose a gradient. Autocast caches the
+    weights that it casts, parametrize.cached() those that it computes.
+    """
+    known = set(parametrize._cache)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        for key in set(parametrize._cache) - known:
+            parametrize._cache.pop(key, None)

@@ -231,7 +231,7 @@ def solved(
     born_after: int,
 ) -> tuple[Tensor, SolveResult]:
     """The fixed point by the solver, then its derivatives."""
-    with torch.no_grad(), flat_map.replay.without_autocast():
+    with torch.no_grad(), flat_map.replay.solving():
         result = solve(
             flat_map.evaluate,
             start.detach(),
@@ -270,7 +270,7 @@ def solved_live(
             backend=engine,
         )
 
-    with flat_map.replay.without_autocast():
+    with flat_map.replay.solving():
         result, frame = live_solve(flat_map, start, run)
     strategy = strategy_for(options, engine, Account(result.status, record), start.shape[1])
     differentiated = differentiated_map(flat_map, options.adjoint)
@@ -284,7 +284,7 @@ def unrolled(
     """The fixed point with the graph of every step that led to it."""
 
     def run(flat_map: FlatMap, x0: Tensor) -> SolveResult:
-        with flat_map.replay.without_autocast():
+        with flat_map.replay.solving():
             return unroll(
                 flat_map.evaluate,
                 x0,

@@ -238,6 +238,20 @@ def test_autocast_loses_no_gradient_to_its_cache() -> None:
     assert (grad != 0).any()
 
 
+def test_cached_parametrizations_lose_no_gradient() -> None:
+    linear = fpi.contract_(nn.Linear(D, D, bias=False), 0.5)
+    z = torch.randn(B, D)
+    raw = next(linear.parameters())
+
+    def gradient() -> Tensor:
+        x = fpi.fixed_point(lambda x, z: torch.tanh(linear(x) + z), torch.zeros(B, D), z).value
+        return torch.autograd.grad(x.sum() + linear(z).sum(), raw)[0]
+
+    with torch.nn.utils.parametrize.cached():
+        cached = gradient()
+    torch.testing.assert_close(cached, gradient())
+
+
 def test_autocast_around_backward_does_not_round_the_adjoint() -> None:
     a = 0.5 * torch.linalg.qr(torch.randn(D, D))[0]
     z = torch.randn(B, D, requires_grad=True)
