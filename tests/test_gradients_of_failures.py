@@ -74,8 +74,6 @@ def test_a_sample_that_fails_forward(adjoint: Any, weights: Any) -> None:
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 def test_all_samples_failing_give_zeros(adjoint: Any, weights: Any) -> None:
-    if isinstance(adjoint, fpi.Unroll):
-        pytest.xfail("Unroll gives a solve that stops at x0 no graph")
     z, a = weights
     z = (z.detach() * torch.nan).requires_grad_()
     scale = a * 1.0
