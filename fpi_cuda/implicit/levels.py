@@ -105,9 +105,10 @@ class Point:
         def h(c: Tensor) -> Tensor:
             return self.pull(c) + v
 
-        live = {level.number for level in all_levels()}
-        candidates = (self.tracked | tracked_levels(v)) & live - {skip}
-        return solution(h, v, solved, candidates if torch.is_grad_enabled() else set())
+        recording = {
+            level.number for level in all_levels() if torch.is_grad_enabled() or level.kind == "Jvp"
+        }
+        return solution(h, v, solved, (self.tracked | tracked_levels(v)) & recording - {skip})
 
 
 class Spread:
@@ -216,34 +217,38 @@ class TransposedJacobian:
         return TransposedJacobian(self._matrix.bound(restored))
 
 
-class RecordedJacobian:
-    """dh/dy where plain autograd records nothing: transforms entered under no_grad."""
+class LevelJacobian:
+    """A matrix known from the graph of some transform, where plain autograd records nothing.
 
-    def __init__(self, h: Apply, y: Tensor, frame: Frame) -> None:
-        out, vjp = torch.func.vjp(h, y)[:2]
+    That is so for transforms entered under no_grad.
+
+    Args:
+        pull: c -> M^T c at the current levels.
+        frame: where (N, D) belongs at these levels.
+    """
+
+    def __init__(self, pull: Apply, frame: Frame) -> None:
+        self._pull = pull
         self._frame = frame
-        self._out = out
-        self._vjp = vjp
         self._restored: Restore | None = None
         self._push: Callable[[Tensor], tuple[Tensor]] | None = None
 
     def transposed(self, c: Tensor) -> Tensor:
-        """(dh/dy)^T c."""
+        """M^T c."""
         assert self._restored is not None
         with self._restored():
-            return self._frame.lower(self._vjp(self._frame.raised(c))[0])
+            return self._frame.lower(self._pull(self._frame.raised(c)))
 
     def product(self, t: Tensor) -> Tensor:
-        """(dh/dy) t, the derivative of (dh/dy)^T c in c, along t."""
+        """M t, the derivative of M^T c in c, along t."""
         assert self._restored is not None
         with self._restored():
             if self._push is None:
-                _, self._push = torch.func.vjp(  # type: ignore[misc]
-                    lambda c: self._vjp(c)[0], torch.zeros_like(self._out)
-                )
+                nothing = torch.zeros_like(self._frame.raised(t))
+                self._push = torch.func.vjp(self._pull, nothing)[1]
             return self._frame.lower(self._push(self._frame.raised(t))[0])
 
-    def bound(self, restored: Restore) -> RecordedJacobian:
+    def bound(self, restored: Restore) -> LevelJacobian:
         """See LiveJacobian."""
         other = copy.copy(self)
         other._restored = restored
@@ -349,11 +354,23 @@ def all_levels() -> list[Level]:
 
 
 def matrix_of(h: Apply, y: Tensor, probe: Probe, frame: Frame) -> LiveJacobian:
-    """dh/dy at the point that was probed from level 0."""
-    anchor, edge = probe.anchors[0], probe.edge(0)
-    if not edge.requires_grad:
-        return RecordedJacobian(h, transforms.lift(y, frame.batch), frame)
-    return PlainJacobian(FlatJacobian(Linearization(anchor, edge)))
+    """dh/dy at the point that was probed from level 0, by the lowest level that recorded it."""
+    for number, anchor in sorted(probe.anchors.items()):
+        edge = probe.edge(number)
+        if not edge.requires_grad:
+            continue
+        if number == 0:
+            return PlainJacobian(FlatJacobian(Linearization(anchor, edge)))
+        inner = [level for level in frame.batch if level.number < number]
+        here = Frame(inner, Frame(frame.above(number), frame.samples).leading)
+        return LevelJacobian(along(edge, anchor), here)
+    _, vjp = torch.func.vjp(h, transforms.lift(y, frame.batch))[:2]
+    return LevelJacobian(lambda c: vjp(c)[0], frame)
+
+
+def along(edge: Tensor, anchor: Tensor) -> Apply:
+    """c -> the derivative of <c, edge> in the anchor."""
+    return lambda c: gradient(edge, anchor, c)
 
 
 class FlatJacobian:
@@ -461,17 +478,13 @@ def with_gradient(
     """y as a function of h(y) at a level of reverse mode."""
     number = level.number
     edge = probe.edge(number)
-    anchor = probe.anchors.get(number)
     token = None
     if number:
         with transforms.truncated(0):
             token = torch.zeros(())
         token = transforms.wrap(token, number)
-
-    def pull(c: Tensor) -> Tensor:
-        assert anchor is not None
-        return gradient(edge, anchor, c)
-
+    # Without an anchor the strategy asks for no products.
+    pull = along(edge, probe.anchors.get(number, edge))
     point = Point(solved, pull, edge, number, token, tracked)
     return apply_at(number, _PlainNode, _LevelNode, Holder(y, number, point=point), edge)
 
