@@ -76,10 +76,16 @@ class SolveResult(NamedTuple):
 
 
 class AdjointRecord:
-    """A box that the backward pass fills: autograd runs after the Solution was returned."""
+    """A box that the backward pass fills: autograd runs after the Solution was returned.
+
+    Attributes:
+        stats: the latest account.
+        warned: a user was told of samples without a gradient.
+    """
 
     def __init__(self) -> None:
         self.stats: Stats | None = None
+        self.warned = False
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def failed(status: Tensor) -> Tensor:
 
 
 class Account:
-    """Writes down how adjoint solves went, and warns of samples left without a gradient.
+    """Writes down how adjoint solves went, and warns once of samples left without a gradient.
 
     Args:
         status: (B,) int8, how the forward solve ended.
@@ -82,7 +82,8 @@ class Account:
             x = zero_rows(x, bad)
             residual = torch.where(bad, norms(b), residual)
         self._record.stats = Stats(status, num_steps, residual_in(b.dtype, residual), num_zeroed)
-        if num_zeroed:
+        if num_zeroed and not self._record.warned:
+            self._record.warned = True
             warnings.warn(
                 "fixed_point: some samples contribute no gradient, for their solve or its "
                 "adjoint ended DIVERGED or NONFINITE; see adjoint_stats",
