@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,15 +10,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import backends, transforms
+from fpi_cuda.adjoint import differentiated_map, strategy_for
 from fpi_cuda.backends import reference
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit import (
     Account,
-    Exact,
     FlatMap,
-    LinearSolve,
-    Strategy,
-    Truncated,
     attach,
     attach_live,
     attach_unrolled,
@@ -29,33 +24,21 @@ from fpi_cuda.implicit import (
     residual_in,
     sequence_number,
 )
-from fpi_cuda.options import (
-    ADJOINTS,
-    FIXED_POINT_SOLVERS,
-    GMRES,
-    MAX_DEPTH,
-    Adjoint,
-    Anderson,
-    ConjugateGradient,
-    FixedPointSolver,
-    Implicit,
-    JacobianFree,
-    LinearSolver,
-    Neumann,
-    Phantom,
-    Unroll,
-    require_count,
-    require_instance,
-    require_real,
-)
+from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Unroll
+from fpi_cuda.request import Options, require_inputs, require_known, require_map
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult
-from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.solvers.gmres import gmres
 from fpi_cuda.solvers.loop import Backend, solve
 from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
+from fpi_cuda.tracing import require_numbers, untraced
+
+BATCHED_UNROLL = (
+    "fixed_point: adjoint=Unroll() inside torch.func.vmap needs all batched tensors as x0 or z, "
+    "and the vmap inside of all torch.func.grad, vjp and jvp. Use adjoint=Implicit()"
+)
 
 
+@untraced
 def fixed_point(
     g: Callable[..., Any],
     x0: Any,
@@ -94,12 +77,15 @@ def fixed_point(
         rowwise: True promises that sample i of g(x, *z) depends on row i of x and of each z
             (and of what prepare returns) only. Stopped samples are then no longer evaluated.
             None takes g.rowwise, False where there is none.
-        throw: raise where a sample has not converged.
+        throw: raise where a sample has not converged. Inside torch.func.vmap the error numbers
+            the samples of all vmaps, those of the first one first.
     Returns:
         Solution: value (like x0), status, num_steps, residual, and adjoint_stats.
     Raises:
         TypeError, ValueError: an option, x0 or z that makes no sense; a g that changes shape,
             dtype or device, or z in place. What g itself raises passes through.
+        RuntimeError: a derivative, transform or tracer that cannot be served. Under
+            torch.compile the solve runs outside of the compiled graph.
         ConvergenceError: with throw=True.
     Source:
         Jeon, Lee, Choi, Differentiable Forward and Backward Fixed-Point Iteration Layers, IEEE
@@ -111,67 +97,29 @@ def fixed_point(
     require_inputs(z)
     options = Options(solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw)
     options.require_sensible("fixed_point")
+    require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
+    transforms.require_working()
     solution = solve_merged(g, x0, z, layout, options)
-    if throw and not bool(solution.converged.all()):
-        raise ConvergenceError(detached(solution))
+    if throw:
+        require_converged(solution)
     return solution
 
 
-@dataclass(frozen=True)
-class Options:
-    """What fixed_point is told besides g, x0 and z."""
-
-    solver: FixedPointSolver
-    rtol: float
-    atol: float
-    max_steps: int
-    adjoint: Adjoint
-    backend: str | None
-    rowwise: bool | None
-    throw: bool
-
-    def require_sensible(self, owner: str) -> None:
-        """Raise unless every option is one that fixed_point can work with."""
-        require_instance(owner, "solver", self.solver, FIXED_POINT_SOLVERS)
-        require_instance(owner, "adjoint", self.adjoint, ADJOINTS)
-        require_real(owner, "rtol", self.rtol, 0.0, 1.0)
-        require_real(owner, "atol", self.atol, 0.0)
-        require_count(owner, "max_steps", self.max_steps, 1)
-        if self.backend is not None and self.backend not in backends.NAMES:
-            valid = ", ".join(map(repr, backends.NAMES))
-            raise ValueError(f"{owner}: unknown backend {self.backend!r}. Valid: None, {valid}")
-        if self.rowwise is not None and not isinstance(self.rowwise, bool):
-            raise TypeError(f"{owner}: rowwise must be None or a bool, got {self.rowwise!r}")
-        if not isinstance(self.throw, bool):
-            raise TypeError(f"{owner}: throw must be a bool, got {self.throw!r}")
-
-    def asks_rowwise(self, g: object) -> bool:
-        """Whether g may be evaluated on some of the samples."""
-        return bool(getattr(g, "rowwise", False)) if self.rowwise is None else self.rowwise
-
-
-def require_known(owner: str, function: Callable[..., Any], unknown: dict[str, Any]) -> None:
-    """Raise for an option that `function` does not have."""
-    if unknown:
-        parameters = inspect.signature(function).parameters.values()
-        valid = ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        raise TypeError(f"{owner}: unknown option {next(iter(unknown))!r}. Valid options: {valid}")
-
-
-def require_map(owner: str, g: object) -> None:
-    """Raise unless g can be evaluated."""
-    if not callable(g):
-        raise TypeError(f"{owner}: g must be a function or module g(x, *z), got {type(g).__name__}")
-
-
-def require_inputs(z: tuple[object, ...]) -> None:
-    """Raise unless all z are tensors."""
-    for index, t in enumerate(z):
-        if not isinstance(t, Tensor):
-            raise TypeError(
-                f"fixed_point: z must be tensors, got z[{index}] of type {type(t).__name__}. "
-                "Bind other arguments with functools.partial(g, name=value)"
-            )
+def require_converged(solution: Solution) -> None:
+    """Raise ConvergenceError unless all samples have converged, those of all vmaps included."""
+    if transforms.active():
+        value = solution.value if isinstance(solution.value, tuple) else (solution.value,)
+        frame = transforms.frame_of(solution.status.shape, *value)
+        plain = tuple(map(frame.lower, value))
+        solution = Solution(
+            plain if isinstance(solution.value, tuple) else plain[0],
+            frame.lower(solution.status),
+            frame.lower(solution.num_steps),
+            frame.lower(solution.residual),
+            solution.adjoint_record,
+        )
+    if not bool(solution.converged.all()):
+        raise ConvergenceError(detached(solution))
 
 
 def solve_merged(
@@ -283,6 +231,12 @@ def unrolled(
 ) -> tuple[Tensor, SolveResult]:
     """The fixed point with the graph of every step that led to it."""
 
+    if transforms.active():
+        with torch.no_grad():
+            gx = flat_map.evaluate(start.detach(), None)
+        if transforms.frame_of((), gx, start).batch:
+            raise RuntimeError(BATCHED_UNROLL)
+
     def run(flat_map: FlatMap, x0: Tensor) -> SolveResult:
         with flat_map.replay.solving():
             return unroll(
@@ -300,71 +254,6 @@ def unrolled(
     return value, result._replace(x=value)
 
 
-def differentiated_map(flat_map: FlatMap, adjoint: Adjoint) -> FlatMap:
-    """The map whose fixed point is differentiated: for Phantom, a few damped steps of g."""
-    if isinstance(adjoint, Phantom):
-        return flat_map.damped(adjoint.k, adjoint.tau)
-    return flat_map
-
-
-def strategy_for(options: Options, engine: Backend, account: Account, dim: int) -> Strategy:
-    """How the adjoint system is dealt with."""
-    adjoint = options.adjoint
-    if isinstance(adjoint, Neumann):
-        return Truncated(account, truncation=adjoint.k)
-    if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
-        return Truncated(account, truncation=0)
-    solver = adjoint.solver or default_adjoint_solver(options.solver, dim)
-    rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
-    max_steps = adjoint.max_steps or options.max_steps
-    solver_of_system = linear_solve(solver, max_steps, engine)
-    return Exact(account, linear_solve=solver_of_system, rtol=rtol)
-
-
-def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolver:
-    """The forward's solver; for Anderson, as deep as it can be of use, and without a ridge."""
-    if not isinstance(solver, Anderson):
-        return solver
-    depth = max(solver.m, min(MAX_DEPTH, dim))
-    return Anderson(m=depth, ridge=0.0, history_dtype=solver.history_dtype)
-
-
-def linear_solve(
-    solver: FixedPointSolver | LinearSolver, max_steps: int, engine: Backend
-) -> LinearSolve:
-    """The solver of y = M y + b that an adjoint asks for."""
-
-    def run(
-        apply: Callable[[Tensor], Tensor],
-        apply_transpose: Callable[[Tensor], Tensor],
-        b: Tensor,
-        atol: Tensor,
-    ) -> SolveResult:
-        if isinstance(solver, GMRES):
-            return gmres(
-                lambda y: y - apply(y), b, restart=solver.restart, atol=atol, max_steps=max_steps
-            )
-        if isinstance(solver, ConjugateGradient):
-            return conjugate_gradient(
-                lambda y: y - apply(y),
-                lambda y: y - apply_transpose(y),
-                b,
-                atol=atol,
-                max_steps=max_steps,
-            )
-        return solve(
-            lambda y, rows: apply(y) + b,
-            b,
-            solver,
-            rtol=0.0,
-            atol=atol,
-            max_steps=max_steps,
-            backend=engine,
-        )
-
-    return run
-
-
 def detached(solution: Solution) -> Solution:
     """The solution without its graph."""
     value = solution.value
@@ -376,32 +265,3 @@ def detached(solution: Solution) -> Solution:
         solution.residual,
         solution.adjoint_record,
     )
-
-
-def explain(options: Options, g: object, device: torch.device, dtype: torch.dtype) -> str:
-    """Which way a solve goes, and why, for states of this device and dtype."""
-    engine = backends.resolve(options.backend, device, dtype).name
-    reason = "asked for"
-    if options.backend is None:
-        missing = backends.why_not_native(device, dtype)
-        reason = "the best available" if missing is None else f"native is unavailable: {missing}"
-    compacted = options.asks_rowwise(g)
-    adjoint = options.adjoint
-    lines = [
-        f"solver: {options.solver}, rtol={options.rtol}, atol={options.atol}, "
-        f"max_steps={options.max_steps}",
-        "route: host loop; g by torch, one solver step on the whole batch after it",
-        f"backend: {engine} for {dtype} on {device} ({reason})",
-        "active batch: "
-        + (
-            "stopped samples are no longer evaluated (g is row-wise)"
-            if compacted
-            else "all samples are evaluated until the last one stops (g is not known row-wise)"
-        ),
-        f"adjoint: {adjoint}",
-    ]
-    if isinstance(adjoint, Implicit) and adjoint.solver is None:
-        lines.append("adjoint solver: the forward's; an Anderson deeper and without a ridge")
-    if isinstance(adjoint, Unroll):
-        lines.append("under grad mode the solver's steps run in plain torch, to be differentiated")
-    return "\n".join(lines)

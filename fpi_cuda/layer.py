@@ -9,15 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda import transforms
-from fpi_cuda.functional import (
-    Options,
-    detached,
-    explain,
-    fixed_point,
-    require_known,
-    require_map,
-)
+from fpi_cuda.explanation import explain
+from fpi_cuda.functional import detached, fixed_point
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit
+from fpi_cuda.request import Options, require_known, require_map
 from fpi_cuda.result import Solution
 from fpi_cuda.state import layout_of
 

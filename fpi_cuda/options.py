@@ -79,6 +79,10 @@ MAX_DEPTH = 16
 """Largest history depth: the small solve is unrolled to this size in the kernels."""
 
 
+MOST_STEPS = 2**31 - 1
+"""Steps are counted in int32."""
+
+
 @option
 class Picard:
     """x <- x + damping (g(x) - x).
@@ -184,7 +188,7 @@ class Implicit:
         solver: Picard, Anderson, Broyden, GMRES or ConjugateGradient. None takes the forward's
             solver; an Anderson then runs with no ridge and a depth of up to 16, for the
             system is linear.
-        rtol: ||J^T c + v - c|| <= rtol ||v|| per sample; None takes the forward's rtol.
+        rtol: ||J^T c + v - c|| <= rtol ||v|| per sample, in [0, 1]; None takes the forward's.
         max_steps: None takes the forward's max_steps.
     """
 
@@ -198,9 +202,9 @@ class Implicit:
                 "Implicit", "solver", self.solver, FIXED_POINT_SOLVERS + LINEAR_SOLVERS
             )
         if self.rtol is not None:
-            require_real("Implicit", "rtol", self.rtol, 0.0)
+            require_real("Implicit", "rtol", self.rtol, 0.0, 1.0)
         if self.max_steps is not None:
-            require_count("Implicit", "max_steps", self.max_steps, 1)
+            require_count("Implicit", "max_steps", self.max_steps, 1, MOST_STEPS)
 
 
 @option

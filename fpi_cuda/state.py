@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -54,7 +56,7 @@ class Layout:
 
         Raises:
             TypeError: not a tensor, or not a tuple of as many tensors.
-            ValueError: another shape, dtype or device.
+            ValueError: another shape, layout, dtype or device.
         """
         parts = gx if self.is_tuple else (gx,)
         if not isinstance(parts, (tuple, list)) or len(parts) != len(self.shapes):
@@ -75,6 +77,11 @@ class Layout:
                 raise ValueError(
                     f"fixed_point: g must return the shape of x, got {x}={expected}, "
                     f"{gx_name}={tuple(part.shape)}"
+                )
+            if part.layout != torch.strided:
+                raise ValueError(
+                    f"fixed_point: g must return dense tensors, got {gx_name}={part.layout}. "
+                    "Use .to_dense()"
                 )
             if part.dtype != self.dtype:
                 raise ValueError(
@@ -133,12 +140,12 @@ def require_floating_tensor(part: object) -> None:
             "fixed_point: x0 must be a floating tensor or a tuple of them, "
             f"got {type(part).__name__}; {remedy}"
         )
-    if not part.is_floating_point():
+    if part.layout != torch.strided:
+        raise TypeError(f"fixed_point: x0 must be dense, got {part.layout}; use x0.to_dense()")
+    if part.dtype not in STATE_DTYPES:
         remedy = (
             "stack its real and imaginary part: torch.view_as_real"
             if part.is_complex()
             else "convert it with x0.float()"
         )
         raise TypeError(f"fixed_point: x0 must be floating, got {part.dtype}; {remedy}")
-    if part.layout != torch.strided:
-        raise TypeError(f"fixed_point: x0 must be dense, got {part.layout}; use x0.to_dense()")

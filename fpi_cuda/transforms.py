@@ -11,6 +11,7 @@ Only names that torch's own Python code for torch.func uses are used here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -39,6 +40,28 @@ class Level(NamedTuple):
 def active() -> bool:
     """Whether any transform is active."""
     return torch._C._are_functorch_transforms_active()
+
+
+def require_working() -> None:
+    """Raise where torch itself loses the derivatives that active transforms ask for.
+
+    Raises:
+        RuntimeError: grad, vjp or jvp inside inference_mode, before torch 2.13.
+    """
+    if not (active() and torch.is_inference_mode_enabled()):
+        return
+    if any(level.kind in ("Grad", "Jvp") for level in live_levels()) and not works_in_inference():
+        raise RuntimeError(
+            "fixed_point: inside torch.inference_mode this torch computes no derivatives for "
+            "torch.func.grad, vjp and jvp. Use torch.no_grad"
+        )
+
+
+@functools.cache
+def works_in_inference() -> bool:
+    """Whether torch.func.grad knows in inference mode that (t^2)' = 2t: not before torch 2.13."""
+    with truncated(0), torch.inference_mode():
+        return bool(torch.func.grad(torch.square)(torch.ones(())) == 2)
 
 
 def live_levels() -> list[Level]:
@@ -95,6 +118,11 @@ def wrappers_of(t: Tensor, down_to: int) -> tuple[Tensor, list[tuple[int, int]]]
             batched.append((functorch.maybe_get_level(t), functorch.maybe_get_bdim(t)))
         t = functorch.unwrap_if_dead(functorch.get_unwrapped(t))
     return t, batched
+
+
+def numbers(t: Tensor) -> Tensor:
+    """What lies in t, without any wrapper; dimensions are in the order of storage."""
+    return wrappers_of(t, 0)[0]
 
 
 def strip(t: Tensor, number: int, batch: Sequence[Level]) -> Tensor:

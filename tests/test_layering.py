@@ -16,8 +16,10 @@ BANNED_NAMES = {"utils", "helpers", "misc"}
 LEVELS = [
     {"layer"},
     {"functional"},
+    {"adjoint", "explanation"},
+    {"request"},
     {"implicit", "solvers", "cells", "backends"},
-    {"options", "result", "state", "partial", "control", "faithful", "transforms"},
+    {"options", "result", "state", "partial", "control", "faithful", "tracing", "transforms"},
     {"_extension"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.

@@ -25,6 +25,11 @@ LEGACY = (
     "torch.func.vmap over torch.func.vjp"
 )
 
+LEGACY_TANGENT = (
+    "fixed_point: torch.autograd.functional with vectorize=True in forward mode is not supported. "
+    "Use torch.func.jacfwd, or torch.func.hessian"
+)
+
 
 class Problem(Protocol):
     """y = h(y; inputs), solved, and what its derivatives need.
@@ -102,6 +107,8 @@ class _Implicit(torch.autograd.Function):
         problem: Problem = ctx.problem
         if t is None:
             return torch.zeros_like(problem.value)
+        if transforms.is_legacy_batched(t):
+            raise RuntimeError(LEGACY_TANGENT)
         if not torch.is_grad_enabled():
             return problem.push(t)
         inputs = ctx.saved_tensors

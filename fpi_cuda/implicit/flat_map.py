@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpi_cuda import transforms
 from fpi_cuda.faithful import Replay
 from fpi_cuda.state import Layout
 
@@ -165,7 +166,10 @@ class FlatMap:
         if not self._seen:
             self._seen = True
             # Inference tensors count no versions.
-            self.in_place = changed[0] or (given.is_inference() and not torch.equal(given, x))
+            self.in_place = changed[0] or (
+                given.is_inference()
+                and not torch.equal(transforms.numbers(given), transforms.numbers(x))
+            )
         return self.layout.flatten(self._like_state(gx, x.shape[0]))
 
     def _like_state(self, gx: Any, num_samples: int) -> Any:

@@ -22,16 +22,18 @@ class Merged(NamedTuple):
         x0: state of V B samples.
         z: inputs of that g.
         level: the vmap.
+        batch: B.
     """
 
     g: Callable[..., Any]
     x0: Any
     z: tuple[Tensor, ...]
     level: Level
+    batch: int
 
     def split(self, t: Tensor) -> Tensor:
         """(V B, ...) -> (B, ...) as the vmap sees it."""
-        return transforms.lift(t.reshape(self.level.size, -1, *t.shape[1:]), [self.level])
+        return transforms.lift(t.reshape(self.level.size, self.batch, *t.shape[1:]), [self.level])
 
 
 def merge_innermost(
@@ -67,7 +69,7 @@ def merge_innermost(
     inputs = tuple(t for t, _ in taken)
     if closes_over(level, merged, whole, inputs, layout):
         return None
-    return Merged(merged, whole, inputs, level)
+    return Merged(merged, whole, inputs, level, batch)
 
 
 def with_batch_first(t: Tensor, level: Level) -> Tensor:

@@ -1,0 +1,92 @@
+"""The adjoint that was asked for, made of what solves fixed points and linear systems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fpi_cuda.implicit import Account, Exact, FlatMap, LinearSolve, Strategy, Truncated
+from fpi_cuda.options import (
+    GMRES,
+    MAX_DEPTH,
+    Adjoint,
+    Anderson,
+    ConjugateGradient,
+    FixedPointSolver,
+    JacobianFree,
+    LinearSolver,
+    Neumann,
+    Phantom,
+    Unroll,
+)
+from fpi_cuda.request import Options
+from fpi_cuda.result import SolveResult
+from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
+from fpi_cuda.solvers.gmres import gmres
+from fpi_cuda.solvers.loop import Backend, solve
+
+
+def differentiated_map(flat_map: FlatMap, adjoint: Adjoint) -> FlatMap:
+    """The map whose fixed point is differentiated: for Phantom, a few damped steps of g."""
+    if isinstance(adjoint, Phantom):
+        return flat_map.damped(adjoint.k, adjoint.tau)
+    return flat_map
+
+
+def strategy_for(options: Options, engine: Backend, account: Account, dim: int) -> Strategy:
+    """How the adjoint system is dealt with."""
+    adjoint = options.adjoint
+    if isinstance(adjoint, Neumann):
+        return Truncated(account, truncation=adjoint.k)
+    if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
+        return Truncated(account, truncation=0)
+    solver = adjoint.solver or default_adjoint_solver(options.solver, dim)
+    rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
+    max_steps = adjoint.max_steps or options.max_steps
+    solver_of_system = linear_solve(solver, max_steps, engine)
+    return Exact(account, linear_solve=solver_of_system, rtol=rtol)
+
+
+def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolver:
+    """The forward's solver; for Anderson, as deep as it can be of use, and without a ridge."""
+    if not isinstance(solver, Anderson):
+        return solver
+    depth = max(solver.m, min(MAX_DEPTH, dim))
+    return Anderson(m=depth, ridge=0.0, history_dtype=solver.history_dtype)
+
+
+def linear_solve(
+    solver: FixedPointSolver | LinearSolver, max_steps: int, engine: Backend
+) -> LinearSolve:
+    """The solver of y = M y + b that an adjoint asks for."""
+
+    def run(
+        apply: Callable[[Tensor], Tensor],
+        apply_transpose: Callable[[Tensor], Tensor],
+        b: Tensor,
+        atol: Tensor,
+    ) -> SolveResult:
+        if isinstance(solver, GMRES):
+            return gmres(
+                lambda y: y - apply(y), b, restart=solver.restart, atol=atol, max_steps=max_steps
+            )
+        if isinstance(solver, ConjugateGradient):
+            return conjugate_gradient(
+                lambda y: y - apply(y),
+                lambda y: y - apply_transpose(y),
+                b,
+                atol=atol,
+                max_steps=max_steps,
+            )
+        return solve(
+            lambda y, rows: apply(y) + b,
+            b,
+            solver,
+            rtol=0.0,
+            atol=atol,
+            max_steps=max_steps,
+            backend=engine,
+        )
+
+    return run

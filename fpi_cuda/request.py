@@ -1,0 +1,79 @@
+"""What fixed_point and FPILayer are told besides g, x0 and z, checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fpi_cuda import backends
+from fpi_cuda.options import (
+    ADJOINTS,
+    FIXED_POINT_SOLVERS,
+    MOST_STEPS,
+    Adjoint,
+    FixedPointSolver,
+    require_count,
+    require_instance,
+    require_real,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What fixed_point is told besides g, x0 and z."""
+
+    solver: FixedPointSolver
+    rtol: float
+    atol: float
+    max_steps: int
+    adjoint: Adjoint
+    backend: str | None
+    rowwise: bool | None
+    throw: bool
+
+    def require_sensible(self, owner: str) -> None:
+        """Raise unless every option is one that fixed_point can work with."""
+        require_instance(owner, "solver", self.solver, FIXED_POINT_SOLVERS)
+        require_instance(owner, "adjoint", self.adjoint, ADJOINTS)
+        require_real(owner, "rtol", self.rtol, 0.0, 1.0)
+        require_real(owner, "atol", self.atol, 0.0)
+        require_count(owner, "max_steps", self.max_steps, 1, MOST_STEPS)
+        if self.backend is not None and self.backend not in backends.NAMES:
+            valid = ", ".join(map(repr, backends.NAMES))
+            raise ValueError(f"{owner}: unknown backend {self.backend!r}. Valid: None, {valid}")
+        if self.rowwise is not None and not isinstance(self.rowwise, bool):
+            raise TypeError(f"{owner}: rowwise must be None or a bool, got {self.rowwise!r}")
+        if not isinstance(self.throw, bool):
+            raise TypeError(f"{owner}: throw must be a bool, got {self.throw!r}")
+
+    def asks_rowwise(self, g: object) -> bool:
+        """Whether g may be evaluated on some of the samples."""
+        return bool(getattr(g, "rowwise", False)) if self.rowwise is None else self.rowwise
+
+
+def require_known(owner: str, function: Callable[..., Any], unknown: dict[str, Any]) -> None:
+    """Raise for an option that `function` does not have."""
+    if unknown:
+        parameters = inspect.signature(function).parameters.values()
+        valid = ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        raise TypeError(f"{owner}: unknown option {next(iter(unknown))!r}. Valid options: {valid}")
+
+
+def require_map(owner: str, g: object) -> None:
+    """Raise unless g can be evaluated."""
+    if not callable(g):
+        raise TypeError(f"{owner}: g must be a function or module g(x, *z), got {type(g).__name__}")
+
+
+def require_inputs(z: tuple[object, ...]) -> None:
+    """Raise unless all z are tensors."""
+    for index, t in enumerate(z):
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"fixed_point: z must be tensors, got z[{index}] of type {type(t).__name__}. "
+                "Bind other arguments with functools.partial(g, name=value)"
+            )

@@ -1,0 +1,307 @@
+"""Fixed points inside torch.func and other transforms, against the same of an unrolled loop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fpi_cuda as fpi
+from fpi_cuda import transforms
+
+F64 = torch.float64
+B, D = 3, 4
+TIGHT: dict[str, Any] = {"rtol": 1e-12, "max_steps": 300}
+Layer = Callable[[Tensor, Tensor], Tensor]
+
+ADJOINTS = [
+    fpi.Implicit(),
+    fpi.Implicit(solver=fpi.Broyden()),
+    fpi.Implicit(solver=fpi.GMRES()),
+    fpi.Implicit(solver=fpi.ConjugateGradient()),
+    fpi.Neumann(k=50),
+    fpi.Phantom(k=50),
+    fpi.Phantom(k=80, tau=0.7),
+    fpi.Unroll(),
+]
+MODES = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+}
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+
+Z = double(B, D)
+A = 0.5 * double(D, D) / torch.linalg.matrix_norm(double(D, D), 2)
+ZZ = torch.stack([Z, Z + 1])
+AA = torch.stack([A, 0.3 * A])
+
+
+def solved(**options: Any) -> Layer:
+    """x* of tanh(A x + z); A is closed over."""
+
+    def layer(z: Tensor, a: Tensor) -> Tensor:
+        def g(x: Tensor, z: Tensor) -> Tensor:
+            return torch.tanh(x @ a.T + z)
+
+        return fpi.fixed_point(g, torch.zeros_like(z), z, **(TIGHT | options)).value
+
+    return layer
+
+
+def looped(z: Tensor, a: Tensor) -> Tensor:
+    x = torch.zeros_like(z)
+    for _ in range(80):
+        x = torch.tanh(x @ a.T + z)
+    return x
+
+
+def loss(layer: Layer, z: Tensor = Z) -> Callable[[Tensor], Tensor]:
+    return lambda a: (layer(z, a) ** 3).sum()
+
+
+def gradient_norm(layer: Layer) -> Callable[[Tensor], Tensor]:
+    return lambda a: (grad(loss(layer))(a) ** 2).sum()
+
+
+def of_sample(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda z, a: (layer(z[None], a) ** 2).sum()
+
+
+def tangent(layer: Layer, a: Tensor) -> Tensor:
+    return jvp(lambda a: layer(Z, a), (a,), (a.cos(),))[1]
+
+
+OPERATIONS: dict[str, Callable[[Layer], Tensor]] = {
+    "grad": lambda f: grad(loss(f))(A),
+    "grad grad": lambda f: grad(gradient_norm(f))(A),
+    "grad grad grad": lambda f: grad(lambda a: grad(gradient_norm(f))(a).sin().sum())(A),
+    "vjp": lambda f: vjp(lambda a: f(Z, a), A)[1](Z.sin())[0],
+    "jvp": lambda f: tangent(f, A),
+    "jvp jvp": lambda f: jvp(lambda a: tangent(f, a), (A,), (A.sin(),))[1],
+    "grad jvp": lambda f: grad(lambda a: (tangent(f, a) ** 2).sum())(A),
+    "jvp grad": lambda f: jvp(grad(loss(f)), (A,), (A.sin(),))[1],
+    "jacrev": lambda f: jacrev(lambda a: f(Z, a))(A),
+    "jacfwd": lambda f: jacfwd(lambda a: f(Z, a))(A),
+    "jacrev jacrev": lambda f: jacrev(jacrev(loss(f)))(A),
+    "hessian": lambda f: hessian(loss(f))(A),
+    "vmap": lambda f: vmap(f, in_dims=(0, None))(ZZ, A),
+    "vmap closure": lambda f: vmap(f)(ZZ, AA),
+    "vmap vmap": lambda f: vmap(vmap(f, in_dims=(0, None)), in_dims=(None, 0))(ZZ, AA),
+    "vmap grad": lambda f: vmap(grad(of_sample(f)), in_dims=(0, None))(Z, A),
+    "vmap hessian": lambda f: vmap(hessian(of_sample(f)), in_dims=(0, None))(Z, A),
+    "grad vmap": lambda f: grad(lambda aa: (vmap(f)(ZZ, aa) ** 2).sum())(AA),
+    "vmap jvp": lambda f: vmap(lambda t: jvp(lambda a: f(Z, a), (A,), (t,))[1])(AA),
+}
+# Its steps are taken inside of the transforms, and how many depends on batched numbers.
+UNROLL_CANNOT = {"vmap closure", "vmap vmap", "vmap grad", "vmap hessian", "grad vmap"}
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_transforms_of_every_adjoint(name: str, adjoint: Any) -> None:
+    operation = OPERATIONS[name]
+    if isinstance(adjoint, fpi.Unroll) and name in UNROLL_CANNOT:
+        with pytest.raises(RuntimeError, match="Use adjoint=Implicit"):
+            operation(solved(adjoint=adjoint))
+        return
+    found, expected = operation(solved(adjoint=adjoint)), operation(looped)
+    # Derivatives of Anderson's steps converge later than the steps.
+    rtol = 1e-6 if isinstance(adjoint, fpi.Unroll) else 1e-8
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_transforms_where_plain_autograd_records_nothing(name: str, mode: str) -> None:
+    operation = OPERATIONS[name]
+    expected = operation(looped)
+    differentiates = name not in ("vmap", "vmap closure", "vmap vmap")
+    with MODES[mode]():
+        if mode == "inference" and differentiates and not transforms.works_in_inference():
+            with pytest.raises(RuntimeError):
+                operation(solved())
+            return
+        found = operation(solved())
+    assert not found.requires_grad
+    torch.testing.assert_close(found.clone(), expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [fpi.Picard(), fpi.Anderson(), fpi.Broyden()], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("name", ["vmap closure", "hessian", "vmap grad", "grad jvp"])
+def test_transforms_of_every_solver(name: str, backend: str, solver: Any) -> None:
+    found = OPERATIONS[name](solved(solver=solver, backend=backend))
+    torch.testing.assert_close(found, OPERATIONS[name](looped), rtol=1e-8, atol=1e-9)
+
+
+def test_an_ensemble_of_layers() -> None:
+    layers = [fpi.FPILayer(fpi.cells.Dense(D, D, dtype=F64), **TIGHT) for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
+
+    def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], z: Tensor) -> Tensor:
+        return torch.func.functional_call(layers[0], (parameters, buffers), (z,))
+
+    found = vmap(one, in_dims=(0, 0, None))(parameters, buffers, Z)
+    expected = torch.stack([layer(Z) for layer in layers])
+    torch.testing.assert_close(found, expected)
+    assert layers[0].last_solution is not None  # of the plain call
+    grads = torch.autograd.grad((found**2).sum(), list(parameters.values()))
+    for name, stacked in zip(parameters, grads, strict=True):
+        each = [
+            torch.autograd.grad((layer(Z) ** 2).sum(), layer.get_parameter(name))[0]
+            for layer in layers
+        ]
+        torch.testing.assert_close(stacked, torch.stack(each))
+
+
+def test_gradients_per_sample_add_up() -> None:
+    layer = fpi.FPILayer(fpi.cells.Dense(D, D, dtype=F64), **TIGHT)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def of_one(parameters: dict[str, Tensor], z: Tensor) -> Tensor:
+        return (torch.func.functional_call(layer, parameters, (z[None],)) ** 2).sum()
+
+    found = vmap(grad(of_one), in_dims=(None, 0))(parameters, Z)
+    (layer(Z) ** 2).sum().backward()
+    for name, p in layer.named_parameters():
+        assert found[name].shape == (B, *p.shape)
+        torch.testing.assert_close(found[name].sum(0), p.grad)
+
+
+def test_the_account_of_a_vmap_is_that_of_each_call() -> None:
+    def account(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        sol = fpi.fixed_point(lambda x, z: torch.tanh(x @ A.T + z), torch.zeros_like(z), z)
+        return sol.value, sol.status, sol.num_steps, sol.residual
+
+    found = vmap(account)(ZZ)
+    for i, z in enumerate(ZZ):
+        for one, expected in zip(found, account(z), strict=True):
+            torch.testing.assert_close(one[i], expected)
+
+
+def test_a_failing_sample_of_a_vmap_hurts_no_other() -> None:
+    bad = ZZ.clone()
+    bad[1, 2, 0] = torch.nan
+
+    def values(z: Tensor) -> Tensor:
+        return solved()(z, A)
+
+    found = vmap(values)(bad)
+    expected = vmap(values)(ZZ)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1, :2], expected[1, :2])
+
+
+def test_throw_inside_of_vmap_numbers_the_samples_of_all() -> None:
+    bad = ZZ.clone()
+    bad[1, 2, 0] = torch.nan
+
+    def layer(z: Tensor) -> Tensor:
+        return solved(throw=True)(z, A)
+
+    torch.testing.assert_close(vmap(layer)(ZZ), vmap(lambda z: looped(z, A))(ZZ))
+    with pytest.raises(fpi.ConvergenceError, match=r"1 of 6 samples .*5: NONFINITE") as raised:
+        vmap(layer)(bad)
+    solution = raised.value.solution
+    assert solution.value.shape == (2 * B, D)
+    assert solution.converged.tolist() == [True] * 5 + [False]
+    with pytest.raises(fpi.ConvergenceError, match="1 of 3 samples"):
+        grad(lambda a: solved(throw=True)(bad[1], a).sum())(A)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_vmap_over_nothing_and_over_one(size: int) -> None:
+    zz, aa = ZZ[:size], AA[:size]
+    torch.testing.assert_close(vmap(solved())(zz, aa), vmap(looped)(zz, aa))
+    found = vmap(solved(), in_dims=(0, None))(zz, A)
+    torch.testing.assert_close(found, vmap(looped, in_dims=(0, None))(zz, A))
+    gradient = vmap(grad(lambda z, a: (solved()(z, a) ** 2).sum()))
+    expected = vmap(grad(lambda z, a: (looped(z, a) ** 2).sum()))
+    torch.testing.assert_close(gradient(zz, aa), expected(zz, aa))
+
+
+def with_matrix(a: Tensor) -> Tensor:
+    return solved()(Z, a)
+
+
+def test_torch_autograd_functional() -> None:
+    of_loop = functools.partial(looped, Z)
+    functional = torch.autograd.functional
+    expected = functional.jacobian(of_loop, A)
+    for vectorize in (False, True):
+        found = functional.jacobian(with_matrix, A, vectorize=vectorize)
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+        second = functional.hessian(loss(solved()), A, vectorize=vectorize)
+        torch.testing.assert_close(second, hessian(loss(looped))(A), rtol=1e-8, atol=1e-9)
+    with pytest.raises(RuntimeError, match=r"torch\.func.jacfwd"):
+        functional.jacobian(with_matrix, A, vectorize=True, strategy="forward-mode")
+
+
+def test_is_grads_batched() -> None:
+    a = A.clone().requires_grad_()
+    weights = double(5, B, D)
+    found = torch.autograd.grad(solved()(Z, a), a, weights, is_grads_batched=True)[0]
+    expected = torch.autograd.grad(looped(Z, a), a, weights, is_grads_batched=True)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    with pytest.raises(RuntimeError, match=r"torch\.func.vmap"):
+        torch.autograd.grad(solved()(Z, a), a, weights, is_grads_batched=True, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.fx")
+def test_tracers_are_refused_by_name() -> None:
+    with pytest.raises(RuntimeError, match=r"torch\.func.jvp"):
+        torch.func.linearize(with_matrix, A)
+    with pytest.raises(RuntimeError, match="make_fx"):
+        make_fx(with_matrix)(A)
+    with pytest.raises(RuntimeError, match="FakeTensor"):
+        torch.export.export(Wrapped(), (Z,), strict=False)
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="FakeTensor"):
+        solved()(torch.zeros(B, D), torch.zeros(D, D))
+    meta = torch.zeros(B, D, device="meta")
+    with pytest.raises(ValueError, match="device meta"):
+        fpi.fixed_point(lambda x, z: x, meta, meta)
+
+
+class Wrapped(nn.Module):
+    """A model with a layer in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = fpi.FPILayer(fpi.cells.Dense(D, D, dtype=F64), **TIGHT)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layer(z.sin()).cos()
+
+
+# torch.compile reads .grad of the tensors that it goes on with.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_torch_compile_goes_around_a_layer() -> None:
+    model = Wrapped()
+    z = Z.clone().requires_grad_()
+    expected = torch.autograd.grad(model(z).sum(), (z, *model.parameters()))
+    try:
+        compiled = torch.compile(model, backend="aot_eager")
+        for _ in range(2):
+            found = torch.autograd.grad(compiled(z).sum(), (z, *model.parameters()))
+            torch.testing.assert_close(found, expected)
+        assert model.layer.last_solution is not None
+        assert model.layer.last_solution.converged.all()
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
+            whole(z)
+        inside = fpi.FPILayer(torch.compile(model.layer.g, backend="aot_eager"), **TIGHT)
+        torch.testing.assert_close(inside(z), model.layer(z))
+    finally:
+        torch._dynamo.reset()
