@@ -50,7 +50,7 @@ StateType state_type(const char* op, const char* name, const Tensor& t) {
 struct StepTensors {
   Tensor x, gx;
   std::optional<Tensor> sample_of;
-  Tensor best, f_previous, partner_previous, columns_f, columns_g, gram, control, atol, status,
+  Tensor best, anchor, f_previous, partner_previous, columns_f, columns_g, gram, control, atol, status,
       num_steps, residual;
 };
 
@@ -67,19 +67,22 @@ StepParams checked_params(const char* op, StepTensors& t, bool uses_gram) {
   check_shape(op, "best", t.best, {batch, dim});
   check_shape(op, "columns_f", t.columns_f, {batch, depth, dim});
   check_shape(op, "columns_g", t.columns_g, {batch, depth, dim});
-  const int64_t remembered = depth ? batch : 0;
-  check_shape(op, "f_previous", t.f_previous, {remembered, dim});
-  check_shape(op, "partner_previous", t.partner_previous, {remembered, dim});
+  const ScalarType state = t.x.scalar_type();
+  const ScalarType compute = state == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const bool in_slot = uses_gram && t.columns_f.scalar_type() == compute;
+  const int64_t apart = depth && !in_slot ? batch : 0;
+  check_shape(op, "anchor", t.anchor, {depth ? batch : 0, dim});
+  check_shape(op, "f_previous", t.f_previous, {apart, dim});
+  check_shape(op, "partner_previous", t.partner_previous, {apart, dim});
   if (uses_gram) check_shape(op, "gram", t.gram, {batch, depth, depth});
   check_shape(op, "control", t.control, {batch, kControlSize});
   check_shape(op, "atol", t.atol, {batch});
   check_shape(op, "status", t.status, {batch});
   check_shape(op, "num_steps", t.num_steps, {batch});
   check_shape(op, "residual", t.residual, {batch});
-  const ScalarType state = t.x.scalar_type();
-  const ScalarType compute = state == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_type(op, "gx", t.gx, state);
   check_type(op, "best", t.best, state);
+  check_type(op, "anchor", t.anchor, state);
   check_type(op, "f_previous", t.f_previous, compute);
   check_type(op, "partner_previous", t.partner_previous, compute);
   check_type(op, "columns_g", t.columns_g, t.columns_f.scalar_type());
@@ -105,8 +108,9 @@ StepParams checked_params(const char* op, StepTensors& t, bool uses_gram) {
   p.x = t.x.mutable_data_ptr();
   p.gx = t.gx.const_data_ptr();
   p.best = t.best.mutable_data_ptr();
-  p.f_previous = t.f_previous.mutable_data_ptr();
-  p.partner_previous = t.partner_previous.mutable_data_ptr();
+  p.anchor = t.anchor.mutable_data_ptr();
+  p.f_previous = apart ? t.f_previous.mutable_data_ptr() : nullptr;
+  p.partner_previous = apart ? t.partner_previous.mutable_data_ptr() : nullptr;
   p.columns_f = t.columns_f.mutable_data_ptr();
   p.columns_g = t.columns_g.mutable_data_ptr();
   p.gram = uses_gram ? t.gram.mutable_data_ptr<double>() : nullptr;
@@ -136,13 +140,13 @@ void parallel_rows(int64_t begin, int64_t end, int64_t grain,
 }
 
 void anderson_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tensor best,
-                      Tensor f_previous, Tensor g_previous, Tensor columns_f, Tensor columns_g,
+                      Tensor anchor, Tensor f_previous, Tensor g_previous, Tensor columns_f, Tensor columns_g,
                       Tensor gram, Tensor control, Tensor atol, Tensor status, Tensor num_steps,
                       Tensor residual, double rtol, int64_t max_steps, double beta,
                       double ridge) {
   const char* op = "anderson_step_";
-  StepTensors t{x,         gx,        sample_of, best,    f_previous, g_previous, columns_f,
-                columns_g, gram,      control,   atol,    status,     num_steps,  residual};
+  StepTensors t{x,         gx,        sample_of, best, anchor, f_previous, g_previous, columns_f,
+                columns_g, gram,      control,   atol, status, num_steps,  residual};
   StepParams p = checked_params(op, t, true);
   check_samples(op, p, t.best.size(0));
   p.rtol = rtol;
@@ -154,12 +158,12 @@ void anderson_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tens
 }
 
 void broyden_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tensor best,
-                     Tensor f_previous, Tensor x_previous, Tensor columns_u, Tensor columns_v,
+                     Tensor anchor, Tensor f_previous, Tensor x_previous, Tensor columns_u, Tensor columns_v,
                      Tensor control, Tensor atol, Tensor status, Tensor num_steps,
                      Tensor residual, double rtol, int64_t max_steps, double beta) {
   const char* op = "broyden_step_";
-  StepTensors t{x,         gx,      sample_of, best,   f_previous, x_previous, columns_u,
-                columns_v, control, control,   atol,   status,     num_steps,  residual};
+  StepTensors t{x,         gx,      sample_of, best, anchor, f_previous, x_previous, columns_u,
+                columns_v, control, control,   atol, status, num_steps,  residual};
   require(columns_u.dim() == 3 && columns_u.size(1) >= 1, op, ": depth must be at least 1");
   StepParams p = checked_params(op, t, false);
   check_samples(op, p, t.best.size(0));
@@ -172,10 +176,10 @@ void broyden_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tenso
 
 // Nothing is returned, so a fake run has nothing to do.
 void anderson_step_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, Tensor, Tensor,
-                        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, int64_t,
-                        double, double) {}
+                        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double,
+                        int64_t, double, double) {}
 void broyden_step_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, Tensor, Tensor,
-                       Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, int64_t,
+                       Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, int64_t,
                        double) {}
 
 }  // namespace
@@ -184,13 +188,13 @@ void broyden_step_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, Te
 STABLE_TORCH_LIBRARY_FRAGMENT(fpi_cuda, m) {
   m.def(
       "anderson_step_(Tensor(a!) x, Tensor gx, Tensor? sample_of, Tensor(b!) best, "
-      "Tensor(c!) f_previous, Tensor(d!) g_previous, Tensor(e!) columns_f, "
+      "Tensor(l!) anchor, Tensor(c!) f_previous, Tensor(d!) g_previous, Tensor(e!) columns_f, "
       "Tensor(f!) columns_g, Tensor(g!) gram, Tensor(h!) control, Tensor atol, "
       "Tensor(i!) status, Tensor(j!) num_steps, Tensor(k!) residual, *, float rtol, "
       "int max_steps, float beta, float ridge) -> ()");
   m.def(
       "broyden_step_(Tensor(a!) x, Tensor gx, Tensor? sample_of, Tensor(b!) best, "
-      "Tensor(c!) f_previous, Tensor(d!) x_previous, Tensor(e!) columns_u, "
+      "Tensor(l!) anchor, Tensor(c!) f_previous, Tensor(d!) x_previous, Tensor(e!) columns_u, "
       "Tensor(f!) columns_v, Tensor(h!) control, Tensor atol, Tensor(i!) status, "
       "Tensor(j!) num_steps, Tensor(k!) residual, *, float rtol, int max_steps, "
       "float beta) -> ()");

@@ -22,5 +22,6 @@ CONTROL_FIELDS = (
     "columns",
     "head",
     "has_previous",
+    "anchored",
 )
 CONTROL_SIZE = len(CONTROL_FIELDS)

@@ -46,27 +46,11 @@ def solve_with(p: Problem, solver: str, rtol: float, max_steps: int = MAX_STEPS)
     return solve(p.evaluate, p.flat_x0, parse_solver(solver), **options)
 
 
-# Where contract 5 does not hold yet; Picard's residual rises, or ends at once, on the way.
-KNOWN_UNSAFE = {
-    "energy/double-well",
-    "energy/logistic-edge",
-    "scalar/logistic-2.8",
-    "scalar/square-root",
-    "singular/nilpotent",
-}
-
-
 @settings
 @pytest.mark.parametrize("solver", ["anderson:m=5", "anderson:m=10"])
 @every_problem
-def test_anderson_is_safe(
-    request: pytest.FixtureRequest, name: str, solver: str, dtype: torch.dtype, rtol: float
-) -> None:
+def test_anderson_is_safe(name: str, solver: str, dtype: torch.dtype, rtol: float) -> None:
     """Contract 5: whatever Picard solves, in at most 1.5 times its evaluations."""
-    if name in KNOWN_UNSAFE:
-        request.applymarker(
-            pytest.mark.xfail(reason="contract 5 is not met here yet", strict=False)
-        )
     against = compare(solved(name, solver, dtype, rtol), solved(name, "picard", dtype, rtol))
     assert against.lost == []
     assert against.ratio is None or against.ratio <= RATIO_LIMIT

@@ -11,7 +11,7 @@ struct Control {
   double scale0;         // max(||x0||, ||g(x0)||): caps the relative tolerance
   double first;          // residual at x0
   double best;           // smallest residual so far
-  double previous;       // residual at the start of the present Picard phase
+  double previous;       // residual that the present Picard phase is held against
   double gain_residual;  // residual when it last fell by a tenth
   double gain_step;      // and the step at which it did
   double since_best;     // steps since `best` fell by a tenth
@@ -23,7 +23,8 @@ struct Control {
   double growths;        // steps in a row that grew the residual past the bound
   double columns;        // differences in the history
   double head;           // slot of the newest difference
-  double has_previous;   // 1 once f_prev and its partner hold a finite evaluation
+  double has_previous;   // 1 where f_previous and its partner hold the evaluation before this one
+  double anchored;       // `best` when the anchor was kept; 0 where there is none to return to
 };
 
 constexpr int kMaxDepth = 16;  // of a history; fpi_cuda.options.MAX_DEPTH

@@ -15,6 +15,8 @@ enum class Move : int {
   kMix,     // the accelerated step
   kPicard,  // x + beta f
   kReject,  // g was not finite: back halfway to the best point
+  kReturn,  // to the best point, with an empty history
+  kAnchor,  // to the anchor
 };
 
 struct Measured {
@@ -36,15 +38,18 @@ struct Decision {
   Move move;
   Status status;
   bool improved;  // x is the best point so far
+  bool anchors;   // x is to be kept as the anchor
 };
 
 struct Safeguard {
   static constexpr double kCap = 0.1;          // relative tolerance against the starting scale
   static constexpr double kHidden = 0.25;      // of the starting scale
   static constexpr double kGrowth = 10.0;      // over the best residual, borne without a restart
-  static constexpr double kPatience = 4.0;
+  static constexpr double kPatience = 3.0;
   static constexpr double kProgress = 0.9;     // of the best residual, to count as a new best
-  static constexpr double kFirstPicard = 4.0;   // plain steps at the start
+  static constexpr double kLetGo = 0.35;        // of the best residual at the anchor, to forget it
+  static constexpr double kFirstPicard = 9.0;   // plain steps at the start
+  static constexpr double kFirstGrowth = 8.0;   // times kPicardGrowth: a transient may pass
   static constexpr double kPicardLength = 8.0;
   static constexpr double kPicardGrowth = 4.0;  // since the phase began; ends it early
   static constexpr double kDivergence = 1e6;
@@ -62,7 +67,8 @@ FPI_HD double smaller(double a, double b) { return a < b ? a : b; }
 
 FPI_HD void start(Control& c, const Measured& at) {
   c.scale0 = larger(at.norm_x, at.norm_gx);
-  c.first = c.best = c.previous = c.gain_residual = at.residual;
+  c.first = c.best = c.gain_residual = at.residual;
+  c.previous = Safeguard::kFirstGrowth * at.residual;
   c.gain_step = 1;
   c.since_best = 0;
   c.patience = Safeguard::kPatience;
@@ -71,12 +77,14 @@ FPI_HD void start(Control& c, const Measured& at) {
   c.mixing_scale = 1;
   c.rejections = c.growths = 0;
   c.columns = c.head = 0;
-  c.has_previous = 0;
+  c.has_previous = c.anchored = 0;
 }
 
-// The residual cannot be told from rounding any more and has not fallen for a long while.
+// The residual cannot be told from rounding any more and has not fallen for a long while: longer
+// than the last Picard phase, whose residual may rise before it falls.
 FPI_HD bool at_floor(const Control& c, const Measured& at, const Rules& rules, int64_t step) {
-  return step - c.gain_step >= rules.stall_steps &&
+  const double patience = rules.safeguarded ? c.picard_length : 0.0;
+  return step - c.gain_step >= larger(rules.stall_steps, patience) &&
          c.best <= Safeguard::kFloor * rules.epsilon * at.norm_gx;
 }
 
@@ -93,26 +101,43 @@ FPI_HD bool hidden_by_rounding(const Control& c, const Measured& at, const Rules
 
 // Picks between the accelerated step and a phase of plain Picard steps. Patience and the phase
 // both double each time, so that a problem which acceleration does not help is soon left to
-// Picard, and one bad stretch costs little.
-FPI_HD Move next_move(Control& c, const Measured& at, bool& gave_up) {
+// Picard, and one bad stretch costs little: where it gained little, x goes back to the point where
+// the last phase ended, as if the stretch had not been.
+FPI_HD Move next_move(Control& c, const Measured& at, Decision& out) {
   const bool in_phase = c.picard_left > 0;
   const bool picard_grew = at.residual > Safeguard::kPicardGrowth * c.previous;
   const bool grew = at.residual > Safeguard::kGrowth * c.best;
   c.growths = grew && !in_phase ? c.growths + 1 : 0;
-  gave_up = c.growths >= Safeguard::kGrowths;
+  if (c.growths >= Safeguard::kGrowths) {
+    out.status = kDiverged;
+    return Move::kStop;
+  }
   if (in_phase) {
     c.picard_left = picard_grew ? 0 : c.picard_left - 1;
     if (c.picard_left > 0) return Move::kPicard;
     c.since_best = 0;
+    if (picard_grew && grew) {
+      c.anchored = c.columns = 0;
+      return Move::kReturn;
+    }
+    c.anchored = c.best;
+    out.anchors = true;
     return Move::kMix;
   }
+  if (c.best <= Safeguard::kLetGo * c.anchored) c.anchored = 0;
   if (grew || c.since_best >= c.patience) {
     c.picard_left = c.picard_length;
     c.patience *= 2;
     c.picard_length *= 2;
     c.since_best = 0;
     c.previous = at.residual;
-    return Move::kPicard;
+    if (c.anchored == 0) return Move::kPicard;
+    // One step more, for the anchor's own evaluation. The phase is Picard's own course from there,
+    // and runs to its end whatever the residual does.
+    c.picard_left += 1;
+    c.previous = HUGE_VAL;
+    c.anchored = 0;
+    return Move::kAnchor;
   }
   return Move::kMix;
 }
@@ -123,11 +148,11 @@ FPI_HD Decision decide(Control& c, const Measured& at, const Rules& rules, int64
   if (!is_finite(at.residual)) {
     c.rejections += 1;
     if (step == 1 || c.rejections >= Safeguard::kRejections) {
-      return {Move::kStop, kNonfinite, step == 1};
+      return {Move::kStop, kNonfinite, step == 1, false};
     }
-    if (step >= rules.max_steps) return {Move::kStop, kMaxSteps, false};
+    if (step >= rules.max_steps) return {Move::kStop, kMaxSteps, false, false};
     c.mixing_scale *= 0.5;
-    return {Move::kReject, kActive, false};
+    return {Move::kReject, kActive, false, false};
   }
   c.rejections = 0;
   const double tolerance =
@@ -144,17 +169,15 @@ FPI_HD Decision decide(Control& c, const Measured& at, const Rules& rules, int64
     c.gain_step = static_cast<double>(step);
   }
   if (at.residual <= tolerance) {
-    if (hidden_by_rounding(c, at, rules)) return {Move::kStop, kDiverged, improved};
-    return {Move::kStop, kConverged, true};
+    if (hidden_by_rounding(c, at, rules)) return {Move::kStop, kDiverged, improved, false};
+    return {Move::kStop, kConverged, true, false};
   }
-  if (ran_away(c, at, rules, step)) return {Move::kStop, kDiverged, improved};
-  if (at_floor(c, at, rules, step)) return {Move::kStop, kStalled, improved};
-  if (step >= rules.max_steps) return {Move::kStop, kMaxSteps, improved};
-  Move move = Move::kPicard;
-  bool gave_up = false;
-  if (rules.safeguarded) move = next_move(c, at, gave_up);
-  if (gave_up) return {Move::kStop, kDiverged, improved};
-  return {move, kActive, improved};
+  if (ran_away(c, at, rules, step)) return {Move::kStop, kDiverged, improved, false};
+  if (at_floor(c, at, rules, step)) return {Move::kStop, kStalled, improved, false};
+  if (step >= rules.max_steps) return {Move::kStop, kMaxSteps, improved, false};
+  Decision out{Move::kPicard, kActive, improved, false};
+  if (rules.safeguarded) out.move = next_move(c, at, out);
+  return out;
 }
 
 }  // namespace fpi

@@ -9,6 +9,7 @@
 namespace fpi {
 
 constexpr double kSmallestPivot = 1e-10;
+constexpr double kLeastGain = 1.0 - 0.99 * 0.99;  // of ||f||^2
 
 // Scratch of one small solve; in shared memory on a GPU.
 struct SmallSolve {
@@ -62,6 +63,16 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
     s.gamma[slot] = value / s.factor[a][a];
   }
   for (int a = 0; a < columns; ++a) s.gamma[slot_of(a)] *= s.inverse_norm[a];
+}
+
+// Whether the solution takes enough off ||f||^2 = ff to be worth a step that is not Picard's: less
+// than a hundredth of ||f|| is what a history gives that knows nothing of the map at this point.
+FPI_HD bool worth_mixing(const SmallSolve& s, const double* rhs, int depth, double ff) {
+  double explained = 0.0;
+  for (int slot = 0; slot < depth; ++slot) {
+    if (s.gamma[slot] != 0.0) explained += s.gamma[slot] * rhs[slot];
+  }
+  return explained >= kLeastGain * ff;
 }
 
 }  // namespace fpi

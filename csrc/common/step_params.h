@@ -12,8 +12,11 @@ struct StepParams {
   const void* gx;            // (rows, dim) state dtype
   const int64_t* sample_of;  // (rows,) or null
   void* best;                // (batch, dim) state dtype; the point to return, once stopped
+  void* anchor;              // (batch, dim) state dtype; null for Picard
+  // The evaluation before this one, f and g(x) (Anderson) or f and x (Broyden). Null for Anderson
+  // where the history is in the compute dtype: it then lies in the slot of the next difference.
   void* f_previous;          // (batch, dim) compute dtype
-  void* partner_previous;    // (batch, dim) compute dtype: g(x) for Anderson, x for Broyden
+  void* partner_previous;    // (batch, dim) compute dtype
   void* columns_f;           // (batch, depth, dim) history dtype: dF, or Broyden's u
   void* columns_g;           // (batch, depth, dim) history dtype: dG, or Broyden's v
   double* gram;              // (batch, depth, depth); null for Broyden and Picard

@@ -30,7 +30,7 @@ struct Sums {
 
 // What is decided between the two readings.
 struct Plan {
-  Decision decision{Move::kStop, kActive, false};
+  Decision decision{Move::kStop, kActive, false, false};
   SmallSolve solve;
   double beta = 1.0;
   int slots[kMaxDepth];  // of the columns that take part
@@ -41,7 +41,7 @@ struct Plan {
 template <class Acc, class T, class H>
 FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool first, Sums& out) {
   using C = typename Row<T, H>::C;
-  C f[kChunk], df[kChunk];
+  C f[kChunk], df[kChunk], dg[kChunk];
   const bool differs = row.has_previous();
   const int fresh = row.depth ? row.fresh_slot() : 0;
   const int columns = row.columns();
@@ -60,15 +60,21 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
       out.xx += dot<Acc>(wide, wide, n);
     }
     if (!differs) continue;
-    const C* f_previous = row.f_previous + at;
-    const C* g_previous = row.partner_previous + at;
+    const C* f_previous = row.f_previous() + at;
+    const C* g_previous = row.partner_previous() + at;
+    for (int j = 0; j < n; ++j) {
+      df[j] = f[j] - f_previous[j];
+      dg[j] = wide[j] - g_previous[j];
+    }
     H* column_f = row.column_f(fresh) + at;
     H* column_g = row.column_g(fresh) + at;
     for (int j = 0; j < n; ++j) {
-      column_f[j] = static_cast<H>(f[j] - f_previous[j]);
-      column_g[j] = static_cast<H>(wide[j] - g_previous[j]);
-      // The difference as it is stored, so that the Gram matrix is that of the stored columns.
-      df[j] = static_cast<C>(column_f[j]);
+      column_f[j] = static_cast<H>(df[j]);
+      column_g[j] = static_cast<H>(dg[j]);
+    }
+    // The difference as it is stored, so that the Gram matrix is that of the stored columns.
+    if (sizeof(H) != sizeof(C)) {
+      for (int j = 0; j < n; ++j) df[j] = static_cast<C>(static_cast<H>(df[j]));
     }
     out.dfdf += dot<Acc>(df, df, n);
     out.fdf += dot<Acc>(f, df, n);
@@ -114,46 +120,36 @@ FPI_INLINE void judge(const StepParams& p, const Row<T, H>& row, Sums& sums, Pla
   }
   Control& c = *row.control;
   plan.beta = p.beta * c.mixing_scale;
-  if (move == Move::kReject) {
-    if (differs) c.columns = std::min(row.columns(), row.depth - 1);  // its slot was written over
-    return;
-  }
+  if (goes_elsewhere(move)) return forget_previous(row);
   if (differs) {
     sums.fdc[row.fresh_slot()] = sums.fdf;
     admit(row, sums, at);
   }
   c.has_previous = 1;
   if (move != Move::kMix || row.columns() == 0) return;
-  solve_small(row.gram, sums.fdc, row.depth, row.columns(), row.head(), p.ridge, plan.solve);
+  const int columns = static_cast<int>(std::min<int64_t>(row.columns(), row.dim));
+  solve_small(row.gram, sums.fdc, row.depth, columns, row.head(), p.ridge, plan.solve);
+  if (!worth_mixing(plan.solve, sums.fdc, row.depth, sums.ff)) return;
   for (int slot = 0; slot < row.depth; ++slot) {
     if (plan.solve.gamma[slot] != 0.0) plan.slots[plan.count++] = slot;
   }
 }
 
-// Keeps the best point, remembers this evaluation, and writes the next point.
+// Writes the next point, and remembers this evaluation.
 template <class T, class H>
 FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, int64_t end) {
   using C = typename Row<T, H>::C;
-  switch (plan.decision.move) {
-    case Move::kStop: return finish(row, plan.decision, begin, end);
-    case Move::kReject: return step_back(row, begin, end);
-    default: break;
-  }
-  if (plan.decision.improved) std::copy(row.x + begin, row.x + end, row.best + begin);
+  if (moved(row, plan.decision, begin, end)) return;
   const C beta = static_cast<C>(plan.beta);
   const C rest = C(1) - beta;
-  C f[kChunk], next[kChunk];
+  C f[kChunk], g[kChunk], next[kChunk];
   for (int64_t at = begin; at < end; at += kChunk) {
     const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
     T* x = row.x + at;
     const T* gx = row.gx + at;
     for (int j = 0; j < n; ++j) {
-      next[j] = static_cast<C>(gx[j]);
-      f[j] = next[j] - static_cast<C>(x[j]);
-    }
-    if (row.depth) {
-      std::copy(f, f + n, row.f_previous + at);
-      std::copy(next, next + n, row.partner_previous + at);
+      next[j] = g[j] = static_cast<C>(gx[j]);
+      f[j] = g[j] - static_cast<C>(x[j]);
     }
     for (int k = 0; k < plan.count; ++k) {
       const C gamma = static_cast<C>(plan.solve.gamma[plan.slots[k]]);
@@ -161,12 +157,17 @@ FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, i
       for (int j = 0; j < n; ++j) next[j] -= gamma * static_cast<C>(column_g[j]);
     }
     if (rest != C(0)) {
-      for (int k = 0; k < plan.count; ++k) {
-        const C gamma = static_cast<C>(plan.solve.gamma[plan.slots[k]]);
-        const H* column_f = row.column_f(plan.slots[k]) + at;
-        for (int j = 0; j < n; ++j) f[j] -= gamma * static_cast<C>(column_f[j]);
-      }
       for (int j = 0; j < n; ++j) next[j] -= rest * f[j];
+      for (int k = 0; k < plan.count; ++k) {
+        const C gamma = rest * static_cast<C>(plan.solve.gamma[plan.slots[k]]);
+        const H* column_f = row.column_f(plan.slots[k]) + at;
+        for (int j = 0; j < n; ++j) next[j] += gamma * static_cast<C>(column_f[j]);
+      }
+    }
+    // After the mixing: the slot may hold the oldest of its columns.
+    if (row.depth) {
+      std::copy(f, f + n, row.f_previous() + at);
+      std::copy(g, g + n, row.partner_previous() + at);
     }
     for (int j = 0; j < n; ++j) x[j] = static_cast<T>(next[j]);
   }

@@ -33,7 +33,7 @@ struct Sums {
 };
 
 struct Plan {
-  Decision decision{Move::kStop, kActive, false};
+  Decision decision{Move::kStop, kActive, false, false};
   double beta = 1.0;
   int columns = 0;        // that take part in the step, without the fresh one
   bool updates = false;   // a fresh column is being formed
@@ -67,8 +67,8 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
     if (first) out.xx += dot<Acc>(wide, wide, n);
     if (!differs) continue;
     for (int j = 0; j < n; ++j) {
-      s[j] = wide[j] - row.partner_previous[at + j];
-      y[j] = f[j] - row.f_previous[at + j];
+      s[j] = wide[j] - row.own_partner_previous[at + j];
+      y[j] = f[j] - row.own_f_previous[at + j];
     }
     out.ss += dot<Acc>(s, s, n);
     out.yy += dot<Acc>(y, y, n);
@@ -91,8 +91,8 @@ FPI_INLINE void form(const Row<T, H>& row, const Plan& plan, int64_t begin, int6
     const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
     for (int j = 0; j < n; ++j) {
       f[j] = row.f_at(at + j);
-      y[j] = f[j] - row.f_previous[at + j];
-      const C s = static_cast<C>(row.x[at + j]) - row.partner_previous[at + j];
+      y[j] = f[j] - row.own_f_previous[at + j];
+      const C s = static_cast<C>(row.x[at + j]) - row.own_partner_previous[at + j];
       u[j] = s + beta * y[j];
       v[j] = -beta * s;
     }
@@ -122,12 +122,7 @@ FPI_INLINE void form(const Row<T, H>& row, const Plan& plan, int64_t begin, int6
 template <class T, class H>
 FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, int64_t end) {
   using C = typename Row<T, H>::C;
-  switch (plan.decision.move) {
-    case Move::kStop: return finish(row, plan.decision, begin, end);
-    case Move::kReject: return step_back(row, begin, end);
-    default: break;
-  }
-  if (plan.decision.improved) std::copy(row.x + begin, row.x + end, row.best + begin);
+  if (moved(row, plan.decision, begin, end)) return;
   C next[kChunk];
   const C beta = static_cast<C>(plan.beta);
   const bool mixes = plan.decision.move == Move::kMix;
@@ -137,8 +132,8 @@ FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, i
       const C x = static_cast<C>(row.x[at + j]);
       const C f = row.f_at(at + j);
       next[j] = x + beta * f;
-      row.f_previous[at + j] = f;
-      row.partner_previous[at + j] = x;
+      row.own_f_previous[at + j] = f;
+      row.own_partner_previous[at + j] = x;
     }
     for (int k = 0; k < plan.columns && mixes; ++k) {
       const C vf = static_cast<C>(plan.vf[k]);
@@ -166,7 +161,11 @@ FPI_INLINE void judge(const StepParams& p, const Row<T, H>& row, const Sums& sum
   plan.decision = decide(*row.control, at, rules_for(p, row), step);
   Control& c = *row.control;
   plan.beta = p.beta * c.mixing_scale;
-  if (!record(p, row, at, plan.decision) || plan.decision.move == Move::kReject) return;
+  if (!record(p, row, at, plan.decision)) return;
+  if (goes_elsewhere(plan.decision.move)) {
+    c.has_previous = 0;
+    return;
+  }
   c.has_previous = 1;
   plan.columns = kept_columns(row);
   c.columns = plan.columns;

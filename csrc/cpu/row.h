@@ -22,8 +22,7 @@ struct Row {
   T* x;
   const T* gx;
   T* best;
-  C* f_previous;
-  C* partner_previous;
+  T* anchor;
   H* columns_f;
   H* columns_g;
   double* gram;
@@ -31,6 +30,8 @@ struct Row {
   int64_t sample;
   int64_t dim;
   int32_t depth;
+  C* own_f_previous;
+  C* own_partner_previous;
 
   Row(const StepParams& p, int64_t i)
       : sample(p.sample_of ? p.sample_of[i] : i), dim(p.dim), depth(p.depth) {
@@ -38,8 +39,10 @@ struct Row {
     gx = static_cast<const T*>(p.gx) + i * dim;
     best = static_cast<T*>(p.best) + sample * dim;
     const int64_t history = sample * depth * dim;
-    f_previous = depth ? static_cast<C*>(p.f_previous) + sample * dim : nullptr;
-    partner_previous = depth ? static_cast<C*>(p.partner_previous) + sample * dim : nullptr;
+    anchor = depth ? static_cast<T*>(p.anchor) + sample * dim : nullptr;
+    const bool apart = p.f_previous != nullptr;
+    own_f_previous = apart ? static_cast<C*>(p.f_previous) + sample * dim : nullptr;
+    own_partner_previous = apart ? static_cast<C*>(p.partner_previous) + sample * dim : nullptr;
     columns_f = depth ? static_cast<H*>(p.columns_f) + history : nullptr;
     columns_g = depth ? static_cast<H*>(p.columns_g) + history : nullptr;
     gram = p.gram ? p.gram + sample * depth * depth : nullptr;
@@ -52,6 +55,13 @@ struct Row {
   int head() const { return static_cast<int>(control->head); }
   // The slot that the next difference takes: the oldest one's, once the history is full.
   int fresh_slot() const { return columns() == 0 ? 0 : (head() + 1) % depth; }
+  C* f_previous() const {
+    return own_f_previous ? own_f_previous : reinterpret_cast<C*>(column_f(fresh_slot()));
+  }
+  C* partner_previous() const {
+    return own_partner_previous ? own_partner_previous
+                                : reinterpret_cast<C*>(column_g(fresh_slot()));
+  }
   bool has_previous() const { return depth > 0 && control->has_previous != 0; }
 
   FPI_INLINE C f_at(int64_t j) const { return static_cast<C>(gx[j]) - static_cast<C>(x[j]); }
@@ -127,6 +137,19 @@ FPI_INLINE bool record(const StepParams& p, const Row<T, H>& row, const Measured
   return decision.move != Move::kStop;
 }
 
+// Forgets the evaluation before this one, and with it the slot that measure() has written over.
+template <class T, class H>
+FPI_INLINE void forget_previous(const Row<T, H>& row) {
+  Control& c = *row.control;
+  if (c.has_previous != 0) c.columns = std::min(row.columns(), row.depth - 1);
+  c.has_previous = 0;
+}
+
+// True for the moves that leave x for another point that is at hand, and so take no step from it.
+inline bool goes_elsewhere(Move move) {
+  return move == Move::kReject || move == Move::kReturn || move == Move::kAnchor;
+}
+
 // The point to return is x itself if it is the best, else the best seen. It is left in both, so
 // that g goes on being evaluated at a harmless point where stopped samples stay in the batch.
 template <class T, class H>
@@ -149,6 +172,27 @@ FPI_INLINE void step_back(const Row<T, H>& row, int64_t begin, int64_t end) {
     const C middle = best + C(0.5) * (x - best);
     row.x[j] = static_cast<T>(middle - middle == C(0) ? middle : best);
   }
+}
+
+// Moves x where the decision says, if that is not a step from x; keeps the best point and the
+// anchor. True if the move is done.
+template <class T, class H>
+FPI_INLINE bool moved(const Row<T, H>& row, const Decision& decision, int64_t begin, int64_t end) {
+  T* x = row.x + begin;
+  const int64_t n = end - begin;
+  switch (decision.move) {
+    case Move::kStop: finish(row, decision, begin, end); return true;
+    case Move::kReject: step_back(row, begin, end); return true;
+    default: break;
+  }
+  if (decision.improved) std::copy(x, x + n, row.best + begin);
+  switch (decision.move) {
+    case Move::kReturn: std::copy(row.best + begin, row.best + end, x); return true;
+    case Move::kAnchor: std::copy(row.anchor + begin, row.anchor + end, x); return true;
+    default: break;
+  }
+  if (decision.anchors) std::copy(x, x + n, row.anchor + begin);
+  return false;
 }
 
 }  // namespace fpi

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.backends.rules import (
+    ANCHOR,
     MIX,
+    PICARD,
     REJECT,
+    RETURN,
     STOP,
     Decision,
     Measured,
@@ -22,6 +25,7 @@ from fpi_cuda.backends.rules import (
     decide,
     read_control,
     solve_small,
+    worth_mixing,
     write_control,
 )
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
@@ -34,12 +38,14 @@ name = "reference"
 class StepState:
     """What one step reads and writes, for the samples at hand.
 
-    x, best: (n, D). f_previous, partner_previous: (n, D). columns_f, columns_g: (n, m, D).
+    x, best: (n, D). anchor, f_previous, partner_previous: (n, D) or (0, D), see Workspace.
+    columns_f, columns_g: (n, m, D).
     gram: (n, m, m). control: (n, CONTROL_SIZE). status, num_steps, residual: (n,).
     """
 
     x: Tensor
     best: Tensor
+    anchor: Tensor
     f_previous: Tensor
     partner_previous: Tensor
     columns_f: Tensor
@@ -94,16 +100,19 @@ def judge(s: StepState, gx: Tensor, rules: Rules) -> tuple[StepState, Decision, 
         status=decision.status.to(torch.int8),
         residual=torch.where(returns_x, at.residual, control["best"]),
         best=unless(~decision.improved, s.x, s.best),
+        anchor=unless(~decision.anchors, s.x, s.anchor),
     )
     return judged, decision, f
 
 
 def where_to_go(s: StepState, decision: Decision, stepped: Tensor) -> Tensor:
-    """The next x: `stepped`, halfway back to the best point, or where the sample came to rest."""
+    """The next x: `stepped`, halfway back to the best point, or a point that was kept."""
     middle = s.best + (s.x - s.best) / 2
     back = torch.where(torch.isfinite(middle), middle, s.best)
     x = unless(decision.move == REJECT, stepped.to(s.x.dtype), back)
-    return unless(decision.move == STOP, x, s.best)
+    if len(s.anchor):
+        x = unless(decision.move == ANCHOR, x, s.anchor)
+    return unless((decision.move == STOP) | (decision.move == RETURN), x, s.best)
 
 
 def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: float) -> StepState:
@@ -122,13 +131,12 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     if depth == 0:
         return replace(s, x=where_to_go(s, decision, g - (1 - mixing) * f))
 
-    # A rejected evaluation leaves the history alone, but for the slot that the kernels use.
-    others = torch.where(differs, before["columns"].clamp(max=depth - 1), before["columns"])
-    goes_on = (decision.move != REJECT) & (decision.move != STOP)
-    fresh = torch.where(others == 0, 0.0, (before["head"] + 1) % depth)
-    fresh = torch.where(before["columns"] == 0, 0.0, fresh)
-    df = (f - s.f_previous).to(s.columns_f.dtype)
-    dg = (g - s.partner_previous).to(s.columns_g.dtype)
+    goes_on = (decision.move == MIX) | (decision.move == PICARD)
+    others = torch.where(differs, c["columns"].clamp(max=depth - 1), c["columns"])
+    fresh = next_slot(depth, before["columns"], before["head"])
+    f_previous, g_previous = previous(s, fresh)
+    df = (f - f_previous).to(s.columns_f.dtype)
+    dg = (g - g_previous).to(s.columns_g.dtype)
     size = norm(df)
     useful = (size > 0.5 * rules.epsilon * norm(gx)) & torch.isfinite(size)
     admits = differs & goes_on & useful
@@ -141,25 +149,53 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     at_fresh = torch.arange(depth, device=gx.device) == fresh[:, None]
     gram = torch.where((at_fresh & admits[:, None])[:, :, None], row[:, None, :], s.gram)
     gram = torch.where((at_fresh & admits[:, None])[:, None, :], row[:, :, None], gram)
-    count = torch.where(differs, torch.where(admits, others + 1, others), before["columns"])
+    count = torch.where(admits, others + 1, others)
     head = torch.where(admits, fresh, before["head"])
     valid = slot_is_valid(depth, count, head)
     rhs = torch.where(valid, dot(torch.where(valid[:, :, None], columns_f, 0.0), f[:, None]), 0.0)
     gamma = solve_small(torch.where(valid[:, :, None] & valid[:, None, :], gram, 0.0), rhs,
-                        count, head, ridge)  # fmt: skip
-    gamma = torch.where(valid & (decision.move == MIX)[:, None], gamma, 0.0).to(f.dtype)
+                        count.clamp(max=f.shape[1]), head, ridge)  # fmt: skip
+    mixes = (decision.move == MIX) & worth_mixing(gamma, rhs, norm(f).square())
+    gamma = torch.where(valid & mixes[:, None], gamma, 0.0).to(f.dtype)
     taken = gamma[:, :, None]
     g_mixed = g - torch.where(taken != 0, taken * columns_g.to(f.dtype), 0.0).sum(1)
     f_mixed = f - torch.where(taken != 0, taken * columns_f.to(f.dtype), 0.0).sum(1)
-    return replace(
+    stepped = replace(
         s,
         x=where_to_go(s, decision, g_mixed - (1 - mixing) * f_mixed),
-        f_previous=unless(~goes_on, f, s.f_previous),
-        partner_previous=unless(~goes_on, g, s.partner_previous),
         columns_f=columns_f,
         columns_g=columns_g,
         gram=gram,
         control=remember(s.control, columns=count, head=head, goes_on=goes_on),
+    )
+    return with_previous(stepped, f, g, next_slot(depth, count, head), goes_on)
+
+
+def next_slot(depth: int, columns: Tensor, head: Tensor) -> Tensor:
+    """(n,) the slot of the next difference: the oldest one's, once the history is full."""
+    return torch.where(columns == 0, 0.0, (head + 1) % depth)
+
+
+def previous(s: StepState, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) f and g(x) of the evaluation before this one."""
+    if len(s.f_previous):
+        return s.f_previous, s.partner_previous
+    index = slot.long()[:, None, None].expand(-1, 1, s.x.shape[1])
+    return s.columns_f.gather(1, index)[:, 0], s.columns_g.gather(1, index)[:, 0]
+
+
+def with_previous(s: StepState, f: Tensor, g: Tensor, slot: Tensor, goes_on: Tensor) -> StepState:
+    """`s` with f and g(x) of this evaluation remembered in the samples of `goes_on`."""
+    if len(s.f_previous):
+        return replace(
+            s,
+            f_previous=unless(~goes_on, f, s.f_previous),
+            partner_previous=unless(~goes_on, g, s.partner_previous),
+        )
+    return replace(
+        s,
+        columns_f=with_column(s.columns_f, slot, f, goes_on),
+        columns_g=with_column(s.columns_g, slot, g, goes_on),
     )
 
 
@@ -172,7 +208,7 @@ def slot_is_valid(depth: int, count: Tensor, head: Tensor) -> Tensor:
 def remember(control: Tensor, *, columns: Tensor, head: Tensor, goes_on: Tensor) -> Tensor:
     """`control` with the history's bookkeeping brought up to date."""
     c = read_control(control)
-    has_previous = torch.where(goes_on, 1.0, c["has_previous"])
+    has_previous = goes_on.double()
     return write_control({**c, "columns": columns, "head": head, "has_previous": has_previous})
 
 
@@ -194,7 +230,7 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
     x = s.x.to(torch.float64 if gx.dtype == torch.float64 else torch.float32)
     s, decision, f = judge(s, gx, rules)
     c = read_control(s.control)
-    goes_on = (decision.move != REJECT) & (decision.move != STOP)
+    goes_on = (decision.move == MIX) | (decision.move == PICARD)
     mixing = (beta * c["mixing_scale"])[:, None].to(f.dtype)
     count = torch.where(before["columns"] >= depth, 0.0, before["columns"])
     valid = torch.arange(depth, device=gx.device) < count[:, None]
@@ -221,7 +257,7 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
     h_f = (vf[:, :, None].to(f.dtype) * u).sum(1)
     h_f = h_f + torch.where(updates[:, None], fresh_vf[:, None].to(f.dtype) * fresh_u, 0.0)
     stepped = x + mixing * f - torch.where(mixes, h_f, 0.0)
-    columns = torch.where(goes_on, count + updates, before["columns"])
+    columns = torch.where(goes_on, count + updates, c["columns"])
     return replace(
         s,
         x=where_to_go(s, decision, stepped),
@@ -259,6 +295,7 @@ def anderson_step_(
     gx: Tensor,
     sample_of: Tensor | None,
     best: Tensor,
+    anchor: Tensor,
     f_previous: Tensor,
     g_previous: Tensor,
     columns_f: Tensor,
@@ -282,7 +319,9 @@ def anderson_step_(
         gx: (n, D) g(x), same dtype.
         sample_of: (n,) int64, the sample of each row of x; None where n = B.
         best: (B, D) best point so far; the point to return once the sample has stopped.
-        f_previous, g_previous: (B, D) g(x) - x and g(x) one step ago.
+        anchor: (B, D) where the last Picard phase ended; (0, D) where m = 0.
+        f_previous, g_previous: (B, D) g(x) - x and g(x) one step ago; (0, D) where the history
+            has the compute dtype: they then lie in the slot of the next difference.
         columns_f, columns_g: (B, m, D) the last m differences of each, a ring.
         gram: (B, m, m) float64 <dF_i, dF_j>.
         control: (B, CONTROL_SIZE) float64, see csrc/common/control.h.
@@ -292,7 +331,7 @@ def anderson_step_(
     Source:
         Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, eq. (2.2).
     """
-    arrays = (best, f_previous, g_previous, columns_f, columns_g, gram)
+    arrays = (best, anchor, f_previous, g_previous, columns_f, columns_g, gram)
     account = (control, status, num_steps, residual)
     s = gather(x, sample_of, arrays, account)
     some_atol = atol if sample_of is None else atol[sample_of]
@@ -306,6 +345,7 @@ def broyden_step_(
     gx: Tensor,
     sample_of: Tensor | None,
     best: Tensor,
+    anchor: Tensor,
     f_previous: Tensor,
     x_previous: Tensor,
     columns_u: Tensor,
@@ -329,7 +369,7 @@ def broyden_step_(
         Broyden, Math. Comp. 19, 1965; Bai, Kolter, Koltun, NeurIPS 2019, section 3.1.3.
     """
     unused_gram = control.new_empty((control.shape[0], 0, 0))
-    arrays = (best, f_previous, x_previous, columns_u, columns_v, unused_gram)
+    arrays = (best, anchor, f_previous, x_previous, columns_u, columns_v, unused_gram)
     account = (control, status, num_steps, residual)
     s = gather(x, sample_of, arrays, account)
     some_atol = atol if sample_of is None else atol[sample_of]

@@ -10,14 +10,16 @@ from torch import Tensor
 from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.result import Status
 
-STOP, MIX, PICARD, REJECT = range(4)
+STOP, MIX, PICARD, REJECT, RETURN, ANCHOR = range(6)
 
 CAP = 0.1
 GROWTH = 10.0
 HIDDEN = 0.25
-PATIENCE = 4.0
+PATIENCE = 3.0
 PROGRESS = 0.9
-FIRST_PICARD = 4.0
+LET_GO = 0.35
+FIRST_PICARD = 9.0
+FIRST_GROWTH = 8.0
 PICARD_LENGTH = 8.0
 PICARD_GROWTH = 4.0
 DIVERGENCE = 1e6
@@ -27,6 +29,7 @@ GROWTHS = 16
 GAIN = 0.9
 FLOOR = 64.0
 SMALLEST_PIVOT = 1e-10
+LEAST_GAIN = 1.0 - 0.99 * 0.99
 
 Control = dict[str, Tensor]
 """The columns of the `control` tensor by name, each (B,) float64."""
@@ -55,11 +58,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Decision:
-    """(B,) move (STOP, MIX, PICARD, REJECT), status, and whether x is the best point so far."""
+    """(B,) move, status, whether x is the best point so far, and whether it becomes the anchor.
+
+    Moves: STOP, MIX, PICARD, REJECT, RETURN, ANCHOR; see csrc/common/decide.h.
+    """
 
     move: Tensor
     status: Tensor
     improved: Tensor
+    anchors: Tensor
 
 
 def read_control(control: Tensor) -> Control:
@@ -77,8 +84,9 @@ def started(at: Measured) -> Control:
     zero = torch.zeros_like(at.residual)
     fresh = dict.fromkeys(CONTROL_FIELDS, zero)
     fresh["scale0"] = torch.maximum(at.norm_x, at.norm_gx)
-    for name in ("first", "best", "previous", "gain_residual"):
+    for name in ("first", "best", "gain_residual"):
         fresh[name] = at.residual
+    fresh["previous"] = FIRST_GROWTH * at.residual
     fresh["gain_step"] = fresh["mixing_scale"] = zero + 1
     fresh["picard_left"] = zero + FIRST_PICARD
     fresh["patience"] = zero + PATIENCE
@@ -123,7 +131,8 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     converged = passes & ~hidden
     reference = torch.maximum(c["first"], FLOOR * rules.epsilon * c["scale0"])
     ran_away = (step > DIVERGENCE_STEPS) & (at.residual > DIVERGENCE * reference)
-    at_floor = (step - c["gain_step"] >= rules.stall_steps) & (
+    patience = c["picard_length"] if rules.safeguarded else torch.zeros_like(c["picard_length"])
+    at_floor = (step - c["gain_step"] >= patience.clamp(min=rules.stall_steps)) & (
         c["best"] <= FLOOR * rules.epsilon * at.norm_gx
     )
     status = torch.full_like(step, Status.ACTIVE)
@@ -139,38 +148,57 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     move = torch.where(finite, PICARD, REJECT)
     going = finite & (status == Status.ACTIVE)
     if rules.safeguarded:
-        advanced, chosen_move, gave_up = next_move(c, at)
+        advanced, chosen_move, anchors = next_move(c, at)
         c = chosen(going, advanced, c)
         move = torch.where(going, chosen_move, move)
+        anchors = going & anchors
     else:
-        gave_up = torch.zeros_like(going)
-    status = torch.where(going & gave_up, int(Status.DIVERGED), status)
+        anchors = torch.zeros_like(going)
+    status = torch.where(going & (move == STOP), int(Status.DIVERGED), status)
     move = torch.where(status == Status.ACTIVE, move, STOP)
     improved = improved | (status == Status.CONVERGED) | (hopeless & (step == 1))
-    return c, Decision(move, status, improved)
+    return c, Decision(move, status, improved, anchors)
 
 
 def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
-    """The accelerated step or a phase of Picard steps; see csrc/common/decide.h."""
+    """The move and whether x becomes the anchor; see csrc/common/decide.h."""
     in_phase = c["picard_left"] > 0
     picard_grew = at.residual > PICARD_GROWTH * c["previous"]
     grew = at.residual > GROWTH * c["best"]
     growths = torch.where(grew & ~in_phase, c["growths"] + 1, 0.0)
+    gives_up = growths >= GROWTHS
 
     left = torch.where(picard_grew, 0.0, c["picard_left"] - 1)
     leaves = in_phase & (left <= 0)
+    returns = leaves & picard_grew & grew
+    anchors = leaves & ~returns
     enters = ~in_phase & (grew | (c["since_best"] >= c["patience"]))
+    lets_go = ~in_phase & (c["best"] <= LET_GO * c["anchored"])
+    anchored = torch.where(lets_go, 0.0, c["anchored"])
+    to_anchor = enters & (anchored > 0)
+    anchored = torch.where(returns | to_anchor, 0.0, torch.where(anchors, c["best"], anchored))
+    length = c["picard_length"] + to_anchor
+    against = torch.where(to_anchor, torch.inf, at.residual)
     advanced = {
         **c,
         "growths": growths,
-        "previous": torch.where(enters, at.residual, c["previous"]),
-        "picard_left": torch.where(enters, c["picard_length"], torch.where(in_phase, left, 0.0)),
+        "anchored": anchored,
+        "columns": torch.where(returns, 0.0, c["columns"]),
+        "previous": torch.where(enters, against, c["previous"]),
+        "picard_left": torch.where(enters, length, torch.where(in_phase, left, 0.0)),
         "patience": torch.where(enters, 2 * c["patience"], c["patience"]),
         "picard_length": torch.where(enters, 2 * c["picard_length"], c["picard_length"]),
         "since_best": torch.where(enters | leaves, 0.0, c["since_best"]),
     }
     move = torch.where(enters | (in_phase & ~leaves), PICARD, MIX)
-    return advanced, move, growths >= GROWTHS
+    for holds, other in ((returns, RETURN), (to_anchor, ANCHOR), (gives_up, STOP)):
+        move = torch.where(holds, other, move)
+    return advanced, move, anchors
+
+
+def worth_mixing(gamma: Tensor, rhs: Tensor, ff: Tensor) -> Tensor:
+    """(B,) whether gamma (B, m) takes enough off ||f||^2 = ff; see csrc/common/small_solve.h."""
+    return torch.where(gamma != 0, gamma * rhs, 0.0).sum(1) >= LEAST_GAIN * ff
 
 
 def solve_small(gram: Tensor, rhs: Tensor, columns: Tensor, head: Tensor, ridge: float) -> Tensor:

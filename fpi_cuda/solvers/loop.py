@@ -62,6 +62,7 @@ def solve(
             if shares_memory(gx, x):
                 gx = gx.clone()
             step(backend, solver, work, x, gx.contiguous(), rows, rtol, max_steps)
+            del gx  # its memory, for the next evaluation
             stopped = work.status if rows is None else work.status[rows]
             num_active = x.shape[0] - int(torch.count_nonzero(stopped))
             if num_active == 0:
@@ -85,10 +86,11 @@ def step(
 ) -> None:
     """One step of `solver` on every active sample of x, in place."""
     account = (work.control, work.atol, work.status, work.num_steps, work.residual)
-    history = (work.f_previous, work.partner_previous, work.columns_f, work.columns_g)
+    points = (work.best, work.anchor, work.f_previous, work.partner_previous)
+    history = (*points, work.columns_f, work.columns_g)
     if isinstance(solver, Broyden):
         backend.broyden_step_(
-            x, gx, rows, work.best, *history, *account,
+            x, gx, rows, *history, *account,
             rtol=rtol, max_steps=max_steps, beta=solver.beta,
         )  # fmt: skip
         return
@@ -96,7 +98,7 @@ def step(
         (solver.beta, solver.ridge) if isinstance(solver, Anderson) else (solver.damping, 0.0)
     )
     backend.anderson_step_(
-        x, gx, rows, work.best, *history, work.gram, *account,
+        x, gx, rows, *history, work.gram, *account,
         rtol=rtol, max_steps=max_steps,
         beta=beta, ridge=ridge,
     )  # fmt: skip

@@ -38,6 +38,7 @@ def unroll(
     state = reference.StepState(
         x=x0,
         best=x0,
+        anchor=x0 if len(work.anchor) else work.anchor,
         f_previous=torch.zeros_like(work.f_previous),
         partner_previous=torch.zeros_like(work.partner_previous),
         columns_f=torch.zeros_like(work.columns_f),

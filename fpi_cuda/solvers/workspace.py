@@ -23,8 +23,10 @@ class Workspace:
 
     Attributes:
         best: (B, D) the best point so far; the point to return once the sample has stopped.
-        f_previous: (B, D) g(x) - x one step ago, in the compute dtype; (0, D) where m = 0.
-        partner_previous: (B, D) g(x) (Anderson) or x (Broyden) one step ago.
+        anchor: (B, D) where the last Picard phase ended; (0, D) where m = 0.
+        f_previous: (B, D) g(x) - x one step ago, in the compute dtype; (0, D) where m = 0, and
+            where the slot of the next difference holds it: Anderson with history in that dtype.
+        partner_previous: (B, D) g(x) (Anderson) or x (Broyden) one step ago; (0, D) likewise.
         columns_f: (B, m, D) differences of f (Anderson), or the u of Broyden's updates.
         columns_g: (B, m, D) differences of g (Anderson), or the v of Broyden's updates.
         gram: (B, m, m) float64 <dF_i, dF_j>; (B, 0, 0) for Broyden.
@@ -34,6 +36,7 @@ class Workspace:
     """
 
     best: Tensor
+    anchor: Tensor
     f_previous: Tensor
     partner_previous: Tensor
     columns_f: Tensor
@@ -52,20 +55,22 @@ def depth_of(solver: FixedPointSolver) -> int:
 
 
 def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Workspace:
-    """Arrays for a solve from x0 (B, D): 2m + 3 times the state, and a little per sample."""
+    """Arrays for a solve from x0 (B, D): 2m + 2 times the state, and a little per sample."""
     batch, dim = x0.shape
     depth = depth_of(solver)
     history = solver.history_dtype if isinstance(solver, Anderson) else None
     compute = compute_dtype(x0.dtype)
-    remembered = batch if depth else 0
+    stored = history or x0.dtype
+    apart = batch if depth and (isinstance(solver, Broyden) or stored != compute) else 0
     gram_depth = depth if not isinstance(solver, Broyden) else 0
     scalar: dict[str, Any] = {"dtype": torch.float64, "device": x0.device}
     return Workspace(
         best=x0.clone(memory_format=torch.contiguous_format),
-        f_previous=x0.new_empty((remembered, dim), dtype=compute),
-        partner_previous=x0.new_empty((remembered, dim), dtype=compute),
-        columns_f=x0.new_empty((batch, depth, dim), dtype=history or x0.dtype),
-        columns_g=x0.new_empty((batch, depth, dim), dtype=history or x0.dtype),
+        anchor=x0.new_empty((batch if depth else 0, dim)),
+        f_previous=x0.new_empty((apart, dim), dtype=compute),
+        partner_previous=x0.new_empty((apart, dim), dtype=compute),
+        columns_f=x0.new_empty((batch, depth, dim), dtype=stored),
+        columns_g=x0.new_empty((batch, depth, dim), dtype=stored),
         gram=torch.empty((batch, gram_depth, gram_depth), **scalar),
         control=torch.zeros((batch, CONTROL_SIZE), **scalar),
         atol=torch.as_tensor(atol, **scalar).expand(batch).contiguous(),
