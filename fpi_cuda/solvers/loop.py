@@ -54,14 +54,13 @@ def solve(
     if x0.shape[0] == 0:
         return empty_result(x0)
     with torch.no_grad():
-        work = allocate(x0, solver, atol)
         x = x0.clone(memory_format=torch.contiguous_format)
         rows: Tensor | None = None
+        # Before the arrays are there: the first evaluation may need a copy of x besides.
+        gx = apart_from(x, evaluate(x, rows))
+        work = allocate(x0, solver, atol)
         while True:
-            gx = evaluate(x, rows)
-            if shares_memory(gx, x):
-                gx = gx.clone()
-            step(backend, solver, work, x, gx.contiguous(), rows, rtol, max_steps)
+            step(backend, solver, work, x, gx, rows, rtol, max_steps)
             del gx  # its memory, for the next evaluation
             stopped = work.status if rows is None else work.status[rows]
             num_active = x.shape[0] - int(torch.count_nonzero(stopped))
@@ -71,6 +70,7 @@ def solve(
                 keep = torch.nonzero(stopped == Status.ACTIVE).flatten()
                 x = x[keep]
                 rows = keep if rows is None else rows[keep]
+            gx = apart_from(x, evaluate(x, rows))
         return SolveResult(work.best, work.status, work.num_steps, work.residual)
 
 
@@ -104,9 +104,11 @@ def step(
     )  # fmt: skip
 
 
-def shares_memory(a: Tensor, b: Tensor) -> bool:
-    """True if a and b lie in one storage: g returned x or a view of it."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def apart_from(x: Tensor, gx: Tensor) -> Tensor:
+    """gx contiguous, and copied if it lies in the storage of x: g returned x or a view of it."""
+    if gx.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        gx = gx.clone()
+    return gx.contiguous()
 
 
 def empty_result(x0: Tensor) -> SolveResult:

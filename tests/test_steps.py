@@ -1,0 +1,284 @@
+"""One step of every kernel: its schema, its twin in plain torch, and what it must leave alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fpi_cuda import backends
+from fpi_cuda.backends import reference, rules
+from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
+from fpi_cuda.result import Status
+from fpi_cuda.solvers.loop import solve, step
+from fpi_cuda.solvers.workspace import Workspace, allocate
+from fpi_cuda.testing import backends_available
+
+native = pytest.mark.skipif(
+    "native" not in backends_available(), reason="built without the extension"
+)
+
+SOLVERS: list[FixedPointSolver] = [
+    Picard(),
+    Picard(damping=0.7),
+    Anderson(m=1),
+    Anderson(m=5),
+    Anderson(m=16, beta=0.6),
+    Anderson(m=4, history_dtype=torch.bfloat16),
+    Broyden(m=3),
+]
+DIMS = [1, 31, 33, 129]
+LARGE = 40000  # more than one panel of the CPU kernels
+# What one rounding of the state may make of a few steps, relative to the largest element.
+CLOSE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}
+
+
+def short(value: object) -> str:
+    """An id without spaces."""
+    return re.sub(r"\s|torch\.|history_dtype=None|,ridge=0.001", "", repr(value))
+
+
+every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=short)
+
+
+# A narrow history is for float32 states.
+PAIRS = [
+    (solver, dtype)
+    for solver in SOLVERS
+    for dtype in CLOSE
+    if dtype == torch.float32 or getattr(solver, "history_dtype", None) is None
+]
+
+
+@dataclass
+class Batch:
+    """A solve under way: where it is, and its arrays."""
+
+    x: Tensor
+    work: Workspace
+    solver: FixedPointSolver
+
+
+MAPS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, z: 0.6 * torch.tanh(x.roll(1, -1)) + z,
+    lambda x, z: 0.9 * x + 0.05 * x.flip(-1) + z,
+    lambda x, z: -1.3 * x + z,  # diverges under Picard
+    lambda x, z: torch.where(x.abs().amax(-1, keepdim=True) > 1.5, torch.nan, 1.5 * x + z),
+    lambda x, z: z + 0 * x,  # solved at the second evaluation
+    lambda x, z: x + 0 * z,  # solved from the start
+    lambda x, z: x + 1 + 0.1 * torch.sin(x + z),  # without a fixed point
+]
+
+
+def g(x: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Sample i by map i, modulo their number."""
+    samples = range(len(x)) if rows is None else rows.tolist()
+    z = z if rows is None else z[rows]
+    out = [MAPS[s % len(MAPS)](x[i : i + 1], z[i : i + 1]) for i, s in enumerate(samples)]
+    return torch.cat(out) if out else x.clone()
+
+
+def begin(
+    solver: FixedPointSolver, batch: int, dim: int, dtype: torch.dtype
+) -> tuple[Batch, Tensor]:
+    """A start of every sample from noise."""
+    x = torch.randn(batch, dim, dtype=dtype)
+    z = 0.3 * torch.randn(batch, dim, dtype=dtype)
+    return Batch(x.clone(), allocate(x, solver, 0.0), solver), z
+
+
+def advance(
+    b: Batch, z: Tensor, backend: Any, rows: Tensor | None = None, max_steps: int = 50
+) -> None:
+    """Evaluate g, and take one step."""
+    gx = g(b.x, z, rows).contiguous()
+    step(backend, b.solver, b.work, b.x, gx, rows, 1e-4, max_steps)
+
+
+def arrays(work: Workspace) -> dict[str, Tensor]:
+    """The arrays of a workspace by name."""
+    return {field.name: getattr(work, field.name) for field in fields(work)}
+
+
+@native
+@pytest.mark.parametrize(("solver", "dtype"), PAIRS, ids=short)
+@pytest.mark.parametrize("dim", [*DIMS, LARGE])
+def test_native_takes_the_steps_of_the_reference(
+    solver: FixedPointSolver, dtype: torch.dtype, dim: int
+) -> None:
+    """Same status and steps; the same point while rounding has had no time to grow."""
+    batch = len(MAPS) if dim == LARGE else 2 * len(MAPS)
+    torch.manual_seed(dim)
+    one, z = begin(solver, batch, dim, dtype)
+    torch.manual_seed(dim)
+    other, _ = begin(solver, batch, dim, dtype)
+    for _ in range(6):
+        advance(one, z, backends.native)
+        advance(other, z, reference)
+        assert one.work.status.tolist() == other.work.status.tolist()
+        assert one.work.num_steps.tolist() == other.work.num_steps.tolist()
+        for name, a, b in (
+            ("x", one.x, other.x),
+            ("best", one.work.best, other.work.best),
+            ("residual", one.work.residual[:, None], other.work.residual[:, None]),
+        ):
+            scale = b.double().abs().amax(-1, keepdim=True).nan_to_num().clamp(min=1)
+            error = ((a.double() - b.double()) / scale).abs()
+            agrees = (error <= CLOSE[dtype]) | (a.isnan() & b.isnan()) | (a == b)
+            assert agrees.all(), f"{name} is off by {error.max():.1e}"
+
+
+@every_solver
+@pytest.mark.parametrize("backend", backends_available())
+def test_a_stopped_sample_never_moves_again(solver: FixedPointSolver, backend: str) -> None:
+    engine = backends.resolve(backend, torch.device("cpu"), torch.float32)
+    b, z = begin(solver, 2 * len(MAPS), 33, torch.float32)
+    stopped_at: dict[int, dict[str, Tensor]] = {}
+    for _ in range(50):
+        advance(b, z, engine)
+        for i in range(len(b.x)):
+            if b.work.status[i] == Status.ACTIVE:
+                continue
+            now = {name: t[i].clone() for name, t in arrays(b.work).items() if len(t)}
+            now["x"] = b.x[i].clone()
+            then = stopped_at.setdefault(i, now)
+            for name in ("x", "best", "status", "num_steps", "residual"):
+                torch.testing.assert_close(now[name], then[name], rtol=0, atol=0, equal_nan=True)
+    assert len(stopped_at) == len(b.x)
+
+
+@every_solver
+@pytest.mark.parametrize("backend", backends_available())
+def test_x_of_a_stopped_sample_is_the_point_to_return(
+    solver: FixedPointSolver, backend: str
+) -> None:
+    engine = backends.resolve(backend, torch.device("cpu"), torch.float32)
+    b, z = begin(solver, 2 * len(MAPS), 31, torch.float32)
+    for _ in range(50):
+        advance(b, z, engine)
+    torch.testing.assert_close(b.x, b.work.best, rtol=0, atol=0, equal_nan=True)
+    true = (g(b.x, z).double() - b.x.double()).norm(dim=1)
+    finite = true.isfinite()
+    torch.testing.assert_close(b.work.residual[finite], true[finite], rtol=1e-5, atol=1e-30)
+
+
+@native
+@every_solver
+@pytest.mark.parametrize("dim", [33, LARGE])
+def test_a_sample_gets_the_same_bits_in_any_batch(solver: FixedPointSolver, dim: int) -> None:
+    """Alone, permuted, in a larger batch, or compacted; on one thread or two."""
+    b, z = begin(solver, len(MAPS), dim, torch.float32)
+    start = b.x.clone()
+
+    def result(samples: Tensor, threads: int, rowwise: bool = False) -> list[Tensor]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            out = solve(
+                lambda x, rows: g(x, z, samples if rows is None else samples[rows]),
+                start[samples],
+                solver,
+                rtol=1e-4,
+                atol=0.0,
+                max_steps=30,
+                backend=backends.native,
+                rowwise=rowwise,
+            )
+        finally:
+            torch.set_num_threads(before)
+        return list(out)
+
+    whole = result(torch.arange(len(MAPS)), 1)
+    for samples, threads, rowwise in (
+        (torch.tensor([4, 1, 6, 0]), 1, False),
+        (torch.tensor([2]), 1, False),
+        (torch.tensor([5, 5, 3, 1, 0, 2, 4, 6, 1]), 2, False),
+        (torch.tensor([6, 5, 4, 3, 2, 1, 0]), 2, True),
+    ):
+        part = result(samples, threads, rowwise)
+        for one, other in zip(part, whole, strict=True):
+            torch.testing.assert_close(one, other[samples], rtol=0, atol=0, equal_nan=True)
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "solver", [Picard(), Anderson(m=3), Broyden(m=3)], ids=lambda s: type(s).__name__
+)
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+def test_opcheck(solver: FixedPointSolver, dtype: torch.dtype, some: bool) -> None:
+    b, z = begin(solver, 3, 17, dtype)
+    rows = torch.tensor([2, 0]) if some else None
+    advance(b, z, backends.native)
+    x = b.x if rows is None else b.x[rows]
+    w = b.work
+    points = (w.best, w.anchor, w.f_previous, w.partner_previous, w.columns_f, w.columns_g)
+    account = (w.control, w.atol, w.status, w.num_steps, w.residual)
+    options: dict[str, Any] = {"rtol": 1e-4, "max_steps": 50, "beta": 1.0}
+    if isinstance(solver, Broyden):
+        op, args = torch.ops.fpi_cuda.broyden_step_.default, (*points, *account)
+    else:
+        op, args = torch.ops.fpi_cuda.anderson_step_.default, (*points, w.gram, *account)
+        options["ridge"] = 1e-3
+    torch.library.opcheck(op, (x, g(x, z, rows), rows, *args), options)
+
+
+def one_step(**changed: Any) -> None:
+    """One Anderson step with some arguments replaced."""
+    b, z = begin(Anderson(m=2), 3, 4, torch.float32)
+    arguments = {"x": b.x, "gx": g(b.x, z), "sample_of": None, **arrays(b.work)}
+    arguments["g_previous"] = arguments.pop("partner_previous")
+    options = {"rtol": 1e-4, "max_steps": 50, "beta": 1.0, "ridge": 1e-3}
+    torch.ops.fpi_cuda.anderson_step_(**{**arguments, **changed}, **options)
+
+
+@native
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"gx": torch.zeros(3, 5)}, r"gx must be \(3, 4\), got \(3, 5\)"),
+        ({"gx": torch.zeros(3, 4, dtype=torch.float64)}, "gx must have dtype Float, got Double"),
+        ({"gx": torch.zeros(4, 3).T}, "gx must be contiguous"),
+        ({"x": torch.zeros(2, 4), "gx": torch.zeros(2, 4)}, "x must hold the whole batch of 3"),
+        ({"sample_of": torch.tensor([0, 1, 3])}, "sample_of must name samples below 3, got 3"),
+        ({"control": torch.zeros(3, 2, dtype=torch.float64)}, r"control must be \(3, "),
+        ({"f_previous": torch.zeros(3, 4)}, r"f_previous must be \(0, 4\)"),
+        ({"x": torch.zeros(3, 4, dtype=torch.float16)}, "must have dtype Half|on the CPU"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else re.sub(r"\W+", "-", value)[:30],
+)
+def test_ops_check_what_they_index(changed: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        one_step(**changed)
+
+
+COMMON = Path(__file__).parents[1] / "csrc" / "common"
+
+
+def test_control_has_the_same_columns_in_both_languages() -> None:
+    row = (COMMON / "control.h").read_text().split("struct Control {")[1].split("};")[0]
+    assert tuple(re.findall(r"double (\w+);", row)) == CONTROL_FIELDS
+
+
+def test_rules_have_the_same_constants_in_both_languages() -> None:
+    text = (COMMON / "decide.h").read_text() + (COMMON / "small_solve.h").read_text()
+    found = dict(re.findall(r"constexpr (?:double|int) k(\w+) = ([^;]+);", text))
+    assert len(found) >= 16
+    for name, value in found.items():
+        python = re.sub(r"(?<!^)(?=[A-Z])", "_", name).upper()
+        assert getattr(rules, python) == eval(value), name
+
+
+def test_status_has_the_same_values_in_both_languages() -> None:
+    text = (COMMON / "status.h").read_text()
+    found = {name: int(value) for name, value in re.findall(r"k(\w+) = (-?\d+)", text)}
+    assert {name.upper(): value for name, value in found.items()} == {
+        name.replace("_", ""): int(value) for name, value in Status.__members__.items()
+    }
