@@ -173,3 +173,17 @@ def caches_kept_clean() -> Iterator[None]:
         torch.clear_autocast_cache()
         for key in set(parametrize._cache) - known:
             parametrize._cache.pop(key, None)
+
+
+@contextlib.contextmanager
+def fresh_cache() -> Iterator[None]:
+    """Let parametrize.cached() compute its weights anew, from the parameters that it finds now.
+
+    Those in the cache come from other tensors than the stand-ins of this evaluation.
+    """
+    outside = parametrize._cache
+    parametrize._cache = {}
+    try:
+        yield
+    finally:
+        parametrize._cache = outside

@@ -243,13 +243,16 @@ def test_cached_parametrizations_lose_no_gradient() -> None:
     z = torch.randn(B, D)
     raw = next(linear.parameters())
 
-    def gradient() -> Tensor:
+    def gradient(create_graph: bool) -> Tensor:
         x = fpi.fixed_point(lambda x, z: torch.tanh(linear(x) + z), torch.zeros(B, D), z).value
-        return torch.autograd.grad(x.sum() + linear(z).sum(), raw)[0]
+        loss = (x**2).sum() + linear(z).sum()
+        (grad,) = torch.autograd.grad(loss, raw, create_graph=create_graph)
+        return torch.autograd.grad((grad**2).sum(), raw)[0] if create_graph else grad
 
-    with torch.nn.utils.parametrize.cached():
-        cached = gradient()
-    torch.testing.assert_close(cached, gradient())
+    for create_graph in (False, True):
+        with torch.nn.utils.parametrize.cached():
+            cached = gradient(create_graph)
+        torch.testing.assert_close(cached, gradient(create_graph))
 
 
 def test_autocast_around_backward_does_not_round_the_adjoint() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fpi_cuda.faithful import fresh_cache
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import stand_in
 from fpi_cuda.implicit.graph import (
@@ -44,15 +46,15 @@ class Inputs:
         leaves = {id(t): t for t in frontier.leaves}
         edges = set(frontier.edges)
 
-        self._z_places = [i for i, t in enumerate(self._z) if reached(t, leaves, edges)]
         self._named = {name: t for name, t in named.items() if reached(t, leaves, edges)}
-        explicit = [*(self._z[i] for i in self._z_places), *self._named.values()]
-        explicit_ids = {id(t) for t in explicit}
-        self._leaves = [t for t in leaves.values() if id(t) not in explicit_ids]
-        captured = edges.difference(edge_of(t) for t in explicit)
-        self._captured = find_captured(flat_map, x, captured) if captured else []
-        self.unnamed = len(self._captured) < len(captured)
-        self.originals = [*explicit, *self._captured, *self._leaves]
+        given = [t for t in self._z if reached(t, leaves, edges)]
+        explicit = {id(t): t for t in (*given, *self._named.values())}
+        self._leaves = [t for t in leaves.values() if id(t) not in explicit]
+        captured = edges.difference(edge_of(t) for t in explicit.values())
+        found = find_captured(flat_map, x, captured) if captured else []
+        self.unnamed = len(found) < len(captured)
+        self._exchanged = [*explicit.values(), *found]
+        self.originals = [*self._exchanged, *self._leaves]
 
     def __bool__(self) -> bool:
         return bool(self.originals) or self.unnamed
@@ -79,28 +81,17 @@ class Inputs:
                 "closes over one that was computed before the call and could not be found. Pass "
                 "it to g as a z"
             )
-        count_z, count_named = len(self._z_places), len(self._named)
-        count_explicit = count_z + count_named + len(self._captured)
-        leaves = [stand_in(t) for t in self.originals[:count_explicit]]
-        z = [t.detach() for t in self._z]
-        for place, leaf in zip(self._z_places, leaves, strict=False):
-            z[place] = leaf
-        named = dict(zip(self._named, leaves[count_z:], strict=False))
         # Autograd runs the hooks of what it is asked about, and will run them again later.
         hooked = [t for t in self._leaves if t._backward_hooks]
-        exchanged = [
-            *zip(self._captured, leaves[count_z + count_named :], strict=True),
-            *((t, stand_in(t)) for t in hooked),
-        ]
+        other = {id(t): stand_in(t) for t in (*self._exchanged, *hooked)}
+        z = [other.get(id(t), t.detach()) for t in self._z]
+        named = {name: other[id(t)] for name, t in self._named.items()}
         x_leaf = mark_as_anchor(stand_in(x))
-        with torch.enable_grad():
-            if exchanged:
-                with Substitution(exchanged):
-                    gx = flat_map.with_inputs(x_leaf, z, named)
-            else:
-                gx = flat_map.with_inputs(x_leaf, z, named)
-        for t in self._leaves:
-            leaves.append(next((other for original, other in exchanged if original is t), t))
+        # What g is given as z, or holds as a module, it may close over as well.
+        exchange = Substitution([(t, other[id(t)]) for t in (*self._exchanged, *hooked)])
+        with torch.enable_grad(), fresh_cache(), exchange if other else contextlib.nullcontext():
+            gx = flat_map.with_inputs(x_leaf, z, named)
+        leaves = [other.get(id(t), t) for t in self.originals]
         self._require_same_dependence(gx, leaves)
         if compared is None:
             require_same_value(gx, expected)
@@ -110,14 +101,8 @@ class Inputs:
 
     def _require_same_dependence(self, gx: Tensor, leaves: Sequence[Tensor]) -> None:
         """Raise unless gx depends on the leaves, on all of them, and on nothing else."""
-        originals = self.originals
-        source = {id(leaf): id(t) for leaf, t in zip(leaves, originals, strict=True)}
-        # A z that is also closed over is met as itself too.
-        direct = {id(t) for t in originals if t.is_leaf and not t._backward_hooks}
-        frontier = frontier_of(gx, (), -1)
-        met = frontier.leaves
-        strangers = [t for t in met if id(t) not in source and id(t) not in direct]
-        if strangers or {source.get(id(t), id(t)) for t in met} != {id(t) for t in originals}:
+        met = {id(t) for t in frontier_of(gx, (), -1).leaves}
+        if met != {id(leaf) for leaf in leaves}:
             raise RuntimeError(
                 "fixed_point: a second derivative evaluates g again in backward, and there it "
                 "depended on other tensors than in the forward pass. Pass what changes between "
