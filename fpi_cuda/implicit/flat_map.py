@@ -193,10 +193,11 @@ def offers_hoisting(g: object) -> bool:
 
 
 def select(read: Any, rows: Tensor) -> Any:
-    """Rows of a tensor, or of each tensor in a tuple."""
+    """Rows of a tensor, or of each tensor in a tuple, list or named tuple."""
     if isinstance(read, Tensor):
         return read.index_select(0, rows)
-    return type(read)(part.index_select(0, rows) for part in read)
+    selected = (part.index_select(0, rows) for part in read)
+    return read._make(selected) if hasattr(read, "_make") else type(read)(selected)
 
 
 def replace_rows(t: Tensor, bad: Tensor, good: int) -> Tensor:
