@@ -6,8 +6,14 @@
 #include <limits>
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-// One portable build that still uses the wide registers of the machine it runs on.
-#define FPI_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// One portable build that still uses the wide registers of the machine it runs on. By features:
+// "arch=haswell" would ask for that very model, and no other vendor's.
+#define FPI_WIDE_TARGETS
+#if __GNUC__ >= 12
+#define FPI_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FPI_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define FPI_CLONES
 #endif
