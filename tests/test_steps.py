@@ -135,6 +135,36 @@ def test_native_takes_the_steps_of_the_reference(
             assert agrees.all(), f"{name} is off by {error.max():.1e}"
 
 
+# Not Broyden at 1e20: products of two differences leave float32 there, and it stays with Picard.
+MIXING = [
+    (solver, scale)
+    for solver in (Anderson(m=3), Anderson(m=3, history_dtype=torch.bfloat16), Broyden(m=3))
+    for scale in (1.0, 1e-20, 1e20)
+    if scale < 1e10 or isinstance(solver, Anderson)
+]
+
+
+@native
+@pytest.mark.parametrize(("solver", "scale"), MIXING, ids=short)
+@pytest.mark.parametrize("lost", [0, 11], ids=["finite", "one-nan"])
+def test_native_mixes_as_the_reference(solver: FixedPointSolver, scale: float, lost: int) -> None:
+    """Past the first Picard phase, where squares leave float32, and after a rejected step."""
+    ends = []
+    for backend in (backends.native, reference):
+        torch.manual_seed(0)
+        b, z = begin(solver, 3, 33, torch.float32)
+        b.x.mul_(scale)
+        accelerated = 0
+        for number in range(1, 15):
+            gx = (0.9 * b.x + 0.05 * b.x.flip(-1) - 0.2 * b.x.roll(1, -1) + scale * z).clone()
+            gx[0] = torch.nan if number == lost else gx[0]
+            step(backend, b.solver, b.work, b.x, gx, None, 1e-9, 50)
+            accelerated += int(((b.x - gx).abs() > 0.01 * gx.abs()).any())
+        assert accelerated >= 3
+        ends.append(b.x.double() / scale)
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-3)
+
+
 @every_solver
 @pytest.mark.parametrize("backend", backends_available())
 def test_a_stopped_sample_never_moves_again(solver: FixedPointSolver, backend: str) -> None:

@@ -37,8 +37,9 @@ struct Plan {
   int count = 0;
 };
 
-// Writes the fresh differences and takes every sum, in one reading of the sample's arrays.
-template <class Acc, class T, class H>
+// Writes the fresh differences and takes every sum, in one reading of the sample's arrays. A second
+// measurement finds the differences written, and their slot no longer holds the last evaluation.
+template <class Acc, bool kAgain, class T, class H>
 FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool first, Sums& out) {
   using C = typename Row<T, H>::C;
   C f[kChunk], df[kChunk], dg[kChunk];
@@ -55,33 +56,40 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
     C wide[kChunk];
     for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(gx[j]);
     out.gg += dot<Acc>(wide, wide, n);
+    if (differs) {
+      H* column_f = row.column_f(fresh) + at;
+      if (!kAgain) {
+        const C* f_previous = row.f_previous() + at;
+        const C* g_previous = row.partner_previous() + at;
+        for (int j = 0; j < n; ++j) {
+          df[j] = f[j] - f_previous[j];
+          dg[j] = wide[j] - g_previous[j];
+        }
+        H* column_g = row.column_g(fresh) + at;
+        for (int j = 0; j < n; ++j) {
+          column_f[j] = static_cast<H>(df[j]);
+          column_g[j] = static_cast<H>(dg[j]);
+        }
+      }
+      // The difference as it is stored, so that the Gram matrix is that of the stored columns.
+      if (kAgain || sizeof(H) != sizeof(C)) {
+        for (int j = 0; j < n; ++j) df[j] = static_cast<C>(column_f[j]);
+      }
+      out.dfdf += dot<Acc>(df, df, n);
+      out.fdf += dot<Acc>(f, df, n);
+    }
     if (first) {
       for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(x[j]);
       out.xx += dot<Acc>(wide, wide, n);
     }
-    if (!differs) continue;
-    const C* f_previous = row.f_previous() + at;
-    const C* g_previous = row.partner_previous() + at;
-    for (int j = 0; j < n; ++j) {
-      df[j] = f[j] - f_previous[j];
-      dg[j] = wide[j] - g_previous[j];
-    }
-    H* column_f = row.column_f(fresh) + at;
-    H* column_g = row.column_g(fresh) + at;
-    for (int j = 0; j < n; ++j) {
-      column_f[j] = static_cast<H>(df[j]);
-      column_g[j] = static_cast<H>(dg[j]);
-    }
-    // The difference as it is stored, so that the Gram matrix is that of the stored columns.
-    if (sizeof(H) != sizeof(C)) {
-      for (int j = 0; j < n; ++j) df[j] = static_cast<C>(static_cast<H>(df[j]));
-    }
-    out.dfdf += dot<Acc>(df, df, n);
-    out.fdf += dot<Acc>(f, df, n);
     for (int age = 0; age < columns; ++age) {
       const int slot = (row.head() - age + row.depth) % row.depth;
-      if (slot == fresh) continue;
-      dot2<Acc>(df, f, row.column_f(slot) + at, n, out.dfdc[slot], out.fdc[slot]);
+      if (!differs) {
+        for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(row.column_f(slot)[at + j]);
+        out.fdc[slot] += dot<Acc>(f, wide, n);
+      } else if (slot != fresh) {
+        dot2<Acc>(df, f, row.column_f(slot) + at, n, out.dfdc[slot], out.fdc[slot]);
+      }
     }
   }
 }
@@ -186,8 +194,8 @@ struct AndersonStep {
     using C = typename Numeric<T>::Compute;
     if (which == 1) return advance(row, plan, begin, end);
     const bool first = p.num_steps[row.sample] == 0;
-    if (wide) return measure<double>(row, begin, end, first, out);
-    measure<C>(row, begin, end, first, out);
+    if (wide) return measure<double, true>(row, begin, end, first, out);
+    measure<C, false>(row, begin, end, first, out);
   }
 
   // Float sums left the range in which nothing is lost: take them again in double.

@@ -65,14 +65,20 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
     out.gg += dot<Acc>(wide, wide, n);
     for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(x[j]);
     if (first) out.xx += dot<Acc>(wide, wide, n);
-    if (!differs) continue;
-    for (int j = 0; j < n; ++j) {
-      s[j] = wide[j] - row.own_partner_previous[at + j];
-      y[j] = f[j] - row.own_f_previous[at + j];
+    if (differs) {
+      for (int j = 0; j < n; ++j) {
+        s[j] = wide[j] - row.own_partner_previous[at + j];
+        y[j] = f[j] - row.own_f_previous[at + j];
+      }
+      out.ss += dot<Acc>(s, s, n);
+      out.yy += dot<Acc>(y, y, n);
     }
-    out.ss += dot<Acc>(s, s, n);
-    out.yy += dot<Acc>(y, y, n);
     for (int k = 0; k < columns; ++k) {
+      if (!differs) {
+        for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(row.column_g(k)[at + j]);
+        out.vf[k] += dot<Acc>(f, wide, n);
+        continue;
+      }
       out.us[k] += dot<Acc>(s, row.column_f(k) + at, n);
       dot2<Acc>(y, f, row.column_g(k) + at, n, out.vy[k], out.vf[k]);
     }
@@ -141,11 +147,12 @@ FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, i
       for (int j = 0; j < n; ++j) next[j] -= vf * static_cast<C>(column_u[j]);
     }
     if (plan.updates) {
-      const C scale = static_cast<C>(1.0 / plan.denominator);
+      // In double: the denominator is a product of two differences, and may leave a float's range.
+      const double scale = 1.0 / plan.denominator;
       const C vf = mixes ? static_cast<C>(plan.fresh_vf) : C(0);
       H* fresh_u = row.column_f(plan.columns) + at;
       for (int j = 0; j < n; ++j) {
-        fresh_u[j] = static_cast<H>(scale * static_cast<C>(fresh_u[j]));
+        fresh_u[j] = static_cast<H>(static_cast<C>(scale * static_cast<double>(static_cast<C>(fresh_u[j]))));
         next[j] -= vf * static_cast<C>(fresh_u[j]);
       }
     }

@@ -249,7 +249,8 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
     updates = goes_on & differs & torch.isfinite(size) & (norm(step) > 0)
     updates &= norm(y) > 0.5 * rules.epsilon * norm(gx)
     updates &= denominator.detach().abs() > SMALLEST_COSINE * size
-    fresh_u = fresh_u / torch.where(updates, denominator, 1.0)[:, None].to(f.dtype)
+    # In float64: the denominator is a product of two differences, beyond a float's range at times.
+    fresh_u = fresh_u.double() / torch.where(updates, denominator, 1.0)[:, None]
     fresh_u = fresh_u.to(s.columns_f.dtype)
     fresh_vf = torch.where(updates, dot(fresh_v, f), 0.0)
 
