@@ -401,3 +401,21 @@ def test_bad_shapes_are_named(
 def test_bad_energies_are_named(energy: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match="GradientDescent: .*" + message):
         GradientDescent(energy, 0.1)(torch.randn(3, X))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda dtype: Dense(Z, X, dtype=dtype),
+        lambda dtype: MLP(Z, X, HIDDEN, dtype=dtype),
+        lambda dtype: GradientDescent(MLPEnergy(Z, X, HIDDEN, dtype=dtype), 0.5),
+    ],
+    ids=["dense", "mlp", "descent"],
+)
+def test_cells_in_half_precision(make: Callable[..., Cell], dtype: torch.dtype) -> None:
+    cell = make(dtype)
+    assert {p.dtype for p in cell.parameters()} == {dtype}
+    x, z = torch.randn(3, X, dtype=dtype), torch.randn(3, Z, dtype=dtype)
+    wide = copy.deepcopy(cell).float()
+    torch.testing.assert_close(cell(x, z).float(), wide(x.float(), z.float()), rtol=0.05, atol=0.05)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -36,6 +37,17 @@ class Cell(nn.Module):
 # Weights on x start orthogonal, at the gain that gives a fresh cell this Lipschitz constant: the
 # fixed point then exists, is unique, and is found from any x0, before training has shaped g.
 FRESH_LIPSCHITZ = 0.5
+
+
+def orthogonal_(weight: Tensor, gain: float = 1.0) -> None:
+    """Fill `weight` with a (semi) orthogonal matrix times gain, in half precision too.
+
+    torch factorises matrices in float32 and float64 only.
+    """
+    wide = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    nn.init.orthogonal_(wide, gain)
+    with torch.no_grad():
+        weight.copy_(wide)
 
 
 def require_features(owner: str, name: str, value: Tensor, features: int) -> None:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.cells.activation import ACTIVATIONS, require_activation
-from fpi_cuda.cells.cell import FRESH_LIPSCHITZ, Cell, require_features, require_same_batch
+from fpi_cuda.cells.cell import (
+    FRESH_LIPSCHITZ,
+    Cell,
+    orthogonal_,
+    require_features,
+    require_same_batch,
+)
 from fpi_cuda.options import require_count
 
 
@@ -49,7 +55,7 @@ class Dense(Cell):
     def reset_parameters(self) -> None:
         """Draw the parameters anew, so that g contracts by one half."""
         gain = FRESH_LIPSCHITZ / ACTIVATIONS[self.activation].lipschitz
-        nn.init.orthogonal_(self.A.weight, gain)
+        orthogonal_(self.A.weight, gain)
         self.B.reset_parameters()
 
     def prepare(self, z: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.cells.activation import ACTIVATIONS, require_activation
-from fpi_cuda.cells.cell import require_features, require_same_batch
+from fpi_cuda.cells.cell import orthogonal_, require_features, require_same_batch
 from fpi_cuda.options import require_count, require_real
 
 
@@ -70,7 +70,7 @@ class MLPEnergy(nn.Module):
         A smooth activation has |act''| < 0.8, so the Hessian of a fresh energy lies between 0.2
         and 1.8 times `quadratic`: steps up to 1 / quadratic contract.
         """
-        nn.init.orthogonal_(self.A.weight)
+        orthogonal_(self.A.weight)
         self.B.reset_parameters()
         nn.init.uniform_(self.w, 0.0, self.quadratic or 1.0)
 

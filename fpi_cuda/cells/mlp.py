@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.cells.activation import ACTIVATIONS, require_activation
-from fpi_cuda.cells.cell import FRESH_LIPSCHITZ, Cell, require_features, require_same_batch
+from fpi_cuda.cells.cell import (
+    FRESH_LIPSCHITZ,
+    Cell,
+    orthogonal_,
+    require_features,
+    require_same_batch,
+)
 from fpi_cuda.options import require_count
 
 
@@ -64,8 +70,8 @@ class MLP(Cell):
         gain = (FRESH_LIPSCHITZ / lipschitz) ** 0.5
         self.B.reset_parameters()
         self.W.reset_parameters()
-        nn.init.orthogonal_(self.A.weight, gain)
-        nn.init.orthogonal_(self.W.weight, gain)
+        orthogonal_(self.A.weight, gain)
+        orthogonal_(self.W.weight, gain)
 
     def prepare(self, z: Tensor) -> Tensor:
         """B z + b: z (B, z_features) -> (B, hidden_features)."""
