@@ -1,38 +1,78 @@
-"""What a solve will do, in words."""
+"""What a solve will do, and why, in words."""
 
 from __future__ import annotations
 
 import torch
 
 from fpi_cuda import backends
-from fpi_cuda.options import Implicit, Unroll
+from fpi_cuda.adjoint import default_adjoint_solver
+from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.request import Options
 
 
 def explain(options: Options, g: object, device: torch.device, dtype: torch.dtype) -> str:
-    """Which way a solve goes, and why, for states of this device and dtype."""
-    engine = backends.resolve(options.backend, device, dtype).name
-    reason = "asked for"
-    if options.backend is None:
+    """Which way a solve goes for states of this device and dtype: one line per choice."""
+    lines = {
+        "route": "host loop: torch evaluates g, then one solver step advances all samples",
+        "backend": backend_line(options, device, dtype),
+        "solver": f"{options.solver}; a sample stops at ||g(x) - x|| <= {options.atol:g} + "
+        f"{options.rtol:g} ||g(x)||, or after {options.max_steps} evaluations",
+        "samples": samples_line(options, g),
+        "inputs": inputs_line(g),
+        "adjoint": adjoint_line(options),
+    }
+    return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> str:
+    """Whose kernels take the steps."""
+    name = backends.resolve(options.backend, device, dtype).name
+    if options.backend is not None:
+        reason = "asked for"
+    else:
         missing = backends.why_not_native(device, dtype)
         reason = "the best available" if missing is None else f"native is unavailable: {missing}"
-    compacted = options.asks_rowwise(g)
+    return f"{name} for {dtype} on {device} ({reason})"
+
+
+def samples_line(options: Options, g: object) -> str:
+    """What becomes of samples that have stopped."""
+    source = "g.rowwise" if options.rowwise is None else "rowwise"
+    if options.asks_rowwise(g):
+        return (
+            f"stopped ones leave the batch ({source} is True), where all that g reads has the "
+            "batch in dim 0"
+        )
+    return f"all are evaluated until the last one stops ({source} is not True)"
+
+
+def inputs_line(g: object) -> str:
+    """What is computed once per solve."""
+    if callable(getattr(g, "prepare", None)) and callable(getattr(g, "step", None)):
+        return "g.prepare(*z) runs once per solve, g.step(x, prepared) once per step"
+    return "g(x, *z) runs whole in every step (it has no prepare and step)"
+
+
+def adjoint_line(options: Options) -> str:
+    """Where gradients come from."""
     adjoint = options.adjoint
-    lines = [
-        f"solver: {options.solver}, rtol={options.rtol}, atol={options.atol}, "
-        f"max_steps={options.max_steps}",
-        "route: host loop; g by torch, one solver step on the whole batch after it",
-        f"backend: {engine} for {dtype} on {device} ({reason})",
-        "active batch: "
-        + (
-            "stopped samples are no longer evaluated (g is row-wise)"
-            if compacted
-            else "all samples are evaluated until the last one stops (g is not known row-wise)"
-        ),
-        f"adjoint: {adjoint}",
-    ]
-    if isinstance(adjoint, Implicit) and adjoint.solver is None:
-        lines.append("adjoint solver: the forward's; an Anderson deeper and without a ridge")
-    if isinstance(adjoint, Unroll):
-        lines.append("under grad mode the solver's steps run in plain torch, to be differentiated")
-    return "\n".join(lines)
+    if isinstance(adjoint, Implicit):
+        solver, whose = adjoint.solver, "asked for"
+        if solver is None:
+            solver, whose = default_adjoint_solver(options.solver, MAX_DEPTH), "the forward's"
+            if isinstance(solver, Anderson):
+                whose = "the forward's without a ridge, at most as deep as x is long: c is linear"
+        rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
+        max_steps = adjoint.max_steps or options.max_steps
+        return (
+            f"exact: c = J^T c + v to ||.|| <= {rtol:g} ||v|| by {solver} ({whose}), at most "
+            f"{max_steps} products"
+        )
+    if isinstance(adjoint, JacobianFree):
+        return "approximate: c = v, the identity for (I - J)^-T"
+    if isinstance(adjoint, Neumann):
+        return f"approximate: c = v + J^T v + ... + (J^T)^{adjoint.k} v"
+    if isinstance(adjoint, Phantom):
+        return f"approximate: through {adjoint.k} steps of damping {adjoint.tau:g} at the solution"
+    assert isinstance(adjoint, Unroll)
+    return "through every step of the solver, which runs in plain torch where grad mode is on"

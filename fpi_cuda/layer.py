@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,20 +21,29 @@ from fpi_cuda.state import layout_of
 class FPILayer(nn.Module):
     """x = g(x, *z), solved for x in the forward pass; see fixed_point.
 
-    The solve starts, in this order, from the x0 that the call is given, init(*z), zeros of
-    state_shape, zeros with g.x_features in the last dimension of z, or zeros like z. The zeros
-    have the batch and the device of z, and the wider of the dtypes of z and of g's parameters.
+        layer = FPILayer(cells.Dense(z_features=64, x_features=128))
+        x = layer(z)  # z (B, 64) -> x (B, 128)
+        x = layer(z, x0=x)  # a warm start
+        layer.solve(z).converged  # (B,) bool
+
+    A call takes the inputs z of g, the first with the batch in dim 0, and returns x: like the
+    state, (B, ...) or a tuple of such tensors. The solve starts, in this order, from the x0 that
+    the call is given, init(*z), zeros of state_shape, zeros with g.x_features in the last
+    dimension of z, or zeros like z. The zeros have the batch and the device of z, and the wider
+    of the dtypes of z and of g's parameters.
 
     Args:
         g: g(x, *z) -> like x. A module becomes a submodule.
-        state_shape: of one sample, a tuple of ints (or an int); for a tuple state, a tuple of
-            such tuples.
-        init: init(*z) -> x0. A module becomes a submodule.
+        state_shape: of one sample, without the batch: a tuple of ints (or an int); for a tuple
+            state, a tuple of such tuples.
+        init: init(*z) -> x0, the batch included. A module becomes a submodule. It gets a
+            gradient with adjoint=Unroll() only, for the fixed point does not depend on x0.
         solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw: as in fixed_point.
     Attributes:
         last_solution: Solution of the latest call by any thread, without its graph; None before
             the first, after copying or unpickling, and after a call inside torch.func
-            transforms. Its adjoint_stats appear once backward has run.
+            transforms. Its value shares memory with the one returned, and its adjoint_stats
+            appear once backward has run.
     Raises:
         TypeError, ValueError: an option that makes no sense.
     """
@@ -122,7 +132,10 @@ class FPILayer(nn.Module):
         return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
     def explain(self) -> str:
-        """Which way a solve goes and why: for the states of the latest call, else of g."""
+        """Which way a solve goes and why, one line per choice.
+
+        It is that of the device and dtype of the latest call, else of the parameters of g.
+        """
         if self._last_state is not None:
             device, dtype = self._last_state
         else:
@@ -135,7 +148,13 @@ class FPILayer(nn.Module):
 
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""
-        given = [f"solver={self.options.solver}", f"rtol={self.options.rtol}"]
+        options = self.options
+        given = [f"solver={options.solver}", f"rtol={options.rtol}"]
+        # The rest only where it is not the default.
+        for name in ("atol", "max_steps", "adjoint", "backend", "rowwise", "throw"):
+            value = getattr(options, name)
+            if value != inspect.signature(FPILayer).parameters[name].default:
+                given.append(f"{name}={value!r}")
         if not isinstance(self.g, nn.Module):
             given.insert(0, f"g={getattr(self.g, '__name__', type(self.g).__name__)}")
         if self.state_shape is not None:
