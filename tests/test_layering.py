@@ -16,7 +16,8 @@ BANNED_NAMES = {"utils", "helpers", "misc"}
 LEVELS = [
     {"layer"},
     {"functional"},
-    {"adjoint", "explanation"},
+    {"explanation"},
+    {"adjoint"},
     {"request"},
     {"implicit", "solvers", "cells", "backends"},
     {"options", "result", "state", "partial", "control", "faithful", "tracing", "transforms"},
