@@ -174,8 +174,8 @@ FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, i
     }
     // After the mixing: the slot may hold the oldest of its columns.
     if (row.depth) {
-      std::copy(f, f + n, row.f_previous() + at);
-      std::copy(g, g + n, row.partner_previous() + at);
+      copy_run(f, n, row.f_previous() + at);
+      copy_run(g, n, row.partner_previous() + at);
     }
     for (int j = 0; j < n; ++j) x[j] = static_cast<T>(next[j]);
   }

@@ -156,9 +156,9 @@ template <class T, class H>
 FPI_INLINE void finish(const Row<T, H>& row, const Decision& decision, int64_t begin,
                        int64_t end) {
   if (decision.improved) {
-    std::copy(row.x + begin, row.x + end, row.best + begin);
+    copy_run(row.x + begin, end - begin, row.best + begin);
   } else {
-    std::copy(row.best + begin, row.best + end, row.x + begin);
+    copy_run(row.best + begin, end - begin, row.x + begin);
   }
 }
 
@@ -185,13 +185,13 @@ FPI_INLINE bool moved(const Row<T, H>& row, const Decision& decision, int64_t be
     case Move::kReject: step_back(row, begin, end); return true;
     default: break;
   }
-  if (decision.improved) std::copy(x, x + n, row.best + begin);
+  if (decision.improved) copy_run(x, n, row.best + begin);
   switch (decision.move) {
-    case Move::kReturn: std::copy(row.best + begin, row.best + end, x); return true;
-    case Move::kAnchor: std::copy(row.anchor + begin, row.anchor + end, x); return true;
+    case Move::kReturn: copy_run(row.best + begin, n, x); return true;
+    case Move::kAnchor: copy_run(row.anchor + begin, n, x); return true;
     default: break;
   }
-  if (decision.anchors) std::copy(x, x + n, row.anchor + begin);
+  if (decision.anchors) copy_run(x, n, row.anchor + begin);
   return false;
 }
 
