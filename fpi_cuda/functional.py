@@ -76,7 +76,8 @@ def fixed_point(
         backend: "reference", "native", "cuda" or "triton"; None takes the best available.
         rowwise: True promises that sample i of g(x, *z) depends on row i of x and of each z
             (and of what prepare returns) only. Stopped samples are then no longer evaluated.
-            None takes g.rowwise, False where there is none.
+            None takes g.rowwise, False where there is none. A broken promise is noticed where
+            grad mode is on, from the value of g at the solution.
         throw: raise where a sample has not converged. Inside torch.func.vmap the error numbers
             the samples of all vmaps, those of the first one first.
     Returns:
@@ -84,8 +85,9 @@ def fixed_point(
     Raises:
         TypeError, ValueError: an option, x0 or z that makes no sense; a g that changes shape,
             dtype or device, or z in place. What g itself raises passes through.
-        RuntimeError: a derivative, transform or tracer that cannot be served. Under
-            torch.compile the solve runs outside of the compiled graph.
+        RuntimeError: a derivative, transform or tracer that cannot be served (torch.compile can:
+            the solve runs outside of its graph), or a g with another value when it is evaluated
+            again.
         ConvergenceError: with throw=True.
     Source:
         Jeon, Lee, Choi, Differentiable Forward and Backward Fixed-Point Iteration Layers, IEEE
@@ -195,7 +197,7 @@ def solved(
     account = Account(result.status, record)
     differentiated = differentiated_map(flat_map, options.adjoint)
     strategy = strategy_for(options, engine, account, start.shape[1])
-    return attach(differentiated, result.x, strategy, born_after), result
+    return attach(differentiated, result.x, result.residual, strategy, born_after), result
 
 
 def solved_live(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -289,6 +290,43 @@ def test_a_g_that_works_in_place_on_x(solver: Any, backend: str) -> None:
     (grad,) = torch.autograd.grad(found.value.sum(), z)
     (oracle,) = torch.autograd.grad(expected.value.sum(), z)
     assert torch.equal(grad, oracle)
+
+
+def private_mask() -> Callable[[Tensor, Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda x, z: 0.5 * x * (torch.rand(x.shape, generator=generator) > 0.5) + z
+
+
+def numpy_mask() -> Callable[[Tensor, Tensor], Tensor]:
+    random = numpy.random.default_rng(0)
+    return lambda x, z: 0.5 * x * torch.from_numpy(random.random(x.shape) > 0.5) + z
+
+
+def centred() -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, z: 0.5 * (x - x.mean(0)) + z
+
+
+@pytest.mark.parametrize("adjoint", [fpi.Implicit(), fpi.JacobianFree(), fpi.Phantom(k=3, tau=0.5)])
+@pytest.mark.parametrize(
+    ("make", "rowwise"),
+    [(private_mask, False), (numpy_mask, False), (centred, True)],
+    ids=["own generator", "numpy", "not row-wise"],
+)
+def test_a_g_that_is_another_function_when_evaluated_again(
+    make: Any, rowwise: bool, adjoint: Any
+) -> None:
+    z = torch.randn(40, D) * torch.logspace(-3, 1, 40)[:, None]
+    with pytest.raises(RuntimeError, match="has another value at the solution"):
+        fpi.fixed_point(
+            make(), zeros(40, D), z.requires_grad_(), rowwise=rowwise, adjoint=adjoint, atol=1e-3
+        )
+
+
+def test_a_g_that_couples_samples_is_solved_where_nothing_else_is_claimed() -> None:
+    z = torch.randn(40, D, dtype=F64, requires_grad=True)
+    sol = fpi.fixed_point(centred(), torch.zeros(40, D, dtype=F64), z, **TIGHT)
+    assert sol.converged.all()
+    torch.testing.assert_close(sol.value, 2 * z - z.mean(0))
 
 
 def surroundings() -> dict[str, Any]:

@@ -13,10 +13,17 @@ from fpi_cuda import transforms
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import MaybeTensor, follows, has_tangent
 from fpi_cuda.implicit.graph import mark_as_anchor
-from fpi_cuda.implicit.inputs import Inputs
+from fpi_cuda.implicit.inputs import SAME_VALUE, Inputs
 from fpi_cuda.implicit.levels import PlainJacobian, Point, Solved, TransposedJacobian
 from fpi_cuda.implicit.linearization import Jacobian, Linearization, OpenLinearization
-from fpi_cuda.implicit.strategy import Strategy, series, unmeasured, zero_rows
+from fpi_cuda.implicit.strategy import (
+    Strategy,
+    norms,
+    series,
+    unmeasured,
+    without_autocast,
+    zero_rows,
+)
 from fpi_cuda.result import Status
 from fpi_cuda.transforms import Frame
 
@@ -279,13 +286,22 @@ def linear_solution(
     return _Implicit.apply(problem, hy, b, *opened.originals), bad
 
 
-def attach(flat_map: FlatMap, x_star: Tensor, strategy: Strategy, born_after: int) -> Tensor:
+def attach(
+    flat_map: FlatMap,
+    x_star: Tensor,
+    residual: Tensor | None,
+    strategy: Strategy,
+    born_after: int,
+) -> Tensor:
     """x_star as a function of all that g depends on; x_star itself if that is nothing.
 
     Args:
         flat_map: g with its inputs, already evaluated.
         x_star: (B, D) its fixed point, plain.
+        residual: (B,) float64 ||g(x_star) - x_star|| as the solver found it; None: unknown.
         born_after: autograd's sequence number before flat_map was made.
+    Raises:
+        RuntimeError: g has another residual now.
     """
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return x_star
@@ -297,13 +313,49 @@ def attach(flat_map: FlatMap, x_star: Tensor, strategy: Strategy, born_after: in
     hopeless = strategy.account.hopeless
     if hopeless is not None and not bool(hopeless.all()):
         flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
+    evaluated = flat_map
+    if residual is not None:
+        evaluated = flat_map.watched(SameResidual(residual, hopeless))
     with torch.enable_grad(), tensors_saved_as_they_are():
-        gx = flat_map(x)
+        gx = evaluated(x)
     inputs = Inputs(flat_map, x, gx, born_after)
     if not inputs and not has_tangent(gx):
         return x_star
     problem = MapProblem(flat_map, x_star, gx, Linearization(x, gx), inputs, strategy)
     return _Implicit.apply(problem, gx, *inputs.originals)
+
+
+class SameResidual:
+    """Raises where g, evaluated once more at the solution, is another function.
+
+    That is how a g shows which is not row-wise but was declared so, for the solver saw it on
+    parts of the batch, and one with random numbers that cannot be replayed.
+
+    Args:
+        residual: (B,) float64, as the solver found it.
+        bad: (B,) bool, samples that need not agree; None: all must.
+    """
+
+    def __init__(self, residual: Tensor, bad: Tensor | None) -> None:
+        self._residual = residual
+        self._bad = bad
+
+    def __call__(self, x: Tensor, gx: Tensor) -> None:
+        x, gx = x.detach(), gx.detach()
+        share = max(SAME_VALUE, 8 * torch.finfo(x.dtype).eps)
+        with without_autocast(x.device):
+            change = (norms(gx - x) - self._residual).abs()
+            # False where either is not finite: those are the solver's to report.
+            off = change > share * torch.maximum(norms(gx), norms(x))
+        if self._bad is not None:
+            off = off & ~self._bad
+        if bool(off.any()):
+            raise RuntimeError(
+                "fixed_point: g has another value at the solution than the solver was given, in "
+                f"samples {torch.nonzero(off).flatten().tolist()[:8]}. Either it is not row-wise: "
+                "set rowwise=False. Or it draws random numbers out of reach: draw them from "
+                "torch's default generators, or before the call"
+            )
 
 
 def tensors_saved_as_they_are() -> contextlib.AbstractContextManager[Any]:

@@ -13,6 +13,8 @@ from fpi_cuda import transforms
 from fpi_cuda.faithful import Replay
 from fpi_cuda.state import Layout
 
+Watch = Callable[[Tensor, Tensor], None]
+
 
 class FlatMap:
     """x (B, D) -> g(x, *z) (B, D), checked at every evaluation.
@@ -45,6 +47,7 @@ class FlatMap:
         self._mend: tuple[Tensor, int] | None = None
         self._steps = 1
         self._damping = 1.0
+        self._watch: Watch | None = None
 
     def selectable(self) -> bool:
         """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
@@ -100,6 +103,12 @@ class FlatMap:
         other._steps, other._damping = steps, damping
         return other
 
+    def watched(self, watch: Watch) -> FlatMap:
+        """This map, whose calls show `watch` the x that they are given and g at it."""
+        other = copy.copy(self)
+        other._watch = watch
+        return other
+
     def mended(self, bad: Tensor) -> FlatMap:
         """This map with a good sample's x and z in the place of those of the bad ones.
 
@@ -127,8 +136,10 @@ class FlatMap:
     def _iterated(self, x: Tensor, call: Callable[[Any], Any]) -> Tensor:
         if self._mend is not None:
             x = replace_rows(x, *self._mend)
-        for _ in range(self._steps):
+        for step in range(self._steps):
             gx = self._checked(x, call)
+            if self._watch is not None and step == 0:
+                self._watch(x, gx)
             x = gx if self._damping == 1.0 else x + self._damping * (gx - x)
         return x
 

@@ -35,7 +35,7 @@ def attach_unrolled(
     account = Account(result.status, record)
     plain = result.x.detach()
     if bool(bad.all()):
-        return attach(flat_map, plain, Truncated(account, truncation=0), born_after)
+        return attach(flat_map, plain, None, Truncated(account, truncation=0), born_after)
     mended = mended_if_batchwise(flat_map, plain, bad)
     good = int(torch.nonzero(~bad)[0])
     again = run(mended, replace_rows(x0, bad, good))
