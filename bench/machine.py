@@ -72,4 +72,5 @@ def commit() -> str:
 
 def command_line() -> list[str]:
     """This process as the user typed it."""
-    return ["python", "-m", "bench.throughput", *sys.argv[1:]]
+    spec = sys.modules["__main__"].__spec__
+    return ["python", "-m", spec.name if spec else Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -224,7 +224,9 @@ def piped(table: Table) -> str:
 
 
 def update_readme(readme: Path, folder: Path) -> None:
-    """Replace what lies between the markers of `readme` by the tables of `folder`/*.json.
+    """Replace what lies between the markers of `readme` by the sections of `folder`/*.json.
+
+    A result brings its own section as "readme", or is one of the throughput benchmark.
 
     Raises:
         ValueError: the markers are missing.
@@ -236,7 +238,9 @@ def update_readme(readme: Path, folder: Path) -> None:
     after = rest.split(END, 1)[1]
     loaded = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     sections = [markdown(results) for results in loaded if results.get("kind") == "throughput"]
-    readme.write_text(f"{before}{BEGIN}\n\n{chr(10).join(sections)}\n\n{END}{after}")
+    sections += [results["readme"] for results in loaded if "readme" in results]
+    body = "\n\n".join(section.strip() for section in sections)
+    readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from bench.peers import Entry, Peer
 from bench.problems import Problem, Reference, reference_solution
 
 SCREEN_BATCHES = (8, 64, 256)
-SCREEN_SECONDS = 2.0
+SCREEN_SECONDS = 1.0
 """A setting that needs longer than this for so many samples is left out, by name."""
 
 BACKWARD_FIELD = 1.5

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench import machine
 from fpi_cuda import backends
 from fpi_cuda.options import Anderson, Broyden, Picard
 from fpi_cuda.result import Status
@@ -241,6 +242,34 @@ def totals(runs: Sequence[Run], against: Sequence[Comparison]) -> dict[str, dict
     return out
 
 
+def readme(runs: Sequence[Run], against: Sequence[Comparison], max_steps: int) -> str:
+    """The section of README: totals in the open, every problem folded away."""
+    parts = [
+        "### The zoo",
+        f"{len(names())} problems x 8 samples, at most {max_steps} Picard evaluations and "
+        f"{RATIO_LIMIT:g} times as many for the others. Lost: samples that Picard solves and the "
+        "solver does not. Ratio: evaluations over Picard's on a problem, over what Picard solves.",
+    ]
+    for dtype, rtol in dict.fromkeys((r.dtype, r.rtol) for r in runs):
+        here = [r for r in runs if (r.dtype, r.rtol) == (dtype, rtol)]
+        there = [c for c in against if (c.dtype, c.rtol) == (dtype, rtol)]
+        lines = [
+            f"| {dtype}, {rtol:g} | unsolved | evaluations | lost | worst ratio |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for label, sums in totals(here, there).items():
+            lost = f"{sums['lost_samples']}" if "lost_samples" in sums else "-"
+            ratio = f"{sums['worst_problem_ratio']:.2f}" if "lost_samples" in sums else "-"
+            lines.append(
+                f"| {label} | {sums['failures']} of {sums['samples']} | "
+                f"{sums['evaluations']:,} | {lost} | {ratio} |"
+            )
+        parts.append("\n".join(lines))
+        summary = f"<details><summary>Every problem, {dtype}, {rtol:g}</summary>"
+        parts.append(f"{summary}\n\n{table(here, there)}\n\n</details>")
+    return "\n\n".join(parts)
+
+
 def violations(runs: Sequence[Run], against: Sequence[Comparison]) -> list[str]:
     """One line per broken promise; contract 5 binds Anderson, the others bind every solver."""
     lines = []
@@ -307,8 +336,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.json is not None:
         record = {"arguments": vars(chosen) | {"json": str(chosen.json)}, **summary}
         record |= {"runs": [asdict(r) for r in runs], "comparisons": [asdict(c) for c in against]}
+        record["machine"] = machine.describe(torch.device("cpu"), 1, machine.command_line())
+        record["readme"] = readme(runs, against, chosen.max_steps)
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+        chosen.json.write_text(json.dumps(record, default=str) + "\n")
     return 1 if broken else 0
 
 
