@@ -13,7 +13,8 @@ constexpr double kLeastGain = 1.0 - 0.99 * 0.99;  // of ||f||^2
 
 // Scratch of one small solve; in shared memory on a GPU.
 struct SmallSolve {
-  double factor[kMaxDepth][kMaxDepth];  // Cholesky factor of the kept columns
+  // Cholesky factor of the kept columns, its diagonal inverted: divisions are slow in double.
+  double factor[kMaxDepth][kMaxDepth];
   double inverse_norm[kMaxDepth];       // 1 / ||column||
   double gamma[kMaxDepth];              // solution, by slot
   bool kept[kMaxDepth];
@@ -42,7 +43,7 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
       for (int k = 0; k < b; ++k) {
         if (s.kept[k]) entry -= s.factor[a][k] * s.factor[b][k];
       }
-      entry /= s.factor[b][b];
+      entry *= s.factor[b][b];
       s.factor[a][b] = entry;
       pivot -= entry * entry;
       value -= entry * s.gamma[slot_of(b)];
@@ -50,8 +51,8 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
     // A NaN or Inf in the Gram matrix fails this test too.
     s.kept[a] = pivot >= kSmallestPivot && value - value == 0.0 && pivot - pivot == 0.0;
     if (!s.kept[a]) continue;
-    s.factor[a][a] = sqrt(pivot);
-    s.gamma[slot] = value / s.factor[a][a];
+    s.factor[a][a] = 1.0 / sqrt(pivot);
+    s.gamma[slot] = value * s.factor[a][a];
   }
   for (int a = columns - 1; a >= 0; --a) {
     const int slot = slot_of(a);
@@ -60,7 +61,7 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
     for (int b = a + 1; b < columns; ++b) {
       if (s.kept[b]) value -= s.factor[b][a] * s.gamma[slot_of(b)];
     }
-    s.gamma[slot] = value / s.factor[a][a];
+    s.gamma[slot] = value * s.factor[a][a];
   }
   for (int a = 0; a < columns; ++a) s.gamma[slot_of(a)] *= s.inverse_norm[a];
 }

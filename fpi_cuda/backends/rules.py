@@ -224,7 +224,7 @@ def solve_small(gram: Tensor, rhs: Tensor, columns: Tensor, head: Tensor, ridge:
     target = torch.gather(rhs, 1, slot_of) * inverse_norm
 
     factor: list[list[Tensor]] = []
-    diagonal: list[Tensor] = []
+    inverse: list[Tensor] = []
     kept: list[Tensor] = []
     gamma: list[Tensor] = []
     zero = torch.zeros_like(target[:, 0])
@@ -235,19 +235,19 @@ def solve_small(gram: Tensor, rhs: Tensor, columns: Tensor, head: Tensor, ridge:
             entry = scaled[:, a, b]
             for k in range(b):
                 entry = entry - row[k] * factor[b][k]
-            entry = torch.where(kept[b], entry / diagonal[b], 0.0)
+            entry = torch.where(kept[b], entry * inverse[b], 0.0)
             row.append(entry)
             pivot = pivot - entry * entry
             value = value - entry * gamma[b]
         keeps = exists[:, a] & (pivot >= SMALLEST_PIVOT) & pivot.isfinite() & value.isfinite()
         kept.append(keeps)
-        diagonal.append(torch.where(keeps, pivot, 1.0).sqrt())
+        inverse.append(torch.where(keeps, pivot, 1.0).rsqrt())
         factor.append([torch.where(keeps, entry, 0.0) for entry in row])
-        gamma.append(torch.where(keeps, value / diagonal[a], 0.0))
+        gamma.append(torch.where(keeps, value * inverse[a], 0.0))
     for a in reversed(range(depth)):
         value = gamma[a]
         for b in range(a + 1, depth):
             value = value - factor[b][a] * gamma[b]
-        gamma[a] = torch.where(kept[a], value / diagonal[a], 0.0)
+        gamma[a] = torch.where(kept[a], value * inverse[a], 0.0)
     by_age_gamma = torch.stack(gamma, dim=1) * inverse_norm
     return torch.zeros_like(rhs).scatter(1, slot_of, by_age_gamma)
