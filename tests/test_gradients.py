@@ -336,6 +336,50 @@ def test_a_non_leaf_that_cannot_be_found_is_refused_in_second_order_only(weights
         torch.autograd.grad((x**2).sum(), a, create_graph=True)
 
 
+class Sine(torch.autograd.Function):
+    """sin, with a backward that autograd may or may not follow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, v: Tensor) -> Tensor:
+        return v * ctx.saved_tensors[0].cos()
+
+
+class Detached(Sine):
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Tensor:
+        return v.detach() * ctx.saved_tensors[0].detach().cos()
+
+
+@pytest.mark.parametrize("sine", [Sine, Detached])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_backward_without_a_derivative_is_refused_where_one_is_needed(
+    share: float, sine: Any
+) -> None:
+    z = torch.randn(B, D, dtype=F64, requires_grad=True)
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * (share * sine.apply(x) + (1 - share) * torch.sin(x)) + z
+
+    def layer(z: Tensor, **options: Any) -> Tensor:
+        return fpi.fixed_point(g, torch.zeros(B, D, dtype=F64), z, **(TIGHT | options)).value
+
+    for solver in (None, fpi.Picard(), fpi.Broyden(), fpi.GMRES()):
+        x = layer(z, adjoint=fpi.Implicit(solver=solver))
+        (found,) = torch.autograd.grad(x.sum(), z)
+        torch.testing.assert_close(found, 1 / (1 - 0.5 * x.detach().cos()))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(layer(z, adjoint=fpi.Implicit(fpi.ConjugateGradient())).sum(), z)
+    if sine is Sine:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(layer(z).sum(), z, create_graph=True)
+
+
 def test_parameters_shared_between_g_and_z(weights: Any) -> None:
     """z is computed from the weight that g closes over: no path may count twice."""
     _, a, _ = weights

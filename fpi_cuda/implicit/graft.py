@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
+from fpi_cuda.implicit.graph import is_differentiable_once
 
 MaybeTensor = Tensor | None
+
+ONCE = (
+    "fixed_point: g holds an autograd.Function marked once_differentiable, or like one. Second "
+    "derivatives, forward mode and adjoint=Implicit(ConjugateGradient()) differentiate its "
+    "backward. Write that backward with differentiable operations"
+)
 
 
 def graft(
@@ -63,12 +70,16 @@ class Tape:
         self.leaves = leaves
 
     def pull(self, weights: list[MaybeTensor], *, create_graph: bool) -> list[MaybeTensor]:
-        """The derivative of <weights, outputs> in every leaf; the graph is kept."""
+        """The derivative of <weights, outputs> in every leaf; the graph is kept.
+
+        Raises:
+            RuntimeError: it shall have a graph itself, which some operation in g does not give.
+        """
         pairs = [(o, w) for o, w in zip(self.outputs, weights, strict=True) if w is not None]
         if not pairs:
             return [None] * len(self.leaves)
         outputs, given = zip(*pairs, strict=True)
-        return list(
+        pulled: list[MaybeTensor] = list(
             torch.autograd.grad(
                 outputs,
                 self.leaves,
@@ -78,6 +89,9 @@ class Tape:
                 allow_unused=True,
             )
         )
+        if create_graph and any(t is not None and is_differentiable_once(t) for t in pulled):
+            raise RuntimeError(ONCE)
+        return pulled
 
     def push(self, tangents: list[MaybeTensor]) -> list[MaybeTensor]:
         """The derivative of every output along the tangents of the leaves, with its graph.

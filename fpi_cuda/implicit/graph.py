@@ -93,6 +93,25 @@ def depends_beyond(out: Tensor) -> bool:
     return False
 
 
+def is_differentiable_once(out: Tensor) -> bool:
+    """Whether the graph of a derivative goes through a backward that has no derivative itself.
+
+    Autograd marks it by a node that raises when it is run, but leads to nothing, so that a
+    derivative in given tensors passes it by and comes out too small.
+    """
+    pending: list[Any] = [out.grad_fn]
+    seen: set[Any] = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(node).__name__ == "Error":
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False
+
+
 ANCHOR = "_fpi_cuda_anchor"
 
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.graft import MaybeTensor, Tape, graft, stand_in
+from fpi_cuda.implicit.graft import ONCE, MaybeTensor, Tape, graft, stand_in
+
+# <J^T w, J^T w> and <w, J J^T w> may differ by rounding, in g too (autocast), not by this share.
+SAME_MATRIX = 0.1
 
 
 class Jacobian(Protocol):
@@ -52,9 +55,31 @@ class Linearization:
                 tape = Tape([self.gx] if self.gx.requires_grad else [], [self.x])
                 weights: list[MaybeTensor] = [self._weight] * len(tape.outputs)
                 (self._pulled,) = tape.pull(weights, create_graph=True)
+                self._require_one_matrix()
+        return self._along(t)
+
+    def _along(self, t: Tensor) -> Tensor:
         if self._pulled is None or not self._pulled.requires_grad:
             return torch.zeros_like(t)
+        assert self._weight is not None
         return gradient(self._pulled, self._weight, t)
+
+    def _require_one_matrix(self) -> None:
+        """Raise unless <J^T w, J^T w> = <w, J J^T w> for some w.
+
+        A backward of the user's own that autograd cannot see through makes J t too small.
+        """
+        with torch.no_grad():
+            w = torch.arange(1, self.gx.numel() + 1, device=self.gx.device).sin()
+            w = w.reshape(self.gx.shape).to(self.gx.dtype)
+            p = self.transposed(w)
+            q = self._along(p)
+            size = p.double().square().sum()
+            gap = ((w.double() * q.double()).sum() - size).abs()
+            eps = torch.finfo(w.dtype).eps
+            rounding = eps * torch.linalg.vector_norm(w) * torch.linalg.vector_norm(q)
+            if bool(gap > SAME_MATRIX * size + 100 * rounding):
+                raise RuntimeError(ONCE)
 
 
 def gradient(out: Tensor, leaf: Tensor, weight: Tensor) -> Tensor:
