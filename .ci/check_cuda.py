@@ -82,7 +82,7 @@ def check(reports, budgets):
 
 
 def main():
-    sources = sorted(CUDA.glob("*.cu"))
+    sources = sorted((ROOT / "csrc").rglob("*.cu"))
     nvcc = find_nvcc()
     if nvcc is None:
         named = ", ".join(source.name for source in sources) or "0 kernels"
