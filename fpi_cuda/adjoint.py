@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fpi_cuda.implicit import Account, Exact, FlatMap, LinearSolve, Strategy, Truncated
+from fpi_cuda.device_loop import Method, Refused
+from fpi_cuda.implicit import (
+    Account,
+    DeviceSolve,
+    Exact,
+    FlatMap,
+    LinearSolve,
+    Strategy,
+    Truncated,
+)
 from fpi_cuda.options import (
     GMRES,
     MAX_DEPTH,
@@ -14,6 +23,7 @@ from fpi_cuda.options import (
     Anderson,
     ConjugateGradient,
     FixedPointSolver,
+    Implicit,
     JacobianFree,
     LinearSolver,
     Neumann,
@@ -34,18 +44,50 @@ def differentiated_map(flat_map: FlatMap, adjoint: Adjoint) -> FlatMap:
     return flat_map
 
 
-def strategy_for(options: Options, engine: Backend, account: Account, dim: int) -> Strategy:
-    """How the adjoint system is dealt with."""
+def strategy_for(
+    options: Options,
+    engine: Backend,
+    account: Account,
+    dim: int,
+    on_device: DeviceSolve | None = None,
+) -> Strategy:
+    """How the adjoint system is dealt with.
+
+    Args:
+        on_device: tried before the solver of the host.
+    """
     adjoint = options.adjoint
     if isinstance(adjoint, Neumann):
         return Truncated(account, truncation=adjoint.k)
     if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
         return Truncated(account, truncation=0)
-    solver = adjoint.solver or default_adjoint_solver(options.solver, dim)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
-    max_steps = adjoint.max_steps or options.max_steps
-    solver_of_system = linear_solve(solver, max_steps, engine)
-    return Exact(account, linear_solve=solver_of_system, rtol=rtol)
+    solver_of_system = linear_solve(
+        adjoint_solver(options, adjoint, dim), adjoint.max_steps or options.max_steps, engine
+    )
+    return Exact(account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device)
+
+
+def adjoint_method(options: Options, engine: Backend, dim: int) -> Method | None:
+    """How the adjoint system is iterated; None where it is not.
+
+    Raises:
+        Refused: by a solver that has no captured form.
+    """
+    adjoint = options.adjoint
+    if not isinstance(adjoint, Implicit):
+        return None
+    solver = adjoint_solver(options, adjoint, dim)
+    if isinstance(solver, (GMRES, ConjugateGradient)):
+        raise Refused(f"{solver} runs on the host")
+    return Method(solver, 0.0, adjoint.max_steps or options.max_steps, engine)
+
+
+def adjoint_solver(
+    options: Options, adjoint: Implicit, dim: int
+) -> FixedPointSolver | LinearSolver:
+    """The solver of the adjoint system."""
+    return adjoint.solver or default_adjoint_solver(options.solver, dim)
 
 
 def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolver:

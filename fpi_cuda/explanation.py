@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import torch
 
-from fpi_cuda import backends
+from fpi_cuda import backends, device_loop
 from fpi_cuda.adjoint import default_adjoint_solver
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.request import Options
+from fpi_cuda.result import AdjointRecord
+from fpi_cuda.route import HOST_ASKED_FOR
+
+HOST_LOOP = "host loop: torch evaluates g, then one solver step advances all samples"
+DEVICE_LOOP = (
+    "device loop: a CUDA graph repeats g and the solver's step until all samples have stopped"
+)
 
 
-def explain(options: Options, g: object, device: torch.device, dtype: torch.dtype) -> str:
-    """Which way a solve goes for states of this device and dtype: one line per choice."""
+def explain(
+    options: Options,
+    g: object,
+    device: torch.device,
+    dtype: torch.dtype,
+    record: AdjointRecord | None = None,
+) -> str:
+    """Which way a solve goes for states of this device and dtype: one line per choice.
+
+    Args:
+        record: of the latest solve, if there was one.
+    """
     lines = {
-        "route": "host loop: torch evaluates g, then one solver step advances all samples",
+        "route": route_line(options, device, record),
         "backend": backend_line(options, device, dtype),
         "solver": f"{options.solver}; a sample stops at ||g(x) - x|| <= {options.atol:g} + "
         f"{options.rtol:g} ||g(x)||, or after {options.max_steps} evaluations",
@@ -22,6 +39,26 @@ def explain(options: Options, g: object, device: torch.device, dtype: torch.dtyp
         "adjoint": adjoint_line(options),
     }
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
+
+
+def route_line(options: Options, device: torch.device, record: AdjointRecord | None) -> str:
+    """Who runs the loop: in the latest solve, else as far as it is known before."""
+    if record is None or record.route is None:
+        try:
+            graphs = device_loop.graphs_for(device)
+        except device_loop.Refused as reason:
+            return f"{HOST_LOOP} ({reason})"
+        unavailable = HOST_ASKED_FOR if options.route == "host" else graphs.why_not()
+        if unavailable is not None:
+            return f"{HOST_LOOP} ({unavailable})"
+        return f"{DEVICE_LOOP}; the host does where g cannot be captured, which is not known yet"
+    if record.route.name == "host":
+        return f"{HOST_LOOP} ({record.route.reason})"
+    if record.adjoint_route is None:
+        return DEVICE_LOOP
+    if record.adjoint_route.name == "host":
+        return f"{DEVICE_LOOP}; the adjoint by the host loop ({record.adjoint_route.reason})"
+    return f"{DEVICE_LOOP}; the adjoint likewise"
 
 
 def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TypeVar
 
 import torch
@@ -39,6 +39,11 @@ class Replay:
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype that autocast gives to products on the device; None where it is off."""
         return self._autocast.dtype_on(self._device.type)
+
+    @property
+    def autocast_key(self) -> Hashable:
+        """Equal for calls that were made under the same autocast."""
+        return self._autocast.key
 
     def __call__(self, evaluation: Callable[[], T]) -> T:
         """evaluation(), in the surroundings of the first one."""
@@ -101,6 +106,11 @@ class AutocastState:
         return isinstance(other, AutocastState) and self._dtypes == other._dtypes
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for equal states."""
+        return tuple(sorted(self._dtypes.items(), key=lambda item: item[0]))
 
     @property
     def enabled(self) -> bool:

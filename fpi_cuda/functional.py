@@ -27,6 +27,7 @@ from fpi_cuda.implicit import (
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Unroll
 from fpi_cuda.request import Options, require_inputs, require_known, require_map
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult
+from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
 from fpi_cuda.solvers.loop import Backend, solve
 from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
@@ -50,6 +51,7 @@ def fixed_point(
     adjoint: Adjoint = Implicit(),  # noqa: B008
     backend: str | None = None,
     rowwise: bool | None = None,
+    route: str | None = None,
     throw: bool = False,
     **unknown: Any,
 ) -> Solution:
@@ -78,6 +80,9 @@ def fixed_point(
             (and of what prepare returns) only. Stopped samples are then no longer evaluated.
             None takes g.rowwise, False where there is none. A broken promise is noticed where
             grad mode is on, from the value of g at the solution.
+        route: "device" runs the whole loop as a CUDA graph, without the host, for a g that can be
+            captured: no host reads, no random numbers. "host" never does. None takes the
+            device where it can be had.
         throw: raise where a sample has not converged. Inside torch.func.vmap the error numbers
             the samples of all vmaps, those of the first one first.
     Returns:
@@ -85,9 +90,9 @@ def fixed_point(
     Raises:
         TypeError, ValueError: an option, x0 or z that makes no sense; a g that changes shape,
             dtype or device, or z in place. What g itself raises passes through.
-        RuntimeError: a derivative, transform or tracer that cannot be served (torch.compile can:
-            the solve runs outside of its graph), or a g with another value when it is evaluated
-            again.
+        RuntimeError: a derivative, transform, tracer or route that cannot be served (torch.compile
+            can: the solve runs outside of its graph), or a g with another value when it is
+            evaluated again.
         ConvergenceError: with throw=True.
     Source:
         Jeon, Lee, Choi, Differentiable Forward and Backward Fixed-Point Iteration Layers, IEEE
@@ -97,7 +102,7 @@ def fixed_point(
     require_map("fixed_point", g)
     layout = layout_of(x0)
     require_inputs(z)
-    options = Options(solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw)
+    options = Options(solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route)
     options.require_sensible("fixed_point")
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
     transforms.require_working()
@@ -153,8 +158,10 @@ def solve_flat(
     start = layout.flatten(x0)
     record = AdjointRecord()
     if isinstance(options.adjoint, Unroll) and differentiates():
+        require_host_allowed(options, "the solve", UNROLLED)
         value, result = unrolled(flat_map, start, options, record, born_after)
     elif transforms.active():
+        require_host_allowed(options, "the solve", IN_TRANSFORM)
         value, result = solved_live(flat_map, start, options, engine, record)
     else:
         value, result = solved(flat_map, start, options, engine, record, born_after)
@@ -181,23 +188,18 @@ def solved(
     born_after: int,
 ) -> tuple[Tensor, SolveResult]:
     """The fixed point by the solver, then its derivatives."""
+    course = Course(flat_map, options, engine, record)
     with torch.no_grad(), flat_map.replay.solving():
-        result = solve(
-            flat_map.evaluate,
-            start.detach(),
-            options.solver,
-            rtol=options.rtol,
-            atol=options.atol,
-            max_steps=options.max_steps,
-            backend=engine,
-            rowwise=options.asks_rowwise(flat_map.g) and flat_map.selectable(),
-        )
+        result = course.solve(start.detach())
     if not differentiates():
         return result.x, result
     account = Account(result.status, record)
-    differentiated = differentiated_map(flat_map, options.adjoint)
-    strategy = strategy_for(options, engine, account, start.shape[1])
-    return attach(differentiated, result.x, result.residual, strategy, born_after), result
+    differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
+    strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
+    value = attach(differentiated, result.x, result.residual, strategy, born_after)
+    if value.requires_grad:
+        course.prepare_adjoint(result.x, account)
+    return value, result
 
 
 def solved_live(

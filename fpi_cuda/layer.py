@@ -38,7 +38,7 @@ class FPILayer(nn.Module):
             state, a tuple of such tuples.
         init: init(*z) -> x0, the batch included. A module becomes a submodule. It gets a
             gradient with adjoint=Unroll() only, for the fixed point does not depend on x0.
-        solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw: as in fixed_point.
+        solver, rtol, atol, max_steps, adjoint, backend, rowwise, route, throw: as in fixed_point.
     Attributes:
         last_solution: Solution of the latest call by any thread, without its graph; None before
             the first, after copying or unpickling, and after a call inside torch.func
@@ -61,6 +61,7 @@ class FPILayer(nn.Module):
         adjoint: Adjoint = Implicit(),  # noqa: B008
         backend: str | None = None,
         rowwise: bool | None = None,
+        route: str | None = None,
         throw: bool = False,
         **unknown: Any,
     ) -> None:
@@ -71,7 +72,9 @@ class FPILayer(nn.Module):
             raise TypeError(f"FPILayer: init must be a function of z, got {type(init).__name__}")
         if init is not None and state_shape is not None:
             raise ValueError("FPILayer: give state_shape or init, not both")
-        self.options = Options(solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw)
+        self.options = Options(
+            solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route
+        )
         self.options.require_sensible("FPILayer")
         self.g = g
         self.init = init
@@ -103,6 +106,7 @@ class FPILayer(nn.Module):
             adjoint=options.adjoint,
             backend=options.backend,
             rowwise=options.rowwise,
+            route=options.route,
             throw=options.throw,
         )
         layout = layout_of(start)
@@ -144,7 +148,9 @@ class FPILayer(nn.Module):
                 device, dtype = torch.device("cpu"), torch.get_default_dtype()
             else:
                 device, dtype = parameter.device, parameter.dtype
-        return explain(self.options, self.g, device, dtype)
+        latest = self.last_solution
+        record = None if latest is None else latest.adjoint_record
+        return explain(self.options, self.g, device, dtype, record)
 
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""

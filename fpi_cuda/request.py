@@ -21,6 +21,8 @@ from fpi_cuda.options import (
     require_real,
 )
 
+ROUTES = ("host", "device")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -34,6 +36,7 @@ class Options:
     backend: str | None
     rowwise: bool | None
     throw: bool
+    route: str | None
 
     def require_sensible(self, owner: str) -> None:
         """Raise unless every option is one that fixed_point can work with."""
@@ -45,6 +48,9 @@ class Options:
         if self.backend is not None and self.backend not in backends.NAMES:
             valid = ", ".join(map(repr, backends.NAMES))
             raise ValueError(f"{owner}: unknown backend {self.backend!r}. Valid: None, {valid}")
+        if self.route is not None and self.route not in ROUTES:
+            valid = ", ".join(map(repr, ROUTES))
+            raise ValueError(f"{owner}: unknown route {self.route!r}. Valid: None, {valid}")
         if self.rowwise is not None and not isinstance(self.rowwise, bool):
             raise TypeError(f"{owner}: rowwise must be None or a bool, got {self.rowwise!r}")
         if not isinstance(self.throw, bool):

@@ -75,17 +75,33 @@ class SolveResult(NamedTuple):
     residual: Tensor
 
 
+class Route(NamedTuple):
+    """Which way a solve went.
+
+    Attributes:
+        name: "host" or "device".
+        reason: why no way ahead of it was taken.
+    """
+
+    name: str
+    reason: str = ""
+
+
 class AdjointRecord:
     """A box that the backward pass fills: autograd runs after the Solution was returned.
 
     Attributes:
         stats: the latest account.
         warned: a user was told of samples without a gradient.
+        route: which way the forward solve went; None where there is but one.
+        adjoint_route: which way the adjoint solve will go; likewise.
     """
 
     def __init__(self) -> None:
         self.stats: Stats | None = None
         self.warned = False
+        self.route: Route | None = None
+        self.adjoint_route: Route | None = None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,11 @@ class Layout:
         """Elements of one sample, for each tensor; they add up to D."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
+    @property
+    def dim(self) -> int:
+        """D."""
+        return sum(self.sizes)
+
     def flatten(self, x: Any) -> Tensor:
         """(n, D) from a state with n samples; a view where that is possible."""
         parts = x if self.is_tuple else (x,)

@@ -57,7 +57,7 @@ def problem() -> Problem:
 
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tol": 1e-3}, TypeError, "unknown option 'tol'. Valid options: solver, rtol, atol, max_steps,"
-     " adjoint, backend, rowwise, throw"),
+     " adjoint, backend, rowwise, route, throw"),
     ({"solver": "anderson"}, TypeError, "solver must be one of Picard, Anderson, Broyden, got"),
     ({"solver": fpi.Anderson}, TypeError, "did you mean Anderson()?"),
     ({"solver": fpi.GMRES()}, TypeError, "solver must be one of Picard, Anderson, Broyden, got"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from fpi_cuda.implicit.attach import attach
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graph import sequence_number
+from fpi_cuda.implicit.linearization import Jacobian, Linearization
 from fpi_cuda.implicit.live import attach_live, live_solve
 from fpi_cuda.implicit.strategy import (
     Account,
+    DeviceSolve,
     Exact,
     FixedPointWarning,
     LinearSolve,
@@ -20,10 +22,13 @@ from fpi_cuda.implicit.vmap import merge_innermost
 
 __all__ = [
     "Account",
+    "DeviceSolve",
     "Exact",
     "FixedPointWarning",
     "FlatMap",
+    "Jacobian",
     "LinearSolve",
+    "Linearization",
     "Strategy",
     "Truncated",
     "attach",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,21 @@ from fpi_cuda.faithful import Replay
 from fpi_cuda.state import Layout
 
 Watch = Callable[[Tensor, Tensor], None]
+"""watch(x, gx): looks at an evaluation that was made."""
+
+Recording = Callable[[Callable[[Any], Any], Any], Any]
+"""record(g, state): g(state), written down."""
+
+
+@dataclass
+class Habit:
+    """What evaluations of a g have shown of it.
+
+    Attributes:
+        changes_x: g changes the x it is given, so each evaluation gets a copy; None: unknown.
+    """
+
+    changes_x: bool | None = None
 
 
 class FlatMap:
@@ -25,8 +41,6 @@ class FlatMap:
         g, layout, z, replay: as given.
         source_z: z, also where a mended map evaluates g on something else.
         hoisted: g offers prepare and step.
-        in_place: g changes the x it is given, so each evaluation gets a copy. Known after the
-            first evaluation.
     """
 
     def __init__(self, g: Any, layout: Layout, z: tuple[Tensor, ...], replay: Replay) -> None:
@@ -36,22 +50,49 @@ class FlatMap:
         self.source_z = z
         self.replay = replay
         self.hoisted = offers_hoisting(g)
-        self.in_place = False
+        # Shared by all maps that evaluate this g.
+        self._habit = Habit()
         self._prepare_replay = Replay(layout.device)
         self._prepared: Any = None
         if self.hoisted:
             self._prepared = self._prepare_replay(lambda: g.prepare(*z))
-        self._seen = False
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
         self._mend: tuple[Tensor, int] | None = None
         self._steps = 1
         self._damping = 1.0
         self._watch: Watch | None = None
+        self._recording: Recording | None = None
+
+    @property
+    def read(self) -> Any:
+        """What g reads besides x: what prepare returned, else z."""
+        return self._prepared if self.hoisted else self.z
+
+    @property
+    def damping(self) -> tuple[int, float]:
+        """Steps of g in one evaluation, and how long each is."""
+        return self._steps, self._damping
+
+    def reading(self, read: Any) -> FlatMap:
+        """This map with other numbers in the place of `read`."""
+        other = copy.copy(self)
+        other._selection = (None, None)
+        if self.hoisted:
+            other._prepared = read
+        else:
+            other.z = other.source_z = read
+        return other
+
+    def recorded(self, record: Recording) -> FlatMap:
+        """This map with every evaluation of g on the whole batch made by `record`."""
+        other = copy.copy(self)
+        other._recording = record
+        return other
 
     def selectable(self) -> bool:
         """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
-        read = self._prepared if self.hoisted else self.z
+        read = self.read
         parts = read if isinstance(read, (tuple, list)) else (read,)
         return all(
             isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == self.layout.batch
@@ -144,20 +185,24 @@ class FlatMap:
         return x
 
     def _call(self, state: Any) -> Any:
+        if self._recording is not None:
+            return self._recording(self._direct, state)
+        return self._direct(state)
+
+    def _direct(self, state: Any) -> Any:
         if self.hoisted:
             return self.g.step(state, self._prepared)
         return self.g(state, *self.z)
 
     def _call_rows(self, state: Any, rows: Tensor) -> Any:
         if self._selection[0] is not rows:
-            read = self._prepared if self.hoisted else self.z
-            self._selection = (rows, select(read, rows))
+            self._selection = (rows, select(self.read, rows))
         selected = self._selection[1]
         return self.g.step(state, selected) if self.hoisted else self.g(state, *selected)
 
     def _checked(self, x: Tensor, call: Callable[[Any], Any]) -> Tensor:
         """`call` on the state in x, laid out flat again."""
-        copies = self.in_place or not self._seen
+        copies = self._habit.changes_x is not False
         given = x.clone() if copies else x
         versions = [version_of(t) for t in (given, *self.z)]
         gx = self.replay(lambda: call(self.layout.unflatten(given)))
@@ -174,10 +219,9 @@ class FlatMap:
                 "fixed_point: g must not change x in place in some evaluations only. Use "
                 "out-of-place operations on it"
             )
-        if not self._seen:
-            self._seen = True
+        if self._habit.changes_x is None:
             # Inference tensors count no versions.
-            self.in_place = changed[0] or (
+            self._habit.changes_x = changed[0] or (
                 given.is_inference()
                 and not torch.equal(transforms.numbers(given), transforms.numbers(x))
             )

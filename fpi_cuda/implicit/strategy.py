@@ -29,6 +29,13 @@ class LinearSolve(Protocol):
         """y (B, D) with ||M y + b - y|| <= atol (B,); without a graph."""
 
 
+class DeviceSolve(Protocol):
+    """Solves c = J^T c + b for every sample where J was recorded, without the host."""
+
+    def __call__(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
+        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None: the host has to do it."""
+
+
 class FixedPointWarning(UserWarning):
     """A gradient is not what was asked for, and a field of the Solution says more."""
 
@@ -125,10 +132,12 @@ class Exact(Strategy):
 
     Attributes:
         linear_solve, rtol: how, and how far.
+        on_device: tried first for J^T.
     """
 
     linear_solve: LinearSolve = dataclasses.field(kw_only=True)
     rtol: float = dataclasses.field(kw_only=True)
+    on_device: DeviceSolve | None = None
 
     def solve(
         self, b: Tensor, matrix: Jacobian, *, transpose: bool
@@ -145,7 +154,11 @@ class Exact(Strategy):
         size = norms(scaled)
         if not bool(size.any()):
             return self.account.close(b, trivial(b, size))
-        result = self.linear_solve(apply, apply_transpose, scaled, self.rtol * size)
+        result = None
+        if transpose and self.on_device is not None:
+            result = self.on_device(matrix, scaled, self.rtol * size)
+        if result is None:
+            result = self.linear_solve(apply, apply_transpose, scaled, self.rtol * size)
         result = result._replace(x=result.x * scale, residual=result.residual * scale.double())
         return self.account.close(b, result)
 

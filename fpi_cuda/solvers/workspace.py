@@ -78,3 +78,16 @@ def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Work
         num_steps=torch.zeros(batch, dtype=torch.int32, device=x0.device),
         residual=torch.full((batch,), torch.inf, **scalar),
     )
+
+
+def reset(work: Workspace, x0: Tensor, atol: float | Tensor) -> None:
+    """Make arrays that served another solve what `allocate` gives for this one."""
+    work.best.copy_(x0)
+    work.control.zero_()
+    work.status.zero_()
+    work.num_steps.zero_()
+    work.residual.fill_(torch.inf)
+    if isinstance(atol, Tensor):
+        work.atol.copy_(atol)
+    else:
+        work.atol.fill_(atol)

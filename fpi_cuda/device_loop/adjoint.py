@@ -1,0 +1,166 @@
+"""The adjoint solve of one call on the device: planned in the forward pass, run in backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fpi_cuda.device_loop.cache import PlanCache
+from fpi_cuda.device_loop.graphs import Graphs, Refused
+from fpi_cuda.device_loop.method import Method, key_of
+from fpi_cuda.device_loop.plan import AdjointPlan
+from fpi_cuda.device_loop.planner import require_agreement
+from fpi_cuda.device_loop.trace import Recorder, difference, require_repeatable
+from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
+from fpi_cuda.result import SolveResult
+from fpi_cuda.solvers import loop
+
+
+class DeviceAdjoint:
+    """Solves c = J^T c + b at the solution of one call, where that can be done on the device.
+
+    The plan is made in the forward pass: autograd's threads must not capture. Every backward pass
+    tests it by the trace of what the forward pass evaluated, and of the first product J^T b.
+
+    Args:
+        flat_map: g, plain.
+        method: of the adjoint solve.
+    """
+
+    def __init__(self, flat_map: FlatMap, method: Method, graphs: Graphs, cache: PlanCache) -> None:
+        self._flat_map = flat_map
+        self._method = method
+        self._graphs = graphs
+        self._cache = cache
+        self._recorder: Recorder | None = None
+
+    def record(self, evaluate: Callable[[Any], Any], state: Any) -> Any:
+        """evaluate(state), written down where it is the one that will be differentiated."""
+        differentiated = torch.is_grad_enabled() and any(
+            t.requires_grad for t in pytree.tree_leaves(state)
+        )
+        if self._recorder is not None or not differentiated:
+            return evaluate(state)
+        recorder = self._new_recorder()
+        result = recorder.record(evaluate, state)
+        self._recorder = recorder
+        return result
+
+    def prepare(self, x_star: Tensor) -> None:
+        """See to it that there is a plan, made now if need be.
+
+        Raises:
+            Refused: there can be none.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            raise Refused("g was not evaluated with a graph")
+        require_repeatable(recorder, self._flat_map)
+        key = self._key(x_star)
+        known = self._cache.refusal(key)
+        if known is not None:
+            raise Refused(known)
+        plan = cast("AdjointPlan | None", self._cache.take(key))
+        if plan is not None and plan.calls_at_x == recorder.calls:
+            self._cache.give_back(plan)
+            return
+        try:
+            if plan is not None:
+                self._drop(plan)
+            elif self._cache.has(key):
+                return
+            self._build(key, recorder, x_star)
+        except Refused as reason:
+            self._cache.refuse(key, str(reason))
+            raise
+
+    def skip(self) -> None:
+        """Leave this call's adjoint to the host."""
+        self._recorder = None
+
+    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
+        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None where the host has to do it."""
+        recorder = self._recorder
+        if (
+            recorder is None
+            or type(matrix) is not Linearization
+            or not recorder.knows(matrix.x)
+            or recorder.changed()
+            or self._graphs.why_not() is not None
+        ):
+            return None
+        key = self._key(b)
+        plan = cast("AdjointPlan | None", self._cache.take(key))
+        if plan is None:
+            return None
+        try:
+            result = plan.solve(self._flat_map, recorder, matrix, b, atol)
+        except Refused as reason:
+            self._cache.discard(plan)
+            if not self._cache.count_rebuild(key):
+                self._cache.refuse(key, str(reason))
+            return None
+        except BaseException:
+            self._cache.discard(plan)
+            raise
+        self._cache.give_back(plan, fitted=True)
+        return result
+
+    def _drop(self, plan: AdjointPlan) -> None:
+        found = difference(self._recorder.calls if self._recorder else [], plan.calls_at_x)
+        self._cache.discard(plan)
+        if not self._cache.count_rebuild(plan.key):
+            raise Refused(f"g is another computation than when it was captured: {found}")
+
+    def _build(self, key: tuple[Any, ...], recorder: Recorder, x_star: Tensor) -> None:
+        b = probe_like(x_star)
+        atol = self._rtol() * torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
+        plan = AdjointPlan(key, self._flat_map, x_star, self._method, self._graphs)
+        self._cache.lend(plan)
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._cache.discard, plan)
+            with torch.no_grad():
+                result, matrix = plan.build(self._flat_map, x_star, b, atol)
+                require_agreement(result, self._on_host(matrix, b, atol))
+            found = difference(recorder.calls, plan.calls_at_x)
+            if found is not None:
+                raise Refused(f"g at the solution is another computation than on copies: {found}")
+            failed.pop_all()
+        self._cache.give_back(plan)
+
+    def _on_host(self, matrix: Linearization, b: Tensor, atol: Tensor) -> SolveResult:
+        method = self._method
+        return loop.solve(
+            lambda c, rows: matrix.transposed(c) + b,
+            b,
+            method.solver,
+            rtol=method.rtol,
+            atol=atol,
+            max_steps=method.max_steps,
+            backend=method.backend,
+        )
+
+    def _rtol(self) -> float:
+        # The check of a plan wants many steps; what backward asks for is passed to solve.
+        return 1e-4
+
+    def _new_recorder(self) -> Recorder:
+        device = self._flat_map.layout.device
+        read = pytree.tree_leaves(self._flat_map.read)
+        named = [t for t in read if isinstance(t, Tensor) and t.device == device]
+        return Recorder(device, named)
+
+    def _key(self, x: Tensor) -> tuple[Any, ...]:
+        with torch.no_grad():
+            return key_of("adjoint", self._flat_map, x.detach(), self._method, with_graph=True)
+
+
+def probe_like(x: Tensor) -> Tensor:
+    """(B, D) with every number in [-1, 1] and no symmetry that an error could hide behind."""
+    angle = torch.arange(1, x.numel() + 1, dtype=torch.float64, device=x.device)
+    return angle.mul_(0.754877666).sin_().reshape(x.shape).to(x.dtype)

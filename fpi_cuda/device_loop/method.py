@@ -1,0 +1,100 @@
+"""What is iterated, by which solver, and how a captured solve is told apart from another."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fpi_cuda.implicit import FlatMap
+from fpi_cuda.options import FixedPointSolver
+from fpi_cuda.solvers.loop import Backend
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a system is solved: all that a captured step holds besides the map.
+
+    Attributes:
+        solver, rtol, max_steps, backend: as in fpi_cuda.solvers.loop.solve.
+    """
+
+    solver: FixedPointSolver
+    rtol: float
+    max_steps: int
+    backend: Backend
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for methods that take the same steps."""
+        return (self.solver, self.rtol, self.max_steps, self.backend.name)
+
+
+def key_of(
+    kind: str, flat_map: FlatMap, x: Tensor, method: Method, *, with_graph: bool
+) -> tuple[Hashable, ...]:
+    """Where the plan of such a solve is kept.
+
+    A key need not tell two maps apart, since the plan's trace does; it spares the attempt.
+    """
+    return (
+        kind,
+        site_of(flat_map.g),
+        form_of(x, False),
+        flat_map.layout,
+        tuple(form_of(t, with_graph) for t in pytree.tree_leaves(flat_map.read)),
+        method.key,
+        flat_map.damping,
+        flat_map.replay.autocast_key,
+        numeric_flags(),
+    )
+
+
+def form_of(value: Any, with_graph: bool) -> Hashable:
+    """Shape, strides and dtype of a tensor; of anything else the type."""
+    if not isinstance(value, Tensor):
+        return type(value).__qualname__
+    strides = value.stride() if value.layout == torch.strided else None
+    needs_grad = with_graph and value.requires_grad
+    return type(value), value.device, value.dtype, tuple(value.shape), strides, needs_grad
+
+
+def site_of(g: Any) -> Hashable:
+    """What stays the same from solve to solve of one layer."""
+    if isinstance(g, partial):
+        return ("partial", site_of(g.func))
+    if isinstance(g, types.MethodType):
+        return ("method", g.__func__.__code__, site_of(g.__self__))
+    if isinstance(g, types.FunctionType):
+        return ("function", g.__code__)
+    if isinstance(g, nn.Module):
+        return ("module", weakref.ref(g), g.training)
+    return ("object", type(g))
+
+
+def numeric_flags() -> Hashable:
+    """Global switches that decide which kernels an op becomes, and which torch does not record."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    return (
+        torch.get_float32_matmul_precision(),
+        cuda.matmul.allow_tf32,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        cudnn.enabled,
+        cudnn.allow_tf32,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
