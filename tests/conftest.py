@@ -13,6 +13,10 @@ NO_GPU = "no CUDA device"
 hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("default")
 
+if not torch.cuda.is_available():
+    # Before anything imports Triton: its kernels are then made for the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; tests of threading set their own number.
     torch.set_num_threads(1)

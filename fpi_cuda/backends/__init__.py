@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from fpi_cuda import _extension
-from fpi_cuda.backends import native, reference
+from fpi_cuda.backends import native, reference, triton
 
 NAMES = ("reference", "native", "cuda", "triton")
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -35,6 +35,13 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> Modul
                 'Use backend=None or backend="reference".'
             )
         return native
+    if name == "triton":
+        reason = triton.why_not(device, dtype)
+        if reason is not None:
+            raise ValueError(
+                f'fixed_point: backend="triton" is unavailable: {reason}. Use backend=None.'
+            )
+        return triton
     raise ValueError(
         f'fixed_point: backend="{name}" is unavailable: this build holds no {name} kernels. '
         "Use backend=None."

@@ -1,0 +1,52 @@
+"""The step ops in Triton: compiled for CUDA states, interpreted for CPU states in tests.
+
+Triton is imported when the first step is taken, never with the package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+name = "triton"
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def anderson_step_(*args: Any, **kwargs: Any) -> None:
+    """See fpi_cuda.backends.reference.anderson_step_, its twin."""
+    from fpi_cuda.backends.triton import launch
+
+    launch.anderson_step_(*args, **kwargs)
+
+
+def broyden_step_(*args: Any, **kwargs: Any) -> None:
+    """See fpi_cuda.backends.reference.broyden_step_, its twin."""
+    from fpi_cuda.backends.triton import launch
+
+    launch.broyden_step_(*args, **kwargs)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton backend cannot take such a state, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed. pip install triton"
+    if dtype not in DTYPES:
+        return f"it has no kernels for {dtype}"
+    if device.type not in ("cuda", "cpu"):
+        return f"it runs on CUDA devices, the state is on {device.type}"
+    if device.type == "cuda":
+        return None
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "it runs on CUDA devices, the state is on cpu. To try it there in Triton's "
+            "interpreter, set TRITON_INTERPRET=1 before Triton is imported"
+        )
+    from fpi_cuda.backends.triton import launch
+
+    if not launch.INTERPRETED:
+        return "TRITON_INTERPRET=1 was set after Triton had been imported. Set it before"
+    return None

@@ -1,0 +1,155 @@
+"""The Anderson step of large samples: each span of a sample is a program's, in three launches."""
+
+import triton
+import triton.language as tl
+
+from fpi_cuda.backends.triton.anderson import advance, judge, measure
+from fpi_cuda.backends.triton.decide import ACTIVE, CONTROL_STRIDE
+from fpi_cuda.backends.triton.row import IDLE, total, totals
+
+# Of the plan that judge leaves for advance: move, improved, anchors, mixing, slot, then gamma.
+PLAN_GAMMA = tl.constexpr(5)
+
+
+@triton.jit
+def anderson_measure_kernel(
+    x,
+    gx,
+    sample_of,
+    f_previous,
+    g_previous,
+    columns_f,
+    columns_g,
+    control,
+    status,
+    num_steps,
+    partial,
+    dim,
+    spans,
+    SPAN: tl.constexpr,
+    DEPTH: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    IN_SLOT: tl.constexpr,
+):
+    """Sums of span j of row i, into partial (rows, 3 + 2 M, spans)."""
+    row = tl.program_id(0).to(tl.int64)
+    span = tl.program_id(1).to(tl.int64)
+    sample = row
+    if sample_of is not None:
+        sample = tl.load(sample_of + row)
+    if tl.load(status + sample) != ACTIVE:
+        return
+    at = sample * dim
+    history = sample * DEPTH * dim
+    end = tl.minimum((span + 1) * SPAN, dim)
+    ff, gg, xx, with_df, with_f = measure(
+        x + row * dim, gx + row * dim, f_previous + at, g_previous + at, columns_f + history,
+        columns_g + history, control + sample * CONTROL_STRIDE, span * SPAN, end, dim,
+        tl.load(num_steps + sample) == 0, DEPTH, M, BLOCK, COMPUTE, IN_SLOT,
+    )  # fmt: skip
+    partial += row * (3 + 2 * M) * spans + span
+    columns = tl.arange(0, M) * spans
+    tl.store(partial, ff)
+    tl.store(partial + spans, gg)
+    tl.store(partial + 2 * spans, xx)
+    tl.store(partial + 3 * spans + columns, with_df)
+    tl.store(partial + (3 + M) * spans + columns, with_f)
+
+
+@triton.jit
+def anderson_judge_kernel(
+    x,
+    gx,
+    sample_of,
+    gram,
+    control,
+    atol,
+    status,
+    num_steps,
+    residual,
+    partial,
+    plan,
+    dim,
+    spans,
+    rtol: tl.float64,
+    max_steps,
+    beta: tl.float64,
+    ridge: tl.float64,
+    EPSILON: tl.constexpr,
+    STALL_STEPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Decide on row i, into plan (rows, 5 + M)."""
+    row = tl.program_id(0).to(tl.int64)
+    sample = row
+    if sample_of is not None:
+        sample = tl.load(sample_of + row)
+    plan += row * (PLAN_GAMMA + M)
+    if tl.load(status + sample) != ACTIVE:
+        tl.store(plan, IDLE)
+        return
+    partial += row * (3 + 2 * M) * spans
+    ff = total(partial, spans, 256)
+    gg = total(partial + spans, spans, 256)
+    xx = total(partial + 2 * spans, spans, 256)
+    with_df = totals(partial + 3 * spans, spans, M, 256)
+    with_f = totals(partial + (3 + M) * spans, spans, M, 256)
+    move, improved, anchors, mixing, gamma, slot = judge(
+        x + row * dim, gx + row * dim, gram + sample * DEPTH * DEPTH,
+        control + sample * CONTROL_STRIDE, atol + sample, status + sample, num_steps + sample,
+        residual + sample, ff, gg, xx, with_df, with_f, dim, rtol, max_steps, beta, ridge,
+        EPSILON, STALL_STEPS, DEPTH, M, BLOCK, COMPUTE,
+    )  # fmt: skip
+    tl.store(plan, move.to(tl.float64))
+    tl.store(plan + 1, improved.to(tl.float64))
+    tl.store(plan + 2, anchors.to(tl.float64))
+    tl.store(plan + 3, mixing)
+    tl.store(plan + 4, slot.to(tl.float64))
+    tl.store(plan + PLAN_GAMMA + tl.arange(0, M), gamma)
+
+
+@triton.jit
+def anderson_advance_kernel(
+    x,
+    gx,
+    sample_of,
+    best,
+    anchor,
+    f_previous,
+    g_previous,
+    columns_f,
+    columns_g,
+    plan,
+    dim,
+    SPAN: tl.constexpr,
+    DEPTH: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    IN_SLOT: tl.constexpr,
+):
+    """Move span j of row i as its plan says."""
+    row = tl.program_id(0).to(tl.int64)
+    span = tl.program_id(1).to(tl.int64)
+    plan += row * (PLAN_GAMMA + M)
+    move = tl.load(plan)
+    if move == IDLE:
+        return
+    sample = row
+    if sample_of is not None:
+        sample = tl.load(sample_of + row)
+    at = sample * dim
+    history = sample * DEPTH * dim
+    end = tl.minimum((span + 1) * SPAN, dim)
+    advance(
+        x + row * dim, gx + row * dim, best + at, anchor + at, f_previous + at, g_previous + at,
+        columns_f + history, columns_g + history, span * SPAN, end, dim, move.to(tl.int32),
+        tl.load(plan + 1) != 0, tl.load(plan + 2) != 0, tl.load(plan + 3),
+        tl.load(plan + PLAN_GAMMA + tl.arange(0, M)), tl.load(plan + 4).to(tl.int64),
+        DEPTH, M, BLOCK, COMPUTE, IN_SLOT,
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""One sample of a step: its norms, and where x goes. Shared by the Triton kernels."""
+
+import triton
+import triton.language as tl
+
+from fpi_cuda.backends.triton.decide import ANCHOR, REJECT, RETURN, STOP
+
+IDLE = tl.constexpr(-1.0)  # in a plan, the move of a sample that had stopped before
+
+
+@triton.jit
+def narrowed(value, DTYPE: tl.constexpr):
+    """`value` rounded to nearest, ties to even.
+
+    bfloat16 by its bits: Triton's interpreter would truncate, and what is tested is what runs.
+    """
+    if DTYPE == tl.bfloat16:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(value == value, bits >> 16, 0x7FC0)
+        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def trustworthy(square, dim, COMPUTE: tl.constexpr):
+    """Whether a plain sum of squares of `dim` numbers stayed where nothing is lost; or is NaN."""
+    if COMPUTE == tl.float64:
+        inside = (square / dim >= 1e-280) & (square <= 1e300)
+    else:
+        inside = (square / dim >= 1e-30) & (square <= 1e34)
+    return inside | (square != square)
+
+
+@triton.jit
+def scaled_norm(x, gx, dim, OF: tl.constexpr, BLOCK: tl.constexpr):
+    """sqrt(sum of squares) in float64 without overflow or underflow; OF is "x", "gx" or "f"."""
+    largest = tl.zeros([BLOCK], tl.float64)
+    for at in range(0, dim, BLOCK):
+        value = tl.abs(element(x, gx, at, dim, OF, BLOCK))
+        largest = tl.where(value > largest, value, largest)
+    scale = tl.max(largest, axis=0)
+    usable = (scale > 0) & (scale - scale == 0)
+    total = tl.zeros([BLOCK], tl.float64)
+    for at in range(0, dim, BLOCK):
+        ratio = element(x, gx, at, dim, OF, BLOCK) / tl.where(usable, scale, 1.0)
+        total += ratio * ratio
+    return tl.where(usable, scale * tl.sqrt(tl.sum(total, axis=0)), scale)
+
+
+@triton.jit
+def element(x, gx, at, dim, OF: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,) float64 elements of x, g(x) or f from `at` on, 0 past the end."""
+    d = at + tl.arange(0, BLOCK)
+    inside = d < dim
+    if OF == "x":
+        return tl.load(x + d, mask=inside, other=0.0).to(tl.float64)
+    g = tl.load(gx + d, mask=inside, other=0.0).to(tl.float64)
+    if OF == "f":
+        g -= tl.load(x + d, mask=inside, other=0.0).to(tl.float64)
+    return g
+
+
+@triton.jit
+def measured(x, gx, ff, gg, xx, dim, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """||f||, ||g(x)|| and ||x|| from their squares; only float64 squares can be beyond range."""
+    residual, norm_gx, norm_x = tl.sqrt(ff), tl.sqrt(gg), tl.sqrt(xx)
+    if COMPUTE == tl.float64:
+        if trustworthy(ff, dim, COMPUTE) == 0:
+            residual = scaled_norm(x, gx, dim, "f", BLOCK)
+        if trustworthy(gg, dim, COMPUTE) == 0:
+            norm_gx = scaled_norm(x, gx, dim, "gx", BLOCK)
+        if trustworthy(xx, dim, COMPUTE) == 0:
+            norm_x = scaled_norm(x, gx, dim, "x", BLOCK)
+    return residual, norm_gx, norm_x
+
+
+@triton.jit
+def next_slot(columns, head, DEPTH: tl.constexpr):
+    """The slot that the next difference takes: the oldest one's, once the history is full."""
+    return tl.where(columns == 0, 0, (head + 1) % DEPTH).to(tl.int64)
+
+
+@triton.jit
+def go(
+    x,
+    best,
+    anchor,
+    d,
+    inside,
+    stepped,
+    move,
+    improved,
+    anchors,
+    COMPUTE: tl.constexpr,
+    ANCHORED: tl.constexpr,
+):
+    """Move x where the decision says; keep the best point and the anchor.
+
+    The point to return is left in x and in best alike, so that g goes on being evaluated at a
+    harmless point where stopped samples stay in the batch.
+    """
+    STATE: tl.constexpr = x.dtype.element_ty
+    here = tl.load(x + d, mask=inside, other=0.0)
+    returns = ((move == STOP) | (move == RETURN)) & (improved == 0)
+    kept = tl.load(best + d, mask=tl.where(returns | (move == REJECT), inside, False), other=0.0)
+    near, far = kept.to(COMPUTE), here.to(COMPUTE)
+    middle = near + (far - near) * 0.5
+    back = tl.where(middle - middle == 0, middle, near)
+    to = narrowed(tl.where(move == REJECT, back, stepped), STATE)
+    to = tl.where(returns, kept, to)
+    to = tl.where(((move == STOP) | (move == RETURN)) & improved, here, to)
+    if ANCHORED:
+        at_anchor = tl.where(move == ANCHOR, inside, False)
+        to = tl.where(at_anchor, tl.load(anchor + d, mask=at_anchor, other=0.0), to)
+    # Other threads may have read these places, and the slots that the caller writes next.
+    tl.debug_barrier()
+    if ANCHORED:
+        tl.store(anchor + d, here, mask=tl.where(anchors, inside, False))
+    tl.store(best + d, here, mask=tl.where(improved, inside, False))
+    tl.store(x + d, to, mask=inside)
+
+
+@triton.jit
+def total(partial, spans, BLOCK: tl.constexpr):
+    """The sum of one quantity over all spans of a sample, from its first partial sum on."""
+    summed = tl.zeros([BLOCK], tl.float64)
+    for at in range(0, spans, BLOCK):
+        s = at + tl.arange(0, BLOCK)
+        summed += tl.load(partial + s, mask=s < spans, other=0.0)
+    return tl.sum(summed, axis=0)
+
+
+@triton.jit
+def totals(partial, spans, M: tl.constexpr, BLOCK: tl.constexpr):
+    """(M,) of them, whose partial sums follow one another."""
+    rows = tl.arange(0, M)[:, None] * spans
+    summed = tl.zeros([M, BLOCK], tl.float64)
+    for at in range(0, spans, BLOCK):
+        s = at + tl.arange(0, BLOCK)[None, :]
+        summed += tl.load(partial + rows + s, mask=(rows >= 0) & (s < spans), other=0.0)
+    return tl.sum(summed, axis=1)
