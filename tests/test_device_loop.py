@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fpi_cuda as fpi
 from fpi_cuda import backends, device_loop
 from fpi_cuda.device_loop.cache import MOST_REBUILDS, PlanCache
+from fpi_cuda.device_loop.method import numeric_flags
 
 FEATURES = 12
 TIGHT = {"rtol": 1e-10, "max_steps": 200}
@@ -526,11 +527,18 @@ def test_an_error_of_g_passes_through_and_leaves_nothing(tape: TapeGraphs) -> No
     for limit in (1, 2, 3, 4):  # the warm-up, the trace, the capture, the check
         g = Late()
         g.limit = limit
-        with pytest.raises(KeyError, match="of g"):
+        with pytest.raises(KeyError if limit == 1 else RuntimeError, match="of g"):
             solve(g, x0, z)
         assert tape.open == 0
         assert len(device_loop.plans) == 0
+        device_loop.plans.clear()
         assert_like_host(g, x0, z)
+        # In a later solve, with a plan: the host loop meets the error again.
+        g.limit = -1
+        Late.forward, forward = (lambda self, x, z: 1 / 0), Late.forward  # type: ignore
+        with pytest.raises(ZeroDivisionError):
+            solve(g, x0, z, route=None)
+        Late.forward = forward  # type: ignore[method-assign]
         device_loop.plans.clear()
 
 
@@ -763,10 +771,9 @@ def test_plans_go_with_their_module(tape: TapeGraphs) -> None:
 class OnePlan:
     """A plan that counts how often it was closed."""
 
-    memory = 7
-
-    def __init__(self, key: tuple[Any, ...]) -> None:
+    def __init__(self, key: tuple[Any, ...], memory: int = 7) -> None:
         self.key = key
+        self.memory = memory
         self.closed = 0
 
     def close(self) -> None:
@@ -795,6 +802,28 @@ def test_a_plan_at_work_is_closed_when_it_is_done() -> None:
     plans.give_back(plan)
     assert plan.closed == 1
     assert plans.take(("a",)) is None
+
+
+def test_large_plans_make_room_for_each_other() -> None:
+    plans = PlanCache(most_bytes=100)
+    made = [OnePlan((name,), 60) for name in "abc"]
+    for plan in made:
+        plans.lend(plan)
+        plans.give_back(plan)
+    assert [plan.closed for plan in made] == [1, 0, 0]
+    assert plans.memory() == 120
+
+
+def test_switches_that_torch_will_not_sum_up() -> None:
+    """torch.get_float32_matmul_precision() raises once a single one was set."""
+    matmul = torch.backends.cuda.matmul
+    flags, before = numeric_flags(), matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert numeric_flags() != flags
+    finally:
+        matmul.fp32_precision = before
+    assert numeric_flags() == flags
 
 
 def test_a_refusal_is_tried_again_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

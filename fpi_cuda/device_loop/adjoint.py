@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from fpi_cuda.device_loop.cache import PlanCache
 from fpi_cuda.device_loop.graphs import Graphs, Refused
 from fpi_cuda.device_loop.method import Method, key_of
 from fpi_cuda.device_loop.plan import AdjointPlan
-from fpi_cuda.device_loop.planner import require_agreement
+from fpi_cuda.device_loop.planner import failures_refused, lent, require_agreement
 from fpi_cuda.device_loop.trace import Recorder, difference, require_repeatable
 from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
 from fpi_cuda.result import SolveResult
@@ -99,15 +98,12 @@ class DeviceAdjoint:
         if plan is None:
             return None
         try:
-            result = plan.solve(self._flat_map, recorder, matrix, b, atol)
+            with lent(plan, self._cache):
+                result = plan.solve(self._flat_map, recorder, matrix, b, atol)
         except Refused as reason:
-            self._cache.discard(plan)
             if not self._cache.count_rebuild(key):
                 self._cache.refuse(key, str(reason))
             return None
-        except BaseException:
-            self._cache.discard(plan)
-            raise
         self._cache.give_back(plan, fitted=True)
         return result
 
@@ -122,15 +118,12 @@ class DeviceAdjoint:
         atol = self._rtol() * torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
         plan = AdjointPlan(key, self._flat_map, x_star, self._method, self._graphs)
         self._cache.lend(plan)
-        with contextlib.ExitStack() as failed:
-            failed.callback(self._cache.discard, plan)
-            with torch.no_grad():
-                result, matrix = plan.build(self._flat_map, x_star, b, atol)
-                require_agreement(result, self._on_host(matrix, b, atol))
+        with lent(plan, self._cache), failures_refused(), torch.no_grad():
+            result, matrix = plan.build(self._flat_map, x_star, b, atol)
+            require_agreement(result, self._on_host(matrix, b, atol))
             found = difference(recorder.calls, plan.calls_at_x)
             if found is not None:
                 raise Refused(f"g at the solution is another computation than on copies: {found}")
-            failed.pop_all()
         self._cache.give_back(plan)
 
     def _on_host(self, matrix: Linearization, b: Tensor, atol: Tensor) -> SolveResult:

@@ -1,4 +1,4 @@
-"""Plans that wait for their next solve, bounded in number, each lent to one call at a time."""
+"""Plans that wait for their next solve, each lent to one call at a time, not too many of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from torch import nn
 Key = tuple[Hashable, ...]
 
 MOST_PLANS = 32
+MOST_BYTES = 8 * 2**30
+# Kept even if they are larger: a solve and its adjoint.
+LEAST_PLANS = 2
 # A map that was another computation this often in a row is one each time.
 MOST_REBUILDS = 3
 # A refusal is tried again after this many solves: g may have changed.
@@ -54,9 +57,10 @@ class PlanCache:
     the module does. Safe to use from any thread.
     """
 
-    def __init__(self, most_plans: int = MOST_PLANS) -> None:
+    def __init__(self, most_plans: int = MOST_PLANS, most_bytes: int = MOST_BYTES) -> None:
         self._lock = threading.Lock()
         self._most_plans = most_plans
+        self._most_bytes = most_bytes
         self._idle: OrderedDict[int, Cached] = OrderedDict()
         self._lent: dict[int, Cached] = {}
         self._orphaned: set[int] = set()
@@ -101,7 +105,7 @@ class PlanCache:
             else:
                 self._idle[id(plan)] = plan
                 self._watch_module(plan.key)
-            while len(self._idle) > self._most_plans:
+            while self._too_much():
                 closing.append(self._idle.popitem(last=False)[1])
         close(closing)
 
@@ -166,6 +170,11 @@ class PlanCache:
     def __len__(self) -> int:
         with self._lock:
             return len(self._idle) + len(self._lent)
+
+    def _too_much(self) -> bool:
+        count = len(self._idle)
+        held = sum(plan.memory for plan in self._idle.values())
+        return count > self._most_plans or (count > LEAST_PLANS and held > self._most_bytes)
 
     def _watch_module(self, key: Key) -> None:
         for module in modules_in(key):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.device_loop import native
-from fpi_cuda.device_loop.graphs import Refused
+from fpi_cuda.device_loop.graphs import Refused, first_line
 
 # One capture at a time: cuBLAS workspaces, which a capture must not share, are per process.
 CAPTURES = threading.Lock()
@@ -201,8 +201,3 @@ def collector_off() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the traceback that CUDA errors carry."""
-    return str(error).strip().split("\n", 1)[0]

@@ -76,3 +76,8 @@ class Graphs(Protocol):
 
     def fence(self, device: torch.device) -> Fence:
         """A new one."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the traceback that CUDA errors carry."""
+    return str(error).strip().split("\n", 1)[0]

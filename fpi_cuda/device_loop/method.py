@@ -81,10 +81,12 @@ def site_of(g: Any) -> Hashable:
 
 def numeric_flags() -> Hashable:
     """Global switches that decide which kernels an op becomes, and which torch does not record."""
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    backends: Any = torch.backends
+    cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
+    # Asked one by one: the switches over all of them raise where a user has set single ones.
+    precisions = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul)
     return (
-        torch.get_float32_matmul_precision(),
-        cuda.matmul.allow_tf32,
+        *(op.fp32_precision for op in precisions),
         cuda.matmul.allow_fp16_reduced_precision_reduction,
         cuda.matmul.allow_bf16_reduced_precision_reduction,
         cuda.flash_sdp_enabled(),
@@ -92,7 +94,6 @@ def numeric_flags() -> Hashable:
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
         cudnn.enabled,
-        cudnn.allow_tf32,
         cudnn.benchmark,
         cudnn.deterministic,
         torch.are_deterministic_algorithms_enabled(),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.device_loop.cache import Key
-from fpi_cuda.device_loop.graphs import Graphs, Replayable
+from fpi_cuda.device_loop.graphs import Graphs, Refused, Replayable
 from fpi_cuda.device_loop.memory import Arena, Standins, bytes_of
 from fpi_cuda.device_loop.method import Method
 from fpi_cuda.device_loop.trace import Call, Recorder, require_repeatable, require_same
@@ -63,6 +63,11 @@ class Plan:
 class SolvePlan(Plan):
     """A captured solve of x = g(x)."""
 
+    def warm_up(self, flat_map: FlatMap, x0: Tensor, atol: float | Tensor) -> None:
+        """One evaluation of g: what its kernels set up then must not happen in a capture."""
+        self._arena.begin(x0, atol)
+        self._standins.map_of(flat_map).evaluate(self._arena.x, None)
+
     def build(self, flat_map: FlatMap, x0: Tensor, atol: float | Tensor) -> SolveResult:
         """Capture g as it is now, and solve.
 
@@ -71,8 +76,6 @@ class SolvePlan(Plan):
         """
         on_copies = self._standins.map_of(flat_map)
         self._arena.begin(x0, atol)
-        # What the kernels set up at their first call must not happen inside of a capture.
-        on_copies.evaluate(self._arena.x, None)
         recorder = self._recorder()
         gx = on_copies.recorded(recorder.record).evaluate(self._arena.x, None)
         require_repeatable(recorder, on_copies)
@@ -118,7 +121,7 @@ class AdjointPlan(Plan):
         super().__init__(key, flat_map, x, method, graphs)
         self.calls_at_x: list[Call] = []
         with torch.inference_mode(False), torch.no_grad():
-            self._x = torch.empty_like(self._arena.x).requires_grad_()
+            self._x = torch.empty_like(self._arena.x)
             self._b = torch.empty_like(self._arena.x)
 
     def build(
@@ -139,6 +142,8 @@ class AdjointPlan(Plan):
         product = recorder.record(eager.transposed, self._arena.x)
         require_repeatable(recorder, on_copies)
         self.calls = recorder.calls
+        if eager.gx.requires_grad and len(self.calls) <= len(self.calls_at_x) + 1:
+            raise Refused("what autograd computes was not seen")
         again: list[Recorder] = []
         captured: list[Linearization] = []
 
@@ -176,8 +181,7 @@ class AdjointPlan(Plan):
         return self._finish()
 
     def _set_point(self, flat_map: FlatMap, x: Tensor) -> FlatMap:
-        with torch.no_grad():
-            self._x.copy_(x)
+        self._x.copy_(x.detach())
         return self._standins.map_of(flat_map)
 
     def _begin(self, b: Tensor, atol: Tensor) -> None:
@@ -185,8 +189,11 @@ class AdjointPlan(Plan):
         self._arena.begin(b, atol)
 
     def _linearized(self, on_copies: FlatMap) -> Linearization:
+        # A leaf of its own each time: autograd would have one of an earlier evaluation wait for
+        # that one's stream, which a capture must not touch.
+        x = self._x.detach().requires_grad_()
         with torch.enable_grad():
-            return Linearization(self._x, on_copies(self._x))
+            return Linearization(x, on_copies(x))
 
     def _step(self, product: Tensor) -> None:
         self._arena.step(product + self._b)

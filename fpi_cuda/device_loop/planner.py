@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from fpi_cuda.device_loop.cache import PlanCache
-from fpi_cuda.device_loop.graphs import Graphs, Refused
+from fpi_cuda.device_loop.graphs import Graphs, Refused, first_line
 from fpi_cuda.device_loop.method import Method, key_of
-from fpi_cuda.device_loop.plan import SolvePlan
+from fpi_cuda.device_loop.plan import Plan, SolvePlan
 from fpi_cuda.implicit import FlatMap
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.solvers import loop
@@ -54,15 +56,12 @@ def solve(
     plan = cast("SolvePlan | None", cache.take(key))
     if plan is not None:
         try:
-            result = plan.solve(flat_map, x0, atol)
+            with lent(plan, cache):
+                result = plan.solve(flat_map, x0, atol)
         except Refused as reason:
-            cache.discard(plan)
             if not cache.count_rebuild(key):
                 cache.refuse(key, str(reason))
                 raise
-        except BaseException:
-            cache.discard(plan)
-            raise
         else:
             cache.give_back(plan, fitted=True)
             return result
@@ -71,17 +70,40 @@ def solve(
     plan = SolvePlan(key, flat_map, x0, method, graphs)
     cache.lend(plan)
     try:
-        result = plan.build(flat_map, x0, atol)
-        require_agreement(result, on_host(flat_map, x0, method, atol))
+        with lent(plan, cache):
+            plan.warm_up(flat_map, x0, atol)
+            with failures_refused():
+                result = plan.build(flat_map, x0, atol)
+                require_agreement(result, on_host(flat_map, x0, method, atol))
     except Refused as reason:
-        cache.discard(plan)
         cache.refuse(key, str(reason))
-        raise
-    except BaseException:
-        cache.discard(plan)
         raise
     cache.give_back(plan)
     return result
+
+
+@contextlib.contextmanager
+def lent(plan: Plan, cache: PlanCache) -> Iterator[None]:
+    """Drop the plan where what is done with it fails."""
+    try:
+        yield
+    except BaseException:
+        cache.discard(plan)
+        raise
+
+
+@contextlib.contextmanager
+def failures_refused() -> Iterator[None]:
+    """Turn errors into Refused: g works, so they come of its being recorded and captured.
+
+    If not, the host loop will meet them too.
+    """
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"g fails while it is captured: {first_line(error)}") from error
 
 
 def on_host(flat_map: FlatMap, x0: Tensor, method: Method, atol: float | Tensor) -> SolveResult:
