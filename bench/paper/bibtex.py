@@ -46,7 +46,7 @@ class Config:
     folds: int = 3
     epochs: tuple[int, ...] = (8, 12, 16, 20)
     entropy_weights: tuple[float, ...] = (0.03, 0.1)
-    seeds: int = 5
+    seeds: int = 3
     hidden: int = 300
     label_hidden: int = 128
     batch: int = 128
