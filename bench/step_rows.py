@@ -1,0 +1,249 @@
+"""One Anderson step by each implementation, on states where the step is an accelerated one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.options import Anderson
+from fpi_cuda.result import Status
+from fpi_cuda.solvers import loop
+from fpi_cuda.solvers.workspace import Workspace, allocate
+
+RTOL = 1e-12
+MAX_STEPS = 1000
+# Of the largest element: how far one rounding of each sum moves an accelerated step.
+CLOSE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 0.1, torch.float16: 1e-2}
+# Bytes of a step that takes long enough for a few of them to be timed.
+LARGE = 2**24
+
+
+@dataclass(frozen=True)
+class Case:
+    """B samples of d elements with m columns of history."""
+
+    batch: int
+    dim: int
+    depth: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """What a step has to move: 2m + 4 times the state."""
+        return self.batch * self.dim * (2 * self.depth + 4) * self.dtype.itemsize
+
+    @property
+    def title(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"B={self.batch} d={self.dim} m={self.depth} {dtype}"
+
+
+class Row:
+    """One implementation of the step.
+
+    Attributes:
+        waits: the step reads from the device, so the host cannot run ahead of it.
+    """
+
+    name = ""
+    waits = False
+
+    def reset(self) -> None:
+        """Go back to where every timed step begins; not timed."""
+
+    def run(self) -> None:
+        """The step."""
+        raise NotImplementedError
+
+    def seconds(self, clock: Callable[[Callable[[], None]], tuple[float, float]]) -> Any:
+        """(seconds on the device, seconds of the host) of one step."""
+        self.reset()
+        return clock(self.run)
+
+
+@dataclass
+class Snapshot:
+    """A solve under way, about to take an accelerated step with a full history."""
+
+    x: Tensor
+    gx: Tensor
+    work: Workspace
+    after: Tensor
+    """x after that step, by the reference."""
+
+
+def snapshot(case: Case, device: torch.device, reference: ModuleType) -> Snapshot:
+    """Solve a linear map until its next step is accelerated in every sample."""
+    solver = Anderson(m=case.depth)
+    shape = (case.batch, case.dim)
+    generator = torch.Generator(device).manual_seed(0)
+    slopes = torch.linspace(-0.7, 0.97, case.dim, device=device)
+    z = torch.randn(shape, generator=generator, device=device)
+    x = torch.zeros(shape, dtype=case.dtype, device=device)
+    work = allocate(x, solver, 0.0)
+    for _ in range(64):
+        gx = (slopes * x.float() + z).to(case.dtype)
+        before, kept = x.clone(), copy_of(work)
+        loop.step(reference, solver, work, x, gx, None, RTOL, MAX_STEPS)
+        if is_accelerated(work, kept, x, gx):
+            return Snapshot(before, gx, kept, x)
+    raise RuntimeError(f"bench.step: no accelerated step within 64 steps at {case.title}")
+
+
+def is_accelerated(work: Workspace, before: Workspace, x: Tensor, gx: Tensor) -> bool:
+    """Whether the step just taken used a full history in every sample."""
+    depth = work.columns_f.shape[1]
+    full = before.control[:, CONTROL_FIELDS.index("columns")] >= depth - 1
+    mixed = work.control[:, CONTROL_FIELDS.index("picard_left")] == 0
+    active = work.status == Status.ACTIVE
+    return bool((full & mixed & active & (x != gx).any(1)).all())
+
+
+def copy_of(work: Workspace) -> Workspace:
+    return Workspace(**{f.name: getattr(work, f.name).clone() for f in dataclasses.fields(work)})
+
+
+class Ours(Row):
+    """fpi_cuda's step by one of its backends."""
+
+    def __init__(self, backend: ModuleType, case: Case, start: Snapshot) -> None:
+        self.name = f"fpi_cuda {backend.name}"
+        self.backend, self.start = backend, start
+        self.solver = Anderson(m=case.depth)
+        self.x, self.work = start.x.clone(), copy_of(start.work)
+
+    def reset(self) -> None:
+        self.x.copy_(self.start.x)
+        for field in dataclasses.fields(Workspace):
+            getattr(self.work, field.name).copy_(getattr(self.start.work, field.name))
+
+    def run(self) -> None:
+        loop.step(
+            self.backend, self.solver, self.work, self.x, self.start.gx, None, RTOL, MAX_STEPS
+        )
+
+    def require_right(self) -> None:
+        """Raise where the step is not the reference's: no speed of a wrong result."""
+        self.reset()
+        self.run()
+        scale = self.start.after.float().abs().amax()
+        error = float((self.x.float() - self.start.after.float()).abs().amax() / scale)
+        if not error <= CLOSE[self.x.dtype]:
+            raise RuntimeError(f"{self.name} is off the reference by {error:.1e}")
+
+
+def hand_written_step(
+    X: Tensor, G: Tensor, x: Tensor, gx: Tensor, slot: int, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Batched Anderson as people write it: minimise ||sum alpha_i f_i|| with sum alpha_i = 1.
+
+    Args:
+        X, G: (B, m, d) the last m points and their images, a ring; written in `slot`.
+    Returns:
+        the next point, and ||g(x) - x|| (B,).
+    """
+    X[:, slot] = x
+    G[:, slot] = gx
+    F = (G - X).float()
+    count = F.shape[1]
+    gram = F @ F.transpose(1, 2) + lam * torch.eye(count, device=F.device)
+    alpha = torch.linalg.solve(gram, gram.new_ones(count))
+    alpha = (alpha / alpha.sum(1, keepdim=True)).to(G.dtype)
+    stepped = (alpha[:, None] @ G)[:, 0]
+    return stepped, (gx - x).norm(dim=1)
+
+
+class HandWritten(Row):
+    """The same in torch operations, without a safeguard, a status or a read by the host."""
+
+    name = "torch, by hand"
+
+    def __init__(self, case: Case, start: Snapshot) -> None:
+        generator = torch.Generator(start.x.device).manual_seed(1)
+        shape = (case.batch, case.depth + 1, case.dim)
+        self.X = torch.randn(shape, generator=generator, device=start.x.device).to(case.dtype)
+        self.G = self.X.flip(2).contiguous()
+        self.x, self.gx = start.x, start.gx
+        self.step: Any = hand_written_step
+
+    def run(self) -> None:
+        self.step(self.X, self.G, self.x, self.gx, 1, 1e-4)
+
+
+class Compiled(HandWritten):
+    """The same under torch.compile."""
+
+    name = "torch, by hand, compiled"
+
+    def __init__(self, case: Case, start: Snapshot) -> None:
+        super().__init__(case, start)
+        self.step = torch.compile(hand_written_step, dynamic=False)
+
+
+class TorchDEQ(Row):
+    """torchdeq's Anderson, by the difference of a long and a short solve on given images."""
+
+    name = "torchdeq"
+    waits = True
+
+    def __init__(self, case: Case, start: Snapshot) -> None:
+        from torchdeq.solver.anderson import anderson_solver
+
+        self.solver, self.depth, self.x0 = anderson_solver, case.depth, start.x
+        generator = torch.Generator(start.x.device).manual_seed(2)
+        self.images = [
+            torch.randn(start.x.shape, generator=generator, device=start.x.device).to(case.dtype)
+            for _ in range(self.depth + 2)  # distinct, or its matrix is singular
+        ]
+        self.more = 8 if case.bytes > LARGE else 64
+        self.solve(self.depth + 2)
+
+    def solve(self, steps: int) -> None:
+        images = iter(self.images * steps)
+        self.solver(lambda x: next(images), self.x0, max_iter=steps, tol=0.0, m=self.depth)
+
+    def seconds(self, clock: Callable[[Callable[[], None]], tuple[float, float]]) -> Any:
+        few = clock(lambda: self.solve(self.depth + 2))[0]
+        many = clock(lambda: self.solve(self.depth + 2 + self.more))[0]
+        each = (many - few) / self.more
+        return each, each
+
+
+def rows_of(
+    case: Case, start: Snapshot, backends: list[ModuleType], compiles: bool
+) -> tuple[list[Row], dict[str, str]]:
+    """The rows that can be measured, the best of ours first, and why the others cannot."""
+    rows: list[Row] = []
+    missing: dict[str, str] = {}
+    makers: list[tuple[str, Callable[[], Row]]] = [
+        (f"fpi_cuda {b.name}", lambda b=b: right(Ours(b, case, start))) for b in backends
+    ]
+    makers += [("torchdeq", lambda: TorchDEQ(case, start))]
+    makers += [(HandWritten.name, lambda: HandWritten(case, start))]
+    if compiles:
+        makers += [(Compiled.name, lambda: Compiled(case, start))]
+    else:
+        missing[Compiled.name] = "compiled in the first case only (--short)"
+    for name, make in makers:
+        try:
+            row = make()
+            row.reset()
+            row.run() if not row.waits else None
+        except (ImportError, RuntimeError, NotImplementedError) as error:
+            missing[name] = " ".join(str(error).split())[:120]
+            continue
+        rows.append(row)
+    return rows, missing
+
+
+def right(row: Ours) -> Ours:
+    """`row`, found to take the reference's step."""
+    row.require_right()
+    return row

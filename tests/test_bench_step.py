@@ -1,0 +1,87 @@
+"""The step benchmark: what it times is the step that it says, and its figures add up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import step
+from bench.step_rows import Case, Ours, hand_written_step, right, rows_of, snapshot
+from fpi_cuda import backends
+from fpi_cuda.backends import reference
+from fpi_cuda.control import CONTROL_FIELDS
+
+CPU = torch.device("cpu")
+CASE = Case(3, 40, 2, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", step.DTYPES, ids=str)
+def test_every_timed_step_is_the_same_accelerated_step(dtype: torch.dtype) -> None:
+    case = Case(3, 40, 4, dtype)
+    start = snapshot(case, CPU, reference)
+    row = Ours(backends.resolve(None, CPU, dtype), case, start)
+    ends = []
+    for _ in range(2):
+        row.reset()
+        row.run()
+        ends.append(row.x.clone())
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], start.gx), "a Picard step reads no history"
+    columns = row.work.control[:, CONTROL_FIELDS.index("columns")]
+    assert columns.tolist() == [4.0] * 3
+
+
+def test_a_wrong_step_is_not_timed() -> None:
+    start = snapshot(CASE, CPU, reference)
+
+    def wrong_step(*args: torch.Tensor, **options: float) -> None:
+        reference.anderson_step_(*args, **options)  # type: ignore[arg-type]
+        args[0].add_(1.0)
+
+    wrong = SimpleNamespace(name="wrong", anderson_step_=wrong_step)
+    with pytest.raises(RuntimeError, match="fpi_cuda wrong is off the reference by"):
+        right(Ours(wrong, CASE, start))  # type: ignore[arg-type]
+    rows, missing = rows_of(CASE, start, [wrong, reference], compiles=False)  # type: ignore[list-item]
+    assert "off the reference" in missing["fpi_cuda wrong"]
+    assert rows[0].name == "fpi_cuda reference"
+
+
+def test_the_step_by_hand_converges() -> None:
+    """Where Picard takes 150 steps."""
+    slopes, b = torch.linspace(-0.5, 0.9, 8), torch.ones(1, 8)
+    x = torch.zeros(1, 8)
+    X, G = torch.zeros(1, 5, 8), torch.zeros(1, 5, 8)
+    for k in range(40):
+        x, residual = hand_written_step(X, G, x, slopes * x + b, k % 5, 1e-6)
+    assert residual < 1e-3
+    torch.testing.assert_close(x, b / (1 - slopes), rtol=1e-2, atol=0)
+
+
+# torchdeq scripts functions.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_figures_add_up() -> None:
+    results = step.run([CASE], CPU, rounds=3, num_compiled=0)
+    (case,) = results["cases"]
+    assert case["bytes"] == 3 * 40 * (2 * 2 + 4) * 4
+    assert case["rows"][0]["is_ours"]
+    assert case["rows"][0]["ratio"] == {"min": 1.0, "median": 1.0, "max": 1.0}
+    for row in case["rows"]:
+        rate = case["bytes"] / row["seconds"]["median"]
+        assert row["bytes_per_second"] == pytest.approx(rate)
+        assert row["share_of_copy"] == pytest.approx(rate / results["copy_bytes_per_second"])
+    names = [row["name"] for row in case["rows"]]
+    assert {"fpi_cuda reference", "torch, by hand"} <= set(names)
+    assert "triton" not in " ".join(names), "an interpreted kernel has no speed"
+    table = step.text(results)
+    assert all(name in table for name in names)
+    assert max(map(len, table.splitlines())) <= 100
+
+
+@pytest.mark.gpu
+def test_on_a_device() -> None:
+    results = step.run([CASE], torch.device("cuda"), rounds=3, num_compiled=0)
+    (case,) = results["cases"]
+    assert {row["name"] for row in case["rows"]} >= {"fpi_cuda triton", "fpi_cuda reference"}
+    assert all(row["seconds"]["median"] > 0 for row in case["rows"] if row["name"] != "torchdeq")
