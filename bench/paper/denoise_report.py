@@ -92,14 +92,14 @@ def show(pictures: dict[str, Tensor], path: Path) -> Path:
     """The middle of one test image, clean, noisy and restored, with the PSNR of the whole."""
     clean = pictures["clean"]
     top, left = (max(0, (n - CROP) // 2) for n in clean.shape)
-    figure, row = plt.subplots(1, len(pictures), figsize=(2.9 * len(pictures), 3.3))
+    figure, row = plt.subplots(1, len(pictures), figsize=(2.9 * len(pictures), 3.5))
     for axes, (name, picture) in zip(row, pictures.items(), strict=True):
         part = picture[top : top + CROP, left : left + CROP].clamp(0, 1)
         axes.imshow(part.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         title = name if name == "clean" else f"{name}\n{psnr(picture, clean):.2f} dB"
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     return saved(figure, path)
 
 
