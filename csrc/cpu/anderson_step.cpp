@@ -2,18 +2,15 @@
 // Source: Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, eq. (2.2), in difference form.
 #include <vector>
 
-#include "../common/small_solve.h"
+#include "../common/anderson_judge.h"
 #include "launch.h"
 #include "row.h"
 
 namespace fpi {
 namespace {
 
-// Sums over (a panel of) one sample, all that a step has to know of it.
-struct Sums {
-  double ff = 0, gg = 0, xx = 0;
-  double dfdf = 0, fdf = 0;                 // with the fresh difference
-  double dfdc[kMaxDepth] = {}, fdc[kMaxDepth] = {};  // with the column in each slot
+struct Sums : AndersonSums {
+  Sums() : AndersonSums{} {}
 
   void add(const Sums& other, int depth) {
     ff += other.ff;
@@ -28,13 +25,9 @@ struct Sums {
   }
 };
 
-// What is decided between the two readings.
-struct Plan {
-  Decision decision{Move::kStop, kActive, false, false};
+struct Plan : AndersonPlan {
   SmallSolve solve;
-  double beta = 1.0;
-  int slots[kMaxDepth];  // of the columns that take part
-  int count = 0;
+  Plan() : AndersonPlan{} {}
 };
 
 // Writes the fresh differences and takes every sum, in one reading of the sample's arrays. A second
@@ -94,55 +87,6 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
   }
 }
 
-// Takes the fresh difference into the history, unless it is rounding noise: ||dF|| <= eps/2 ||g||.
-template <class T, class H>
-FPI_INLINE void admit(const Row<T, H>& row, const Sums& sums, const Measured& at) {
-  Control& c = *row.control;
-  const int depth = row.depth;
-  const int fresh = row.fresh_slot();
-  const int others = std::min(row.columns(), depth - 1);  // the oldest was overwritten
-  const double size = std::sqrt(sums.dfdf);
-  const bool useful =
-      is_finite(sums.dfdf) && size > 0.5 * Numeric<T>::kEpsilon * at.norm_gx;
-  c.columns = others;
-  if (!useful) return;
-  for (int age = 0; age < others; ++age) {
-    const int slot = (row.head() - age + depth) % depth;
-    row.gram[fresh * depth + slot] = row.gram[slot * depth + fresh] = sums.dfdc[slot];
-  }
-  row.gram[fresh * depth + fresh] = sums.dfdf;
-  c.columns = others + 1;
-  c.head = fresh;
-}
-
-template <class T, class H>
-FPI_INLINE void judge(const StepParams& p, const Row<T, H>& row, Sums& sums, Plan& plan) {
-  const int32_t step = ++p.num_steps[row.sample];
-  const Measured at = measured_from(row, sums.ff, sums.gg, sums.xx, step == 1);
-  const bool differs = step > 1 && row.has_previous();
-  plan.decision = decide(*row.control, at, rules_for(p, row), step);
-  const Move move = plan.decision.move;
-  if (!record(p, row, at, plan.decision) || row.depth == 0) {
-    plan.beta = p.beta * row.control->mixing_scale;
-    return;
-  }
-  Control& c = *row.control;
-  plan.beta = p.beta * c.mixing_scale;
-  if (goes_elsewhere(move)) return forget_previous(row);
-  if (differs) {
-    sums.fdc[row.fresh_slot()] = sums.fdf;
-    admit(row, sums, at);
-  }
-  c.has_previous = 1;
-  if (move != Move::kMix || row.columns() == 0) return;
-  const int columns = static_cast<int>(std::min<int64_t>(row.columns(), row.dim));
-  solve_small(row.gram, sums.fdc, row.depth, columns, row.head(), p.ridge, plan.solve);
-  if (!worth_mixing(plan.solve, sums.fdc, row.depth, sums.ff)) return;
-  for (int slot = 0; slot < row.depth; ++slot) {
-    if (plan.solve.gamma[slot] != 0.0) plan.slots[plan.count++] = slot;
-  }
-}
-
 // Writes the next point, and remembers this evaluation.
 template <class T, class H>
 FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, int64_t end) {
@@ -160,14 +104,14 @@ FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, i
       f[j] = g[j] - static_cast<C>(x[j]);
     }
     for (int k = 0; k < plan.count; ++k) {
-      const C gamma = static_cast<C>(plan.solve.gamma[plan.slots[k]]);
+      const C gamma = static_cast<C>(plan.gamma[k]);
       const H* column_g = row.column_g(plan.slots[k]) + at;
       for (int j = 0; j < n; ++j) next[j] -= gamma * static_cast<C>(column_g[j]);
     }
     if (rest != C(0)) {
       for (int j = 0; j < n; ++j) next[j] -= rest * f[j];
       for (int k = 0; k < plan.count; ++k) {
-        const C gamma = rest * static_cast<C>(plan.solve.gamma[plan.slots[k]]);
+        const C gamma = rest * static_cast<C>(plan.gamma[k]);
         const H* column_f = row.column_f(plan.slots[k]) + at;
         for (int j = 0; j < n; ++j) next[j] += gamma * static_cast<C>(column_f[j]);
       }
@@ -207,7 +151,9 @@ struct AndersonStep {
   }
 
   static void between(int, const StepParams& p, const Row<T, H>& row, Sums& sums, Plan& plan) {
-    judge(p, row, sums, plan);
+    const Measured at = measured_from(row, sums.ff, sums.gg, sums.xx, p.num_steps[row.sample] == 0);
+    judge_anderson(p, row.sample, Numeric<T>::kEpsilon, at, sums, row.gram, *row.control, plan.solve,
+                   plan);
   }
 };
 

@@ -1,19 +1,15 @@
 // Good Broyden with an inverse Jacobian H = -beta I + sum u_i v_i^T of limited memory, one sample
 // at a time, on f(x) = g(x) - x.
 // Source: Broyden, Math. Comp. 19, 1965; Bai, Kolter, Koltun, NeurIPS 2019, section 3.1.3.
+#include "../common/broyden_judge.h"
 #include "launch.h"
 #include "row.h"
 
 namespace fpi {
 namespace {
 
-// Sums of the first pass (norms, and products of the update with the columns kept so far), and of
-// the second (products of the fresh column).
-struct Sums {
-  double ff = 0, gg = 0, xx = 0;
-  double ss = 0, yy = 0;
-  double us[kMaxDepth] = {}, vy[kMaxDepth] = {}, vf[kMaxDepth] = {};
-  double fresh_vy = 0, fresh_vf = 0, fresh_vv = 0;
+struct Sums : BroydenSums {
+  Sums() : BroydenSums{} {}
 
   void add(const Sums& o, int depth) {
     ff += o.ff;
@@ -32,27 +28,16 @@ struct Sums {
   }
 };
 
-struct Plan {
-  Decision decision{Move::kStop, kActive, false, false};
-  double beta = 1.0;
-  int columns = 0;        // that take part in the step, without the fresh one
-  bool updates = false;   // a fresh column is being formed
-  double us[kMaxDepth], vy[kMaxDepth], vf[kMaxDepth];
-  double yy = 0.0, denominator = 0.0, fresh_vf = 0.0;
+struct Plan : BroydenPlan {
+  Plan() : BroydenPlan{} {}
 };
-
-// A memory that is full starts afresh, as the method's theory has no rule for dropping one update.
-template <class T, class H>
-FPI_INLINE int kept_columns(const Row<T, H>& row) {
-  return row.columns() >= row.depth ? 0 : row.columns();
-}
 
 template <class Acc, class T, class H>
 FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool first, Sums& out) {
   using C = typename Row<T, H>::C;
   C f[kChunk], s[kChunk], y[kChunk], wide[kChunk];
   const bool differs = row.has_previous();
-  const int columns = kept_columns(row);
+  const int columns = kept_columns(*row.control, row.depth);
   for (int64_t at = begin; at < end; at += kChunk) {
     const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
     const T* x = row.x + at;
@@ -161,44 +146,6 @@ FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, i
 }
 
 template <class T, class H>
-FPI_INLINE void judge(const StepParams& p, const Row<T, H>& row, const Sums& sums, Plan& plan) {
-  const int32_t step = ++p.num_steps[row.sample];
-  const Measured at = measured_from(row, sums.ff, sums.gg, sums.xx, step == 1);
-  const bool differs = step > 1 && row.has_previous();
-  plan.decision = decide(*row.control, at, rules_for(p, row), step);
-  Control& c = *row.control;
-  plan.beta = p.beta * c.mixing_scale;
-  if (!record(p, row, at, plan.decision)) return;
-  if (goes_elsewhere(plan.decision.move)) {
-    c.has_previous = 0;
-    return;
-  }
-  c.has_previous = 1;
-  plan.columns = kept_columns(row);
-  c.columns = plan.columns;
-  // A difference that is rounding noise would fill H with it.
-  const double noise = 0.5 * Numeric<T>::kEpsilon * at.norm_gx;
-  plan.updates = differs && is_finite(sums.yy) && std::sqrt(sums.yy) > noise && sums.ss > 0.0;
-  plan.yy = sums.yy;
-  std::copy(sums.us, sums.us + kMaxDepth, plan.us);
-  std::copy(sums.vy, sums.vy + kMaxDepth, plan.vy);
-  std::copy(sums.vf, sums.vf + kMaxDepth, plan.vf);
-}
-
-// Takes the fresh column unless s^T H y is too small to divide by.
-template <class T, class H>
-FPI_INLINE void admit(const Row<T, H>& row, const Sums& sums, Plan& plan) {
-  if (!plan.updates) return;
-  constexpr double kSmallestCosine = 1e-8;
-  const double size = std::sqrt(sums.fresh_vv) * std::sqrt(plan.yy);
-  plan.denominator = sums.fresh_vy;
-  plan.fresh_vf = sums.fresh_vf;
-  plan.updates = is_finite(size) && is_finite(plan.fresh_vf) &&
-                 std::fabs(plan.denominator) > kSmallestCosine * size;
-  if (plan.updates) row.control->columns = plan.columns + 1;
-}
-
-template <class T, class H>
 struct BroydenStep {
   using State = T;
   using History = H;
@@ -232,9 +179,11 @@ struct BroydenStep {
   static void between(int which, const StepParams& p, const Row<T, H>& row, Sums& sums,
                       Plan& plan) {
     if (which == 0) {
-      judge(p, row, sums, plan);
+      const bool first = p.num_steps[row.sample] == 0;
+      const Measured at = measured_from(row, sums.ff, sums.gg, sums.xx, first);
+      judge_broyden(p, row.sample, Numeric<T>::kEpsilon, at, sums, *row.control, plan);
     } else {
-      admit(row, sums, plan);
+      admit_update(sums, plan, *row.control);
     }
   }
 };

@@ -94,7 +94,7 @@ void launch(const StepParams& p, StateType state, StateType history, ParallelFor
   switch (state) {
     case StateType::kFloat64: return run_step<Kernel<double, double>>(p, run);
     case StateType::kBFloat16: return run_step<Kernel<BFloat16, BFloat16>>(p, run);
-    case StateType::kFloat32: break;
+    default: break;
   }
   if (history == StateType::kBFloat16) return run_step<Kernel<float, BFloat16>>(p, run);
   run_step<Kernel<float, float>>(p, run);

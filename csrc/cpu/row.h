@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "../common/decide.h"
-#include "../common/step_params.h"
+#include "../common/anderson_judge.h"
 #include "lanes.h"
 
 namespace fpi {
@@ -53,8 +52,7 @@ struct Row {
   H* column_g(int slot) const { return columns_g + slot * dim; }
   int columns() const { return static_cast<int>(control->columns); }
   int head() const { return static_cast<int>(control->head); }
-  // The slot that the next difference takes: the oldest one's, once the history is full.
-  int fresh_slot() const { return columns() == 0 ? 0 : (head() + 1) % depth; }
+  int fresh_slot() const { return fpi::fresh_slot(*control, depth); }
   C* f_previous() const {
     return own_f_previous ? own_f_previous : reinterpret_cast<C*>(column_f(fresh_slot()));
   }
@@ -66,26 +64,6 @@ struct Row {
 
   FPI_INLINE C f_at(int64_t j) const { return static_cast<C>(gx[j]) - static_cast<C>(x[j]); }
 };
-
-template <class T, class H>
-FPI_INLINE Rules rules_for(const StepParams& p, const Row<T, H>& row) {
-  Rules rules;
-  rules.atol = p.atol[row.sample];
-  rules.rtol = p.rtol;
-  rules.epsilon = Numeric<T>::kEpsilon;
-  rules.max_steps = p.max_steps;
-  rules.stall_steps = std::max(20, 3 * p.depth);
-  rules.safeguarded = p.depth > 0;
-  return rules;
-}
-
-// Plain sums of squares tell the norm unless they left the range where nothing is lost.
-template <class Acc>
-FPI_INLINE bool trustworthy(double square, int64_t dim) {
-  const double least = sizeof(Acc) == 4 ? 1e-30 : 1e-280;
-  const double most = sizeof(Acc) == 4 ? 1e34 : 1e300;
-  return square != square || (square >= least * static_cast<double>(dim) && square <= most);
-}
 
 // sqrt(sum of squares) without overflow or underflow, for the rare row that needs it.
 template <class At>
@@ -125,29 +103,6 @@ inline Measured measured_from(const Row<T, H>& row, double ff, double gg, double
                   ? std::sqrt(xx)
                   : scaled_norm(row.dim, [&](int64_t j) { return static_cast<C>(row.x[j]); });
   return at;
-}
-
-// Writes the account of the evaluation just judged; true if the sample goes on.
-template <class T, class H>
-FPI_INLINE bool record(const StepParams& p, const Row<T, H>& row, const Measured& at,
-                       const Decision& decision) {
-  p.status[row.sample] = decision.status;
-  const bool returns_x = decision.move != Move::kStop || decision.improved;
-  p.residual[row.sample] = returns_x ? at.residual : row.control->best;
-  return decision.move != Move::kStop;
-}
-
-// Forgets the evaluation before this one, and with it the slot that measure() has written over.
-template <class T, class H>
-FPI_INLINE void forget_previous(const Row<T, H>& row) {
-  Control& c = *row.control;
-  if (c.has_previous != 0) c.columns = std::min(row.columns(), row.depth - 1);
-  c.has_previous = 0;
-}
-
-// True for the moves that leave x for another point that is at hand, and so take no step from it.
-inline bool goes_elsewhere(Move move) {
-  return move == Move::kReject || move == Move::kReturn || move == Move::kAnchor;
 }
 
 // The point to return is x itself if it is the best, else the best seen. It is left in both, so

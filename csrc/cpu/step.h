@@ -1,12 +1,11 @@
 // The CPU step kernels. Types are chosen by the launchers in the .cpp files of the same names.
 #pragma once
 
+#include "../common/state_type.h"
 #include "../common/step_params.h"
 #include "parallel.h"
 
 namespace fpi {
-
-enum class StateType : int { kFloat32, kFloat64, kBFloat16 };
 
 // One Anderson step (Picard where depth is 0) of every active sample, in place.
 void anderson_step_cpu(const StepParams& p, StateType state, StateType history, ParallelFor run);
