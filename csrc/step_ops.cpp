@@ -1,4 +1,5 @@
-// The step ops: schema, checks, and the CPU kernels behind them.
+// The step ops: schema, checks, and the kernels behind them, on the CPU and on CUDA devices.
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,10 +9,16 @@
 #include <optional>
 
 #include "common/control.h"
-#include "common/small_solve.h"
 #include "common/step_params.h"
 #include "cpu/step.h"
+#include "cuda/scratch.h"
+#include "cuda/step.h"
 #include "require.h"
+
+// In libtorch_cuda: weak, so that the library loads under a torch without it, where no CUDA tensor
+// can reach the ops.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
+    int32_t device_index, void** ret_stream);
 
 namespace fpi {
 namespace {
@@ -34,27 +41,48 @@ void check_type(const char* op, const char* name, const Tensor& t, ScalarType ty
           torch::headeronly::toString(t.scalar_type()));
 }
 
-StateType state_type(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return StateType::kFloat32;
+StateType state_type(ScalarType type) {
+  switch (type) {
     case ScalarType::Double: return StateType::kFloat64;
     case ScalarType::BFloat16: return StateType::kBFloat16;
-    default: break;
+    case ScalarType::Half: return StateType::kFloat16;
+    default: return StateType::kFloat32;
   }
-  require(false, op, ": ", name, " must be float32, float64 or bfloat16 on the CPU, got ",
-          torch::headeronly::toString(t.scalar_type()));
-  return StateType::kFloat32;
+}
+
+void check_state_type(const char* op, const Tensor& x) {
+  const ScalarType type = x.scalar_type();
+  const bool served = type == ScalarType::Float || type == ScalarType::Double ||
+                      type == ScalarType::BFloat16 || (type == ScalarType::Half && x.is_cuda());
+  require(served, op, ": x must be float32, float64",
+          x.is_cuda() ? ", bfloat16 or float16" : " or bfloat16 on the CPU", ", got ",
+          torch::headeronly::toString(type));
 }
 
 // Every array of a step, by the names of the schema.
 struct StepTensors {
   Tensor x, gx;
   std::optional<Tensor> sample_of;
-  Tensor best, anchor, f_previous, partner_previous, columns_f, columns_g, gram, control, atol, status,
-      num_steps, residual;
+  Tensor best, anchor, f_previous, partner_previous, columns_f, columns_g, gram, control, atol,
+      status, num_steps, residual;
+  std::optional<Tensor> scratch;
 };
 
+// The kernels follow the pointers on the device of x.
+void check_devices(const char* op, const StepTensors& t) {
+  const auto same = [&t](const Tensor& other) { return other.device() == t.x.device(); };
+  for (const Tensor* other :
+       {&t.gx, &t.best, &t.anchor, &t.f_previous, &t.partner_previous, &t.columns_f, &t.columns_g,
+        &t.gram, &t.control, &t.atol, &t.status, &t.num_steps, &t.residual}) {
+    require(same(*other), op, ": every array must be on the device of x");
+  }
+  require(!t.sample_of || same(*t.sample_of), op, ": sample_of must be on the device of x");
+  require(!t.scratch || same(*t.scratch), op, ": scratch must be on the device of x");
+}
+
 StepParams checked_params(const char* op, StepTensors& t, bool uses_gram) {
+  check_state_type(op, t.x);
+  check_devices(op, t);
   require(t.x.dim() == 2, op, ": x must be (rows, dim), got ", t.x.sizes());
   require(t.best.dim() == 2, op, ": best must be (batch, dim), got ", t.best.sizes());
   require(t.columns_f.dim() == 3, op, ": columns_f must be (batch, depth, dim), got ",
@@ -125,9 +153,11 @@ StepParams checked_params(const char* op, StepTensors& t, bool uses_gram) {
   return p;
 }
 
-// The kernels index the batch by these, unchecked.
-void check_samples(const char* op, const StepParams& p, int64_t batch) {
-  if (!p.sample_of) return;
+// The kernels index the batch by these, unchecked. On a CUDA device the host cannot look without
+// waiting for it, and the caller answers for them.
+void check_samples(const char* op, const StepTensors& t, const StepParams& p) {
+  if (!p.sample_of || t.x.is_cuda()) return;
+  const int64_t batch = t.best.size(0);
   for (int64_t i = 0; i < p.rows; ++i) {
     require(p.sample_of[i] >= 0 && p.sample_of[i] < batch, op,
             ": sample_of must name samples below ", batch, ", got ", p.sample_of[i]);
@@ -139,48 +169,89 @@ void parallel_rows(int64_t begin, int64_t end, int64_t grain,
   torch::stable::parallel_for(begin, end, grain, body);
 }
 
+using CpuStep = void (*)(const StepParams&, StateType, StateType, ParallelFor);
+using CudaStep = const char* (*)(const StepParams&, StateType, StateType, void*, void*);
+
+void run_on_cuda(const char* op, const StepTensors& t, const StepParams& p, StateType state,
+                 StateType history, CudaStep step) {
+  const auto needed = static_cast<int64_t>(step_scratch_bytes(p.rows, p.dim, state));
+  void* scratch = nullptr;
+  if (needed > 0) {
+    require(t.scratch.has_value(), op, ": samples of ", p.dim, " elements need scratch of ", needed,
+            " bytes, zeroed before the first step, got none");
+    check_type(op, "scratch", *t.scratch, ScalarType::Byte);
+    require(t.scratch->is_contiguous() && t.scratch->numel() >= needed, op,
+            ": scratch must hold ", needed, " bytes, got ", t.scratch->numel());
+    scratch = t.scratch->mutable_data_ptr();
+  }
+  const int32_t device = t.x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  require(aoti_torch_get_current_cuda_stream &&
+              aoti_torch_get_current_cuda_stream(device, &stream) == 0,
+          op, ": torch has no current CUDA stream");
+  const char* error = step(p, state, history, scratch, stream);
+  require(error == nullptr, op, ": the CUDA launch failed: ", error ? error : "");
+}
+
+void run(const char* op, StepTensors& t, StepParams& p, CpuStep cpu_step,
+         [[maybe_unused]] CudaStep cuda_step) {
+  check_samples(op, t, p);
+  const StateType state = state_type(t.x.scalar_type());
+  const StateType history = state_type(t.columns_f.scalar_type());
+  if (t.x.is_cuda()) return run_on_cuda(op, t, p, state, history, cuda_step);
+  cpu_step(p, state, history, parallel_rows);
+}
+
+#ifndef FPI_CUDA_ARCHS
+// Never called: without them the ops are registered for the CPU alone.
+constexpr CudaStep anderson_step_cuda = nullptr;
+constexpr CudaStep broyden_step_cuda = nullptr;
+#endif
+
 void anderson_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tensor best,
-                      Tensor anchor, Tensor f_previous, Tensor g_previous, Tensor columns_f, Tensor columns_g,
-                      Tensor gram, Tensor control, Tensor atol, Tensor status, Tensor num_steps,
-                      Tensor residual, double rtol, int64_t max_steps, double beta,
-                      double ridge) {
+                      Tensor anchor, Tensor f_previous, Tensor g_previous, Tensor columns_f,
+                      Tensor columns_g, Tensor gram, Tensor control, Tensor atol, Tensor status,
+                      Tensor num_steps, Tensor residual, double rtol, int64_t max_steps,
+                      double beta, double ridge, std::optional<Tensor> scratch) {
   const char* op = "anderson_step_";
-  StepTensors t{x,         gx,        sample_of, best, anchor, f_previous, g_previous, columns_f,
-                columns_g, gram,      control,   atol, status, num_steps,  residual};
+  StepTensors t{x,         gx,        sample_of, best,    anchor, f_previous, g_previous, columns_f,
+                columns_g, gram,      control,   atol,    status, num_steps,  residual,   scratch};
   StepParams p = checked_params(op, t, true);
-  check_samples(op, p, t.best.size(0));
   p.rtol = rtol;
   p.max_steps = max_steps;
   p.beta = beta;
   p.ridge = ridge;
-  anderson_step_cpu(p, state_type(op, "x", x), state_type(op, "columns_f", columns_f),
-                    parallel_rows);
+  run(op, t, p, anderson_step_cpu, anderson_step_cuda);
 }
 
 void broyden_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tensor best,
-                     Tensor anchor, Tensor f_previous, Tensor x_previous, Tensor columns_u, Tensor columns_v,
-                     Tensor control, Tensor atol, Tensor status, Tensor num_steps,
-                     Tensor residual, double rtol, int64_t max_steps, double beta) {
+                     Tensor anchor, Tensor f_previous, Tensor x_previous, Tensor columns_u,
+                     Tensor columns_v, Tensor control, Tensor atol, Tensor status,
+                     Tensor num_steps, Tensor residual, double rtol, int64_t max_steps,
+                     double beta, std::optional<Tensor> scratch) {
   const char* op = "broyden_step_";
   StepTensors t{x,         gx,      sample_of, best, anchor, f_previous, x_previous, columns_u,
-                columns_v, control, control,   atol, status, num_steps,  residual};
+                columns_v, control, control,   atol, status, num_steps,  residual,   scratch};
   require(columns_u.dim() == 3 && columns_u.size(1) >= 1, op, ": depth must be at least 1");
   StepParams p = checked_params(op, t, false);
-  check_samples(op, p, t.best.size(0));
   p.rtol = rtol;
   p.max_steps = max_steps;
   p.beta = beta;
-  broyden_step_cpu(p, state_type(op, "x", x), state_type(op, "columns_u", columns_u),
-                   parallel_rows);
+  run(op, t, p, broyden_step_cpu, broyden_step_cuda);
+}
+
+int64_t step_scratch_bytes_op(int64_t rows, int64_t dim, ScalarType dtype) {
+  return static_cast<int64_t>(step_scratch_bytes(rows, dim, state_type(dtype)));
 }
 
 // Nothing is returned, so a fake run has nothing to do.
 void anderson_step_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, Tensor, Tensor,
                         Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double,
-                        int64_t, double, double) {}
+                        int64_t, double, double, std::optional<Tensor>) {}
 void broyden_step_meta(Tensor, Tensor, std::optional<Tensor>, Tensor, Tensor, Tensor, Tensor,
                        Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, double, int64_t,
-                       double) {}
+                       double, std::optional<Tensor>) {}
 
 }  // namespace
 }  // namespace fpi
@@ -191,18 +262,30 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fpi_cuda, m) {
       "Tensor(l!) anchor, Tensor(c!) f_previous, Tensor(d!) g_previous, Tensor(e!) columns_f, "
       "Tensor(f!) columns_g, Tensor(g!) gram, Tensor(h!) control, Tensor atol, "
       "Tensor(i!) status, Tensor(j!) num_steps, Tensor(k!) residual, *, float rtol, "
-      "int max_steps, float beta, float ridge) -> ()");
+      "int max_steps, float beta, float ridge, Tensor(m!)? scratch=None) -> ()");
   m.def(
       "broyden_step_(Tensor(a!) x, Tensor gx, Tensor? sample_of, Tensor(b!) best, "
       "Tensor(l!) anchor, Tensor(c!) f_previous, Tensor(d!) x_previous, Tensor(e!) columns_u, "
       "Tensor(f!) columns_v, Tensor(h!) control, Tensor atol, Tensor(i!) status, "
       "Tensor(j!) num_steps, Tensor(k!) residual, *, float rtol, int max_steps, "
-      "float beta) -> ()");
+      "float beta, Tensor(m!)? scratch=None) -> ()");
+  m.def("step_scratch_bytes(int rows, int dim, ScalarType dtype) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, CPU, m) {
   m.impl("anderson_step_", TORCH_BOX(&fpi::anderson_step_op));
   m.impl("broyden_step_", TORCH_BOX(&fpi::broyden_step_op));
+}
+
+#ifdef FPI_CUDA_ARCHS
+STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, CUDA, m) {
+  m.impl("anderson_step_", TORCH_BOX(&fpi::anderson_step_op));
+  m.impl("broyden_step_", TORCH_BOX(&fpi::broyden_step_op));
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, CompositeExplicitAutograd, m) {
+  m.impl("step_scratch_bytes", TORCH_BOX(&fpi::step_scratch_bytes_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, Meta, m) {

@@ -67,8 +67,9 @@ def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> 
     if options.backend is not None:
         reason = "asked for"
     else:
-        missing = backends.why_not_native(device, dtype)
-        reason = "the best available" if missing is None else f"native is unavailable: {missing}"
+        fast = "cuda" if device.type == "cuda" else "native"
+        missing = backends.why_not(fast, device, dtype)
+        reason = "the best available" if missing is None else f"{fast} is unavailable: {missing}"
     return f"{name} for {dtype} on {device} ({reason})"
 
 

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stepping import (
+    MAPS,
+    SOLVERS,
+    advance,
+    arrays,
+    assert_same_step,
+    begin,
+    g,
+    pairs,
+    short,
+)
 from torch import Tensor
 
 from fpi_cuda import backends
@@ -18,7 +27,6 @@ from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.result import Status
 from fpi_cuda.solvers.loop import solve, step
-from fpi_cuda.solvers.workspace import Workspace, allocate
 from fpi_cuda.testing import backends_available
 
 native = pytest.mark.skipif(
@@ -28,90 +36,16 @@ native = pytest.mark.skipif(
 # Triton's interpreter would take minutes here; tests/test_triton.py holds that backend to its twin.
 BACKENDS = [name for name in backends_available() if name != "triton"]
 
-SOLVERS: list[FixedPointSolver] = [
-    Picard(),
-    Picard(damping=0.7),
-    Anderson(m=1),
-    Anderson(m=5),
-    Anderson(m=16, beta=0.6),
-    Anderson(m=4, history_dtype=torch.bfloat16),
-    Broyden(m=3),
-]
 DIMS = [1, 31, 33, 129]
 LARGE = 40000  # more than one panel of the CPU kernels
-# What one rounding of the state may make of a few steps, relative to the largest element.
-CLOSE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 5e-2}
-
-
-def short(value: object) -> str:
-    """An id without spaces."""
-    return re.sub(r"\s|torch\.|history_dtype=None|,ridge=0.001", "", repr(value))
-
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=short)
 
 
-# A narrow history is for float32 states.
-PAIRS = [
-    (solver, dtype)
-    for solver in SOLVERS
-    for dtype in CLOSE
-    if dtype == torch.float32 or getattr(solver, "history_dtype", None) is None
-]
-
-
-@dataclass
-class Batch:
-    """A solve under way: where it is, and its arrays."""
-
-    x: Tensor
-    work: Workspace
-    solver: FixedPointSolver
-
-
-MAPS: list[Callable[[Tensor, Tensor], Tensor]] = [
-    lambda x, z: 0.6 * torch.tanh(x.roll(1, -1)) + z,
-    lambda x, z: 0.9 * x + 0.05 * x.flip(-1) + z,
-    lambda x, z: -1.3 * x + z,  # diverges under Picard
-    lambda x, z: torch.where(x.abs().amax(-1, keepdim=True) > 1.5, torch.nan, 1.5 * x + z),
-    lambda x, z: z + 0 * x,  # solved at the second evaluation
-    lambda x, z: x + 0 * z,  # solved from the start
-    lambda x, z: x + 1 + 0.1 * torch.sin(x + z),  # without a fixed point
-]
-
-
-def g(x: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Sample i by map i, modulo their number."""
-    samples = range(len(x)) if rows is None else rows.tolist()
-    z = z if rows is None else z[rows]
-    out = [MAPS[s % len(MAPS)](x[i : i + 1], z[i : i + 1]) for i, s in enumerate(samples)]
-    return torch.cat(out) if out else x.clone()
-
-
-def begin(
-    solver: FixedPointSolver, batch: int, dim: int, dtype: torch.dtype
-) -> tuple[Batch, Tensor]:
-    """A start of every sample from noise."""
-    x = torch.randn(batch, dim, dtype=dtype)
-    z = 0.3 * torch.randn(batch, dim, dtype=dtype)
-    return Batch(x.clone(), allocate(x, solver, 0.0), solver), z
-
-
-def advance(
-    b: Batch, z: Tensor, backend: Any, rows: Tensor | None = None, max_steps: int = 50
-) -> None:
-    """Evaluate g, and take one step."""
-    gx = g(b.x, z, rows).contiguous()
-    step(backend, b.solver, b.work, b.x, gx, rows, 1e-4, max_steps)
-
-
-def arrays(work: Workspace) -> dict[str, Tensor]:
-    """The arrays of a workspace by name."""
-    return {field.name: getattr(work, field.name) for field in fields(work)}
-
-
 @native
-@pytest.mark.parametrize(("solver", "dtype"), PAIRS, ids=short)
+@pytest.mark.parametrize(
+    ("solver", "dtype"), pairs(torch.float32, torch.float64, torch.bfloat16), ids=short
+)
 @pytest.mark.parametrize("dim", [*DIMS, LARGE])
 def test_native_takes_the_steps_of_the_reference(
     solver: FixedPointSolver, dtype: torch.dtype, dim: int
@@ -125,17 +59,7 @@ def test_native_takes_the_steps_of_the_reference(
     for _ in range(6):
         advance(one, z, backends.native)
         advance(other, z, reference)
-        assert one.work.status.tolist() == other.work.status.tolist()
-        assert one.work.num_steps.tolist() == other.work.num_steps.tolist()
-        for name, a, b in (
-            ("x", one.x, other.x),
-            ("best", one.work.best, other.work.best),
-            ("residual", one.work.residual[:, None], other.work.residual[:, None]),
-        ):
-            scale = b.double().abs().amax(-1, keepdim=True).nan_to_num().clamp(min=1)
-            error = ((a.double() - b.double()) / scale).abs()
-            agrees = (error <= CLOSE[dtype]) | (a.isnan() & b.isnan()) | (a == b)
-            assert agrees.all(), f"{name} is off by {error.max():.1e}"
+        assert_same_step(one, other)
 
 
 # Not Broyden at 1e20: products of two differences leave float32 there, and it stays with Picard.
@@ -283,7 +207,7 @@ def one_step(**changed: Any) -> None:
         ({"sample_of": torch.tensor([0, 1, 3])}, "sample_of must name samples below 3, got 3"),
         ({"control": torch.zeros(3, 2, dtype=torch.float64)}, r"control must be \(3, "),
         ({"f_previous": torch.zeros(3, 4)}, r"f_previous must be \(0, 4\)"),
-        ({"x": torch.zeros(3, 4, dtype=torch.float16)}, "must have dtype Half|on the CPU"),
+        ({"x": torch.zeros(3, 4, dtype=torch.float16)}, "bfloat16 on the CPU, got Half"),
     ],
     ids=lambda value: None if isinstance(value, dict) else re.sub(r"\W+", "-", value)[:30],
 )

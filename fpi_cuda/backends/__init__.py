@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch
 
 from fpi_cuda import _extension
-from fpi_cuda.backends import native, reference, triton
+from fpi_cuda.backends import cuda, native, reference, triton
 
 NAMES = ("reference", "native", "cuda", "triton")
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CUDA_DTYPES = (*NATIVE_DTYPES, torch.float16)
 
 
 def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -23,29 +25,28 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> Modul
         raise ValueError(
             f"fixed_point: unknown backend {name!r}. Valid: None, {', '.join(map(repr, NAMES))}"
         )
-    if name == "reference":
-        return reference
-    reason = why_not_native(device, dtype)
     if name is None:
-        return native if reason is None else reference
+        return next(
+            (b for b in (native, cuda) if why_not(b.name, device, dtype) is None), reference
+        )
+    reason = why_not(name, device, dtype)
+    if reason is not None:
+        raise ValueError(
+            f'fixed_point: backend="{name}" is unavailable: {reason}. '
+            'Use backend=None or backend="reference".'
+        )
+    return {b.name: b for b in (reference, native, cuda, triton)}[name]
+
+
+def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the backend called `name` cannot take such a state, or None if it can."""
+    if name == "reference":
+        return None
     if name == "native":
-        if reason is not None:
-            raise ValueError(
-                f'fixed_point: backend="native" is unavailable: {reason}. '
-                'Use backend=None or backend="reference".'
-            )
-        return native
-    if name == "triton":
-        reason = triton.why_not(device, dtype)
-        if reason is not None:
-            raise ValueError(
-                f'fixed_point: backend="triton" is unavailable: {reason}. Use backend=None.'
-            )
-        return triton
-    raise ValueError(
-        f'fixed_point: backend="{name}" is unavailable: this build holds no {name} kernels. '
-        "Use backend=None."
-    )
+        return why_not_native(device, dtype)
+    if name == "cuda":
+        return why_not_cuda(device, dtype)
+    return triton.why_not(device, dtype)
 
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -57,3 +58,26 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in NATIVE_DTYPES:
         return f"it has no kernels for {dtype}"
     return None
+
+
+def why_not_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the cuda backend cannot take such a state, or None if it can."""
+    if _extension.load_error is not None:
+        return _extension.load_error
+    no_cuda = _no_cuda_reason()
+    if no_cuda is not None:
+        return (
+            f"built without CUDA ({no_cuda}). Reinstall with CUDA_HOME set and FPI_CUDA=1, under a "
+            "torch with CUDA"
+        )
+    if device.type != "cuda":
+        return f"it runs on CUDA devices, the state is on {device.type}"
+    if dtype not in CUDA_DTYPES:
+        return f"it has no kernels for {dtype}"
+    return None
+
+
+@cache
+def _no_cuda_reason() -> str | None:
+    """Why the library, which is loaded, holds no CUDA kernels; None where it does."""
+    return _extension.build_info().get("no_cuda")

@@ -291,6 +291,11 @@ def rules_for(state: torch.dtype, depth: int, atol: Tensor, rtol: float, max_ste
     )
 
 
+def scratch(x: Tensor) -> Tensor | None:
+    """What a solve from x (B, D) must pass to every step as `scratch`: nothing."""
+    return None
+
+
 def anderson_step_(
     x: Tensor,
     gx: Tensor,
@@ -312,6 +317,7 @@ def anderson_step_(
     max_steps: int,
     beta: float,
     ridge: float,
+    scratch: Tensor | None = None,
 ) -> None:
     """Advance every active sample by one Anderson step, in place; Picard where m = 0.
 
@@ -329,6 +335,7 @@ def anderson_step_(
         atol: (B,) float64.
         status: (B,) int8; set where the sample stops. num_steps: (B,) int32.
         residual: (B,) float64, ||gx - x||_2, of the point to return once stopped.
+        scratch: room for the partial sums of the CUDA kernels; nothing here needs it.
     Source:
         Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, eq. (2.2).
     """
@@ -360,6 +367,7 @@ def broyden_step_(
     rtol: float,
     max_steps: int,
     beta: float,
+    scratch: Tensor | None = None,
 ) -> None:
     """Advance every active sample by one Broyden step, in place.
 

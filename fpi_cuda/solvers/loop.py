@@ -22,6 +22,7 @@ class Backend(Protocol):
     """One implementation of the step ops. The schemas are those of csrc/step_ops.cpp."""
 
     name: str
+    scratch: Callable[[Tensor], Tensor | None]
     anderson_step_: Callable[..., None]
     broyden_step_: Callable[..., None]
 
@@ -59,6 +60,7 @@ def solve(
         # Before the arrays are there: the first evaluation may need a copy of x besides.
         gx = apart_from(x, evaluate(x, rows))
         work = allocate(x0, solver, atol)
+        work.scratch = backend.scratch(x0)
         while True:
             step(backend, solver, work, x, gx, rows, rtol, max_steps)
             del gx  # its memory, for the next evaluation
@@ -91,7 +93,7 @@ def step(
     if isinstance(solver, Broyden):
         backend.broyden_step_(
             x, gx, rows, *history, *account,
-            rtol=rtol, max_steps=max_steps, beta=solver.beta,
+            rtol=rtol, max_steps=max_steps, beta=solver.beta, scratch=work.scratch,
         )  # fmt: skip
         return
     beta, ridge = (
@@ -100,7 +102,7 @@ def step(
     backend.anderson_step_(
         x, gx, rows, *history, work.gram, *account,
         rtol=rtol, max_steps=max_steps,
-        beta=beta, ridge=ridge,
+        beta=beta, ridge=ridge, scratch=work.scratch,
     )  # fmt: skip
 
 

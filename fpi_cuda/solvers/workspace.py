@@ -33,6 +33,7 @@ class Workspace:
         control: (B, CONTROL_SIZE) float64.
         atol: (B,) float64.
         status: (B,) int8. num_steps: (B,) int32. residual: (B,) float64.
+        scratch: what the backend asks for, see its `scratch`.
     """
 
     best: Tensor
@@ -47,6 +48,7 @@ class Workspace:
     status: Tensor
     num_steps: Tensor
     residual: Tensor
+    scratch: Tensor | None = None
 
 
 def depth_of(solver: FixedPointSolver) -> int:

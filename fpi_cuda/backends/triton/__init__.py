@@ -10,10 +10,16 @@ import os
 from typing import Any
 
 import torch
+from torch import Tensor
 
 name = "triton"
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def scratch(x: Tensor) -> Tensor | None:
+    """What a solve from x (B, D) must pass to every step as `scratch`: nothing."""
+    return None
 
 
 def anderson_step_(*args: Any, **kwargs: Any) -> None:

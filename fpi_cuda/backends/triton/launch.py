@@ -94,6 +94,7 @@ def anderson_step_(
     max_steps: int,
     beta: float,
     ridge: float,
+    scratch: Tensor | None = None,
 ) -> None:
     """See fpi_cuda.backends.reference.anderson_step_, its twin."""
     step = Step(x, columns_f, ANDERSON_SUMS)
@@ -142,6 +143,7 @@ def broyden_step_(
     rtol: float,
     max_steps: int,
     beta: float,
+    scratch: Tensor | None = None,
 ) -> None:
     """See fpi_cuda.backends.reference.broyden_step_, its twin."""
     step = Step(x, columns_u, BROYDEN_SUMS)

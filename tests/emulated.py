@@ -1,0 +1,166 @@
+"""The CUDA step kernels as a backend without a GPU: compiled as C++, run under sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+EMULATION = ROOT / "tests" / "emulation"
+SOURCES = [
+    *sorted((ROOT / "csrc" / "cuda").glob("*_step.cu")),
+    EMULATION / "emulation.cpp",
+    EMULATION / "driver.cpp",
+]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+    # The kernels read four numbers at a time, as nvcc lets them.
+    "-fno-strict-aliasing",
+    *SANITIZE,
+    *("-I", str(EMULATION), "-I", str(ROOT / "csrc")),
+]
+STATES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ANDERSON, BROYDEN, SCRATCH_BYTES = range(3)
+ARRAYS = 16
+
+
+def compile_driver(folder: Path) -> Path:
+    """Build the program that runs the kernels; needs g++ with its sanitizers."""
+    compiler = shutil.which("g++")
+    assert compiler is not None
+
+    def compile_one(source: Path) -> Path:
+        output = folder / f"{source.stem}.o"
+        run([compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(output)])
+        return output
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    driver = folder / "driver"
+    run([compiler, *SANITIZE, *map(str, objects), "-o", str(driver)])
+    return driver
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Emulated:
+    """A backend for fpi_cuda.solvers.loop.solve.
+
+    Args:
+        driver: from compile_driver.
+        seed: order in which blocks and threads run; 0 is the plain one.
+        offset: bytes by which x misses the alignment of vector accesses.
+    """
+
+    name = "emulated"
+
+    def __init__(self, driver: Path, seed: int = 0, offset: int = 0) -> None:
+        self.seed = seed
+        self.offset = offset
+        self.process = subprocess.Popen(
+            [str(driver)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def close(self) -> None:
+        """End the driver, which then looks for leaks."""
+        _, errors = self.process.communicate()
+        assert self.process.returncode == 0, errors.decode()
+
+    def scratch(self, x: Tensor) -> Tensor | None:
+        self.send(SCRATCH_BYTES, x, x, 0, 0, (0.0, 0.0, 0.0), [None] * ARRAYS)
+        (size,) = struct.unpack("q", self.receive(8))
+        return torch.zeros(size, dtype=torch.uint8) if size else None
+
+    def anderson_step_(
+        self, x: Tensor, gx: Tensor, sample_of: Tensor | None, best: Tensor, anchor: Tensor,
+        f_previous: Tensor, g_previous: Tensor, columns_f: Tensor, columns_g: Tensor,
+        gram: Tensor, control: Tensor, atol: Tensor, status: Tensor, num_steps: Tensor,
+        residual: Tensor, *, rtol: float, max_steps: int, beta: float, ridge: float,
+        scratch: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        arrays = [x, gx, sample_of, best, anchor, f_previous, g_previous, columns_f, columns_g]
+        arrays += [gram, control, atol, status, num_steps, residual, scratch]
+        self.step(ANDERSON, arrays, max_steps, (rtol, beta, ridge))
+
+    def broyden_step_(
+        self, x: Tensor, gx: Tensor, sample_of: Tensor | None, best: Tensor, anchor: Tensor,
+        f_previous: Tensor, x_previous: Tensor, columns_u: Tensor, columns_v: Tensor,
+        control: Tensor, atol: Tensor, status: Tensor, num_steps: Tensor, residual: Tensor, *,
+        rtol: float, max_steps: int, beta: float, scratch: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        arrays = [x, gx, sample_of, best, anchor, f_previous, x_previous, columns_u, columns_v]
+        arrays += [None, control, atol, status, num_steps, residual, scratch]
+        self.step(BROYDEN, arrays, max_steps, (rtol, beta, 0.0))
+
+    def step(
+        self,
+        op: int,
+        arrays: list[Tensor | None],
+        max_steps: int,
+        reals: tuple[float, float, float],
+    ) -> None:
+        x, columns = arrays[0], arrays[7]
+        assert x is not None
+        assert columns is not None
+        self.send(op, x, columns, columns.shape[1], max_steps, reals, arrays)
+        (length,) = struct.unpack("q", self.receive(8))
+        error = self.receive(length).decode()
+        for array in arrays:
+            (size,) = struct.unpack("q", self.receive(8))
+            data = self.receive(size)
+            if array is not None and size:
+                array.copy_(torch.frombuffer(data, dtype=array.dtype).view(array.shape))
+        if error:
+            raise RuntimeError(error)
+
+    def send(
+        self,
+        op: int,
+        x: Tensor,
+        history: Tensor,
+        depth: int,
+        max_steps: int,
+        reals: tuple[float, float, float],
+        arrays: list[Tensor | None],
+    ) -> None:
+        assert self.process.stdin is not None
+        rows, dim = x.shape
+        words = (op, self.seed, STATES.index(x.dtype), STATES.index(history.dtype))
+        message = [struct.pack("9q", *words, rows, dim, depth, max_steps, self.offset)]
+        message.append(struct.pack("3d", *reals))
+        for array in arrays:
+            data = b"" if array is None else bytes_of(array)
+            message += [struct.pack("q", len(data)), data]
+        try:
+            self.process.stdin.write(b"".join(message))
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self.fail()
+
+    def receive(self, size: int) -> bytearray:
+        assert self.process.stdout is not None
+        data = self.process.stdout.read(size)
+        if len(data) < size:
+            self.fail()
+        return bytearray(data)
+
+    def fail(self) -> None:
+        """The driver has stopped: a sanitizer found something."""
+        _, errors = self.process.communicate()
+        raise AssertionError(f"the emulated kernels failed:\n{errors.decode()}")
+
+
+def bytes_of(array: Tensor) -> bytes:
+    """The bytes of `array`, contiguous."""
+    flat = array.reshape(-1).clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

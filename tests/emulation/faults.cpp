@@ -1,0 +1,70 @@
+// Kernels that are wrong on purpose, one per argument of the program: what the emulation is for.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "cuda_runtime.h"
+
+extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+
+namespace {
+
+float* shared() { return reinterpret_cast<float*>(dynamic_shared_memory); }
+
+// Each thread reads what its neighbour wrote.
+__global__ void neighbour(float* out, bool waits) {
+  shared()[threadIdx.x] = static_cast<float>(threadIdx.x);
+  if (waits) __syncthreads();
+  out[threadIdx.x] = shared()[(threadIdx.x + 1) % blockDim.x];
+}
+
+__global__ void past_the_end(float* out, int index) { out[index] = shared()[0]; }
+__global__ void past_shared(float* out, int index) { out[0] = shared()[index]; }
+__global__ void some_wait(bool) {
+  if (threadIdx.x < 7) __syncthreads();
+  if (threadIdx.x >= 7) __syncwarp();
+}
+__global__ void lane_has_left(float* out) {
+  if (threadIdx.x == 3) return;
+  out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
+}
+__global__ void crooked(float* out) {
+  *reinterpret_cast<float4*>(out + 1) = float4{1, 2, 3, 4};
+}
+__global__ void butterfly(float* out) {
+  float sum = static_cast<float>(threadIdx.x);
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  out[threadIdx.x] = sum;
+}
+
+template <class... Args>
+void go(void (*kernel)(Args...), int threads, Args... args) {
+  void* pointers[] = {&args...};
+  if (cudaLaunchKernel(kernel, 1, threads, pointers, threads * sizeof(float), nullptr)) {
+    std::fprintf(stderr, "the launch was refused\n");
+    std::exit(3);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  constexpr int kThreads = 64;
+  const char* which = count > 1 ? arguments[1] : "";
+  const auto is = [which](const char* name) { return std::strcmp(which, name) == 0; };
+  float* out = new float[kThreads]();
+  emulation::set_seed(count > 2 ? std::atoi(arguments[2]) : 0);
+  if (is("with barrier")) go(neighbour, kThreads, out, true);
+  if (is("without barrier")) go(neighbour, kThreads, out, false);
+  if (is("butterfly")) go(butterfly, 32, out);
+  if (is("past the end")) go(past_the_end, 1, out, kThreads);
+  if (is("past shared memory")) go(past_shared, kThreads, out, kThreads + 1);
+  if (is("never written")) go(past_shared, kThreads, out, 5);
+  if (is("some wait")) go(some_wait, 32, true);
+  if (is("lane has left")) go(lane_has_left, 32, out);
+  if (is("crooked vector")) go(crooked, 1, out);
+  if (is("too many threads")) go(past_the_end, 2048, out, 0);
+  for (int i = 0; i < kThreads; ++i) std::printf("%g ", out[i]);
+  delete[] out;
+  return 0;
+}
