@@ -31,6 +31,7 @@ class Arena:
             start = x0.detach()
             self.x = torch.empty_like(start, memory_format=torch.contiguous_format)
             self.work = allocate(self.x, method.solver, 0.0)
+            self.work.scratch = method.backend.scratch(self.x)
             self.rounds = torch.zeros(1, dtype=torch.int32, device=x0.device)
         self._method = method
 
@@ -60,7 +61,8 @@ class Arena:
 
     def tensors(self) -> list[Tensor]:
         """All of it."""
-        return [self.x, self.rounds, *vars(self.work).values()]
+        arrays = [array for array in vars(self.work).values() if array is not None]
+        return [self.x, self.rounds, *arrays]
 
 
 class Standins:

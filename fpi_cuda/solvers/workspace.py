@@ -89,6 +89,8 @@ def reset(work: Workspace, x0: Tensor, atol: float | Tensor) -> None:
     work.status.zero_()
     work.num_steps.zero_()
     work.residual.fill_(torch.inf)
+    if work.scratch is not None:
+        work.scratch.zero_()
     if isinstance(atol, Tensor):
         work.atol.copy_(atol)
     else:
