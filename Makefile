@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 
-.PHONY: test bench lint clean
+.PHONY: test bench lint clean gpu-check
 
 test: .venv/built
 	$(RUN) -m pytest -n 2 --timeout=600 $(ARGS)
@@ -17,6 +17,10 @@ lint: .venv/built
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# With PYTHON's own torch, on a machine with a GPU. ARGS="--dry-run" lists what it does.
+gpu-check:
+	"$(PYTHON)" .ci/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info fpi_cuda/*.so

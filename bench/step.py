@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from bench import machine
 from bench.measure import spread, use_threads
-from bench.report import aligned
+from bench.report import aligned, piped
 from bench.step_rows import Case, Ours, Row, rows_of, snapshot
 from fpi_cuda import backends
 
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     num_compiled = 1 if options.short else len(cases)
     results = run(cases, device, options.rounds, num_compiled)
     results["machine"] = machine.describe(device, options.threads, machine.command_line())
+    results["readme"] = markdown(results)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "step.json"
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
@@ -197,6 +198,25 @@ def text(results: dict[str, Any]) -> str:
         lines += aligned(table)
         lines += [f"  {name}: not measured, {why}" for name, why in case["missing"].items()]
     return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same for README, a line for each row."""
+    where = results["machine"]
+    table = [("step", "row", "us/step", "of copy", "time / ours")]
+    for case in results["cases"]:
+        title = "B={batch} d={dim} m={depth} {dtype}".format(**case)
+        for row in case["rows"]:
+            taken, ratio = 1e6 * row["seconds"]["median"], row["ratio"]["median"]
+            figures = (f"{taken:.1f}", f"{row['share_of_copy']:.0%}", f"{ratio:.2f}")
+            table.append((title, row["name"], *figures))
+            title = ""
+    return (
+        f"One Anderson step on {where['cpu'] if where['device'] == 'cpu' else where['device']}, "
+        f"g excluded; a copy moves {results['copy_bytes_per_second'] / 1e9:.1f} GB/s. torch "
+        f"{where['versions']['torch']}, commit {where['commit']}, {where['date']}: "
+        f"`{where['command']}`.\n\n{piped(table)}"
+    )
 
 
 if __name__ == "__main__":

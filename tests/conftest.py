@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 
-import hypothesis
 import pytest
 import torch
 
 NO_GPU = "no CUDA device"
 
-hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
-hypothesis.settings.load_profile("default")
+try:
+    import hypothesis
+except ImportError:  # the tests that need it are skipped by name
+    pass
+else:
+    hypothesis.settings.register_profile("default", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("default")
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels are then made for the interpreter.

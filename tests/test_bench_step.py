@@ -1,4 +1,5 @@
 """The step benchmark: what it times is the step that it says, and its figures add up."""
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import step
+for name in ("matplotlib", "tqdm"):
+    pytest.importorskip(name, reason="the bench extra is not installed")
+
+from bench import machine, step
 from bench.step_rows import Case, Ours, hand_written_step, right, rows_of, snapshot
 from fpi_cuda import backends
 from fpi_cuda.backends import reference
@@ -77,6 +81,8 @@ def test_figures_add_up() -> None:
     table = step.text(results)
     assert all(name in table for name in names)
     assert max(map(len, table.splitlines())) <= 100
+    results["machine"] = machine.describe(CPU, 1, ["python", "-m", "bench.step"])
+    assert all(name in step.markdown(results) for name in names)
 
 
 @pytest.mark.gpu
