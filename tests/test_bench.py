@@ -16,7 +16,7 @@ for name in ("matplotlib", "sklearn", "torchdeq", "tqdm"):
     pytest.importorskip(name, reason="the bench extra is not installed")
 
 import fpi_cuda as fpi
-from bench import report, throughput
+from bench import device_loop, report, throughput
 from bench.contamination import contamination
 from bench.data import BIBTEX_FEATURES, BIBTEX_LABELS, load_bibtex, load_digits, read_sparse_arff
 from bench.loss_scale import loss_scale
@@ -369,3 +369,24 @@ def test_jax_maps_equal_the_cells(activation: str) -> None:
         prepared = jax.vmap(prepare, in_axes=(0, None))(z.numpy(), weights)
         image = jax.vmap(step, in_axes=(0, 0, None))(x.numpy(), prepared, weights)
         torch.testing.assert_close(torch.tensor(image.tolist()), cell(x, z).detach())
+
+
+def test_the_device_loop_benchmark_says_what_it_could_not_run() -> None:
+    size = device_loop.Size(conv=(2, 8, 4), rounds=2)
+    conv = device_loop.large_cell(size, CPU)
+    labels = [row["label"] for row in conv["rows"]]
+    assert labels == ["fpi_cuda, host loop", "torchdeq Anderson", "torchdeq Picard"]
+    assert all(row["solved"] == 1.0 for row in conv["rows"])
+    assert conv["rows"][0]["gradient_error"] < 1e-2
+    text = device_loop.text(
+        {
+            "machine": {"device": "cpu"},
+            "seconds_per_iteration": {"host loop": {"median": 2.5e-6}},
+            "tanh": {"rows": [], "skipped": {"jaxopt": "not installed"}},
+            "conv": conv,
+            "not_run": "the device loop",
+        }
+    )
+    assert "      2.50  host loop" in text
+    assert "not run: jaxopt: not installed" in text
+    assert "NOT RUN: the device loop" in text

@@ -122,7 +122,7 @@ class JaxPeer(Peer):
     ) -> tuple[Tensor, list[Tensor]]:
         compiled = self._of(problem)
         (weight_grads, z_grad), x = compiled.backward(
-            compiled.weights, compiled.z, compiled.x0, tol, adjoint_tol, v.numpy()
+            compiled.weights, compiled.z, compiled.x0, tol, adjoint_tol, v.cpu().numpy()
         )
         ordered = [weight_grads[name] for name, _ in problem.cell.named_parameters()]
         return _to_torch(x), [_to_torch(grad) for grad in (z_grad, *ordered)]
@@ -140,11 +140,11 @@ class _Compiled:
         prepare, step = maps_of(problem.cell)
         cap = problem.max_steps
         self.weights = {
-            name: jnp.asarray(value.detach().numpy())
+            name: jnp.asarray(value.detach().cpu().numpy())
             for name, value in problem.cell.named_parameters()
         }
-        self.z = jnp.asarray(problem.z.numpy())
-        self.x0 = jnp.asarray(problem.x0.numpy())
+        self.z = jnp.asarray(problem.z.cpu().numpy())
+        self.x0 = jnp.asarray(problem.x0.cpu().numpy())
 
         def forward(weights: Weights, z: Any, x0: Any, tol: Any, adjoint_tol: Any = None) -> Any:
             prepared = jax.vmap(prepare, in_axes=(0, None))(z, weights)

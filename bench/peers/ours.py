@@ -18,9 +18,12 @@ class FpiCuda(Peer):
 
     library = "fpi_cuda"
 
-    def __init__(self, solver: fpi.Picard | fpi.Anderson | fpi.Broyden) -> None:
-        super().__init__(repr(solver), solver=repr(solver))
+    def __init__(
+        self, solver: fpi.Picard | fpi.Anderson | fpi.Broyden, route: str | None = None
+    ) -> None:
+        super().__init__(repr(solver), solver=repr(solver), route=route)
         self.solver = solver
+        self.route = route
 
     def first_tolerance(self, problem: Problem) -> float:
         return problem.rtol
@@ -35,6 +38,7 @@ class FpiCuda(Peer):
             solver=self.solver,
             rtol=tol,
             max_steps=problem.max_steps,
+            route=self.route,
             adjoint=fpi.Implicit(rtol=adjoint_tol),
         )
 
