@@ -45,7 +45,7 @@ class Config:
 
     folds: int = 3
     epochs: tuple[int, ...] = (8, 12, 16, 20)
-    entropy_weights: tuple[float, ...] = (0.03, 0.1)
+    entropy_weights: tuple[float, ...] = (0.03,)
     seeds: int = 3
     hidden: int = 300
     label_hidden: int = 128
@@ -53,12 +53,12 @@ class Config:
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     dropout: float = 0.5
-    ablation_epochs: int = 8
+    ablation_epochs: int = 5
 
 
 SIZES = {
     "full": Config(),
-    "smoke": Config(folds=2, epochs=(6, 9), entropy_weights=(0.03,), seeds=3, ablation_epochs=1),
+    "smoke": Config(folds=2, epochs=(6, 9), ablation_epochs=1),
 }
 
 
