@@ -44,7 +44,7 @@ class Config:
     """
 
     folds: int = 3
-    epochs: tuple[int, ...] = (8, 12, 16, 20)
+    epochs: tuple[int, ...] = (8, 12, 16)
     entropy_weights: tuple[float, ...] = (0.03,)
     seeds: int = 3
     hidden: int = 300
