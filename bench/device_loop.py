@@ -48,7 +48,7 @@ class Size:
     conv: tuple[int, int, int] = (128, 48, 32)
     steps: tuple[int, int] = (50, 250)
     rounds: int = 11
-    num_candidates: int | None = None
+    num_candidates: int | None = 3
 
 
 FULL = Size()

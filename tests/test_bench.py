@@ -377,7 +377,7 @@ def test_the_device_loop_benchmark_says_what_it_could_not_run() -> None:
     labels = [row["label"] for row in conv["rows"]]
     assert labels == ["fpi_cuda, host loop", "torchdeq Anderson", "torchdeq Picard"]
     assert all(row["solved"] == 1.0 for row in conv["rows"])
-    assert conv["rows"][0]["gradient_error"] < 1e-2
+    assert conv["rows"][0]["gradient_error"] < 0.1
     text = device_loop.text(
         {
             "machine": {"device": "cpu"},
