@@ -22,7 +22,17 @@ LEVELS = [
     {"request"},
     {"device_loop"},
     {"implicit", "solvers", "cells", "backends"},
-    {"options", "result", "state", "partial", "control", "faithful", "tracing", "transforms"},
+    {
+        "options",
+        "result",
+        "state",
+        "partial",
+        "control",
+        "faithful",
+        "lowered",
+        "tracing",
+        "transforms",
+    },
     {"_extension"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.

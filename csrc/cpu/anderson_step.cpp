@@ -163,4 +163,12 @@ void anderson_step_cpu(const StepParams& p, StateType state, StateType history, 
   launch<AndersonStep>(p, state, history, run);
 }
 
+void anderson_rows_cpu(const StepParams& p, StateType state, int64_t first, int64_t last) {
+  switch (state) {
+    case StateType::kFloat64: return run_rows<AndersonStep<double, double>>(p, first, last);
+    case StateType::kBFloat16: return run_rows<AndersonStep<BFloat16, BFloat16>>(p, first, last);
+    default: return run_rows<AndersonStep<float, float>>(p, first, last);
+  }
+}
+
 }  // namespace fpi

@@ -10,6 +10,9 @@ namespace fpi {
 // One Anderson step (Picard where depth is 0) of every active sample, in place.
 void anderson_step_cpu(const StepParams& p, StateType state, StateType history, ParallelFor run);
 
+// The same for rows [first, last), on the calling thread; the history is stored as the state.
+void anderson_rows_cpu(const StepParams& p, StateType state, int64_t first, int64_t last);
+
 // One limited-memory Broyden step of every active sample, in place.
 void broyden_step_cpu(const StepParams& p, StateType state, StateType history, ParallelFor run);
 

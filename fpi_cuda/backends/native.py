@@ -23,3 +23,8 @@ def anderson_step_(*args: Any, **kwargs: Any) -> None:
 def broyden_step_(*args: Any, **kwargs: Any) -> None:
     """See fpi_cuda.backends.reference.broyden_step_, its twin."""
     torch.ops.fpi_cuda.broyden_step_.default(*args, **kwargs)
+
+
+def cell_loop_(*args: Any, **kwargs: Any) -> None:
+    """See fpi_cuda.backends.reference.cell_loop_, its twin."""
+    torch.ops.fpi_cuda.cell_loop_.default(*args, **kwargs)

@@ -1,0 +1,157 @@
+"""A cell as the fused loop runs it: one or two layers, in tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = (
+    "identity",
+    "tanh",
+    "relu",
+    "sigmoid",
+    "gelu",
+    "softplus",
+    "tanh_derivative",
+    "relu_derivative",
+    "sigmoid_derivative",
+    "gelu_derivative",
+    "one",
+)
+"""Names that kernels know, in the order of csrc/common/activation.h."""
+
+
+class NotLowered(Exception):
+    """Raised by a cell's lower(): why the fused loop cannot run it as it is."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """h -> factor * function(weight h + bias + shift), row by row.
+
+    Attributes:
+        weight: (outputs, inputs), with any strides.
+        activation: the function's name, one of ACTIVATIONS.
+        function: the same elementwise, in torch.
+        bias: (outputs,) or None.
+        shift, factor: (B, outputs) or None.
+    """
+
+    weight: Tensor
+    activation: str = "identity"
+    function: Callable[[Tensor], Tensor] | None = None
+    bias: Tensor | None = None
+    shift: Tensor | None = None
+    factor: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """weight, bias, shift, factor."""
+        return self.weight, self.bias, self.shift, self.factor
+
+    def sums(self, h: Tensor) -> Tensor:
+        """weight h + bias + shift."""
+        u = torch.nn.functional.linear(h, self.weight, self.bias)
+        return u if self.shift is None else u + self.shift
+
+    def finished(self, u: Tensor) -> Tensor:
+        """factor * function(u)."""
+        y = u if self.function is None else self.function(u)
+        return y if self.factor is None else y * self.factor
+
+    def slope(self, u: Tensor) -> Tensor | None:
+        """The derivative of `finished` at u; None where it is one everywhere."""
+        if self.function is None:
+            return self.factor
+        with torch.enable_grad():
+            leaf = u.detach().requires_grad_()
+            value = self.function(leaf)
+            slope = torch.zeros_like(u)
+            if value.requires_grad:
+                (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return slope if self.factor is None else slope * self.factor
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """x -> layers(x_factor * x) + carry * x, on states (B, D).
+
+    Attributes:
+        layers: one or two.
+        x_factor: (B, D) or None.
+        carry: one number.
+    """
+
+    layers: tuple[Layer, ...]
+    x_factor: Tensor | None = None
+    carry: float = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """One evaluation, in torch."""
+        h = x if self.x_factor is None else x * self.x_factor
+        for layer in self.layers:
+            h = layer.finished(layer.sums(h))
+        return h + self.carry * x if self.carry else h
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it is made of."""
+        parts = [self.x_factor, *(t for layer in self.layers for t in layer.tensors())]
+        return tuple(t for t in parts if t is not None)
+
+    def detached(self) -> Lowered:
+        """The same without a graph; what has the batch is contiguous."""
+
+        def plain(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.detach().contiguous()
+
+        layers = tuple(
+            dataclasses.replace(
+                layer,
+                weight=layer.weight.detach(),
+                bias=plain(layer.bias),
+                shift=plain(layer.shift),
+                factor=plain(layer.factor),
+            )
+            for layer in self.layers
+        )
+        return Lowered(layers, plain(self.x_factor), self.carry)
+
+    def rows(self, count: int) -> Lowered:
+        """The same for the first samples alone."""
+
+        def first(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[:count]
+
+        layers = tuple(
+            dataclasses.replace(layer, shift=first(layer.shift), factor=first(layer.factor))
+            for layer in self.layers
+        )
+        return Lowered(layers, first(self.x_factor), self.carry)
+
+    def adjoint(self, x: Tensor, v: Tensor, without: Tensor | None = None) -> Lowered:
+        """c -> J^T c + v, J the Jacobian at x (B, D), from weights that are not copied.
+
+        Args:
+            without: (B,) bool, samples whose J is replaced by carry times the identity.
+        """
+        if self.x_factor is not None:
+            raise NotLowered("the adjoint of a map with an x_factor is none of these maps")
+        h = x
+        slopes = []
+        for layer in self.layers:
+            u = layer.sums(h)
+            h = layer.finished(u)
+            slope = layer.slope(u)
+            if without is not None:
+                slope = torch.ones_like(u) if slope is None else slope
+                slope = torch.where(without[:, None], 0.0, slope)
+            slopes.append(slope)
+        backwards = [
+            Layer(layer.weight.mT, factor=slope)
+            for layer, slope in zip(self.layers, [None, *slopes], strict=False)
+        ][::-1]
+        backwards[-1] = dataclasses.replace(backwards[-1], shift=v)
+        return Lowered(tuple(backwards), slopes[-1], self.carry).detached()
