@@ -6,10 +6,11 @@ import torch
 
 from fpi_cuda import backends, device_loop
 from fpi_cuda.adjoint import default_adjoint_solver
+from fpi_cuda.fused import why_not_fused
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord
-from fpi_cuda.route import HOST_ASKED_FOR
+from fpi_cuda.route import HOST_ASKED_FOR, not_taken
 
 HOST_LOOP = "host loop: torch evaluates g, then one solver step advances all samples"
 DEVICE_LOOP = (
@@ -30,7 +31,7 @@ def explain(
         record: of the latest solve, if there was one.
     """
     lines = {
-        "route": route_line(options, device, record),
+        "route": route_line(options, g, device, dtype, record),
         "backend": backend_line(options, device, dtype),
         "solver": f"{options.solver}; a sample stops at ||g(x) - x|| <= {options.atol:g} + "
         f"{options.rtol:g} ||g(x)||, or after {options.max_steps} evaluations",
@@ -41,24 +42,68 @@ def explain(
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
-def route_line(options: Options, device: torch.device, record: AdjointRecord | None) -> str:
+def route_line(
+    options: Options,
+    g: object,
+    device: torch.device,
+    dtype: torch.dtype,
+    record: AdjointRecord | None,
+) -> str:
     """Who runs the loop: in the latest solve, else as far as it is known before."""
-    if record is None or record.route is None:
-        try:
-            graphs = device_loop.graphs_for(device)
-        except device_loop.Refused as reason:
-            return f"{HOST_LOOP} ({reason})"
-        unavailable = HOST_ASKED_FOR if options.route == "host" else graphs.why_not()
-        if unavailable is not None:
-            return f"{HOST_LOOP} ({unavailable})"
-        return f"{DEVICE_LOOP}; the host does where g cannot be captured, which is not known yet"
+    if record is not None and record.route is not None:
+        return taken(record, options, g, dtype)
+    not_fused = f'route="{options.route}" asks for it'
+    if options.route in (None, "fused"):
+        engine = backends.resolve(options.backend, device, dtype)
+        rowwise = options.asks_rowwise(g)
+        reason = why_not_fused(g, engine, options.solver, dtype, rowwise=rowwise)
+        if reason is None:
+            return (
+                f"{fused_loop(options, g, dtype)}. Where x is not (batch, features), under "
+                "autocast and inside torch.func transforms it is the host loop"
+            )
+        if options.route == "fused":
+            return f'none: route="fused" asks for the fused loop, but {reason}'
+        not_fused = reason
+    try:
+        graphs = device_loop.graphs_for(device)
+    except device_loop.Refused as reason:
+        return f"{HOST_LOOP} ({not_taken(not_fused, str(reason))})"
+    unavailable = HOST_ASKED_FOR if options.route == "host" else graphs.why_not()
+    if unavailable is not None:
+        return f"{HOST_LOOP} ({not_taken(not_fused, unavailable)})"
+    return (
+        f"{DEVICE_LOOP}; the host does where g cannot be captured, which is not known yet "
+        f"(not fused: {not_fused})"
+    )
+
+
+def taken(record: AdjointRecord, options: Options, g: object, dtype: torch.dtype) -> str:
+    """The way that the latest solve went."""
+    assert record.route is not None
     if record.route.name == "host":
         return f"{HOST_LOOP} ({record.route.reason})"
+    loop = fused_loop(options, g, dtype) if record.route.name == "fused" else DEVICE_LOOP
     if record.adjoint_route is None:
-        return DEVICE_LOOP
+        return loop
     if record.adjoint_route.name == "host":
-        return f"{DEVICE_LOOP}; the adjoint by the host loop ({record.adjoint_route.reason})"
-    return f"{DEVICE_LOOP}; the adjoint likewise"
+        return f"{loop}; the adjoint by the host loop ({record.adjoint_route.reason})"
+    return f"{loop}; the adjoint likewise"
+
+
+def fused_loop(options: Options, g: object, dtype: torch.dtype) -> str:
+    """The fused loop, its tile and its precision."""
+    depth = options.solver.m if isinstance(options.solver, Anderson) else 0
+    hidden = getattr(getattr(g, "energy", g), "hidden_features", 0)
+    plenty = 1 << 30
+    tile = torch.ops.fpi_cuda.cell_loop_tile(
+        plenty, getattr(g, "x_features", None) or 1, hidden, depth, dtype == torch.float64
+    )
+    return (
+        f"fused loop: native code evaluates g and steps, up to {tile} samples at a time per "
+        f"thread, in IEEE {str(dtype).removeprefix('torch.')}; one that stops makes room for the "
+        "next"
+    )
 
 
 def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> str:

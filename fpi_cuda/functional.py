@@ -80,9 +80,10 @@ def fixed_point(
             (and of what prepare returns) only. Stopped samples are then no longer evaluated.
             None takes g.rowwise, False where there is none. A broken promise is noticed where
             grad mode is on, from the value of g at the solution.
-        route: "device" runs the whole loop as a CUDA graph, without the host, for a g that can be
-            captured: no host reads, no random numbers. "host" never does. None takes the
-            device where it can be had.
+        route: "fused" runs the whole loop, g included, in one call of native code, for cells that
+            lower to it. "device" runs it as a CUDA graph, without the host, for a g that can be
+            captured: no host reads, no random numbers. "host" does neither. None takes the first
+            of these that can be had.
         throw: raise where a sample has not converged. Inside torch.func.vmap the error numbers
             the samples of all vmaps, those of the first one first.
     Returns:
@@ -194,6 +195,7 @@ def solved(
     if not differentiates():
         return result.x, result
     account = Account(result.status, record)
+    course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
     strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
     value = attach(differentiated, result.x, result.residual, strategy, born_after)

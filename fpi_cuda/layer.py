@@ -157,7 +157,7 @@ class FPILayer(nn.Module):
         options = self.options
         given = [f"solver={options.solver}", f"rtol={options.rtol}"]
         # The rest only where it is not the default.
-        for name in ("atol", "max_steps", "adjoint", "backend", "rowwise", "throw"):
+        for name in ("atol", "max_steps", "adjoint", "backend", "rowwise", "route", "throw"):
             value = getattr(options, name)
             if value != inspect.signature(FPILayer).parameters[name].default:
                 given.append(f"{name}={value!r}")

@@ -21,7 +21,7 @@ from fpi_cuda.options import (
     require_real,
 )
 
-ROUTES = ("host", "device")
+ROUTES = ("host", "device", "fused")
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Route(NamedTuple):
     """Which way a solve went.
 
     Attributes:
-        name: "host" or "device".
+        name: "host", "device" or "fused".
         reason: why no way ahead of it was taken.
     """
 

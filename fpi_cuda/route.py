@@ -1,4 +1,4 @@
-"""Which way a solve goes: by the host loop, or by the loop on the device."""
+"""Which way a solve goes: by the fused loop, the loop on the device, or the host's."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import device_loop
-from fpi_cuda.adjoint import adjoint_method
+from fpi_cuda.adjoint import adjoint_method, adjoint_solver
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
+from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step
 from fpi_cuda.implicit import Account, DeviceSolve, FlatMap
+from fpi_cuda.lowered import NotLowered
+from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route, SolveResult
+from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import Backend, solve
 
 HOST_ASKED_FOR = 'route="host" asks for it'
@@ -20,7 +24,7 @@ UNROLLED = "adjoint=Unroll() differentiates every step, which a graph cannot"
 
 
 class Course:
-    """The way of one solve and of its adjoint: the device's where it can be had.
+    """The way of one solve and of its adjoint: fused, else on the device, where it can be had.
 
     Args:
         flat_map: g, plain.
@@ -37,19 +41,31 @@ class Course:
         self._record = record
         self._graphs: Graphs | None = None
         self._adjoint: DeviceAdjoint | None = None
+        self._fused: FusedMap | None = None
+        self._fused_adjoint: FusedAdjoint | None = None
 
     @property
     def on_device(self) -> DeviceSolve | None:
-        """What solves the adjoint on the device, to be tried first; None where nothing does."""
-        return None if self._adjoint is None else self._adjoint.solve
+        """What solves the adjoint in one call, to be tried first; None where nothing does."""
+        adjoint = self._fused_adjoint or self._adjoint
+        return None if adjoint is None else adjoint.solve
 
     def solve(self, x0: Tensor) -> SolveResult:
         """The fixed point from x0 (B, D), plain; under no_grad.
 
         Raises:
-            RuntimeError: route="device" asks for what cannot be had.
+            RuntimeError: route="fused" or "device" asks for what cannot be had.
         """
         options = self._options
+        try:
+            result = self._solve_fused(x0)
+        except NotLowered as reason:
+            if options.route == "fused":
+                require_host_allowed(options, "the solve", str(reason))
+            not_fused = str(reason)
+        else:
+            self._record.route = Route("fused")
+            return result
         method = Method(options.solver, options.rtol, options.max_steps, self._engine)
         try:
             graphs = self._require_graphs(x0.device)
@@ -64,7 +80,7 @@ class Course:
             )
         except Refused as reason:
             require_host_allowed(options, "the solve", str(reason))
-            self._record.route = Route("host", str(reason))
+            self._record.route = Route("host", not_taken(not_fused, str(reason)))
         else:
             self._graphs = graphs
             self._record.route = Route("device")
@@ -79,6 +95,49 @@ class Course:
             backend=self._engine,
             rowwise=options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable(),
         )
+
+    def _solve_fused(self, x0: Tensor) -> SolveResult:
+        options, flat_map = self._options, self._flat_map
+        if options.route not in (None, "fused"):
+            raise NotLowered(f'route="{options.route}" asks for it')
+        rowwise = options.asks_rowwise(flat_map.g)
+        fused = fused_map(flat_map, self._engine, options.solver, rowwise=rowwise)
+        result = solve_fused(
+            fused.lowered,
+            x0,
+            options.solver,
+            rtol=options.rtol,
+            atol=options.atol,
+            max_steps=options.max_steps,
+            backend=self._engine,
+        )
+        require_same_as_step(flat_map, fused, result.x)
+        self._fused = fused
+        return result
+
+    def plan_fused_adjoint(self, account: Account) -> None:
+        """See to it that the adjoint of a fused solve is one too, if its solver has such a loop.
+
+        Raises:
+            RuntimeError: route="fused" asks for what cannot be had.
+        """
+        options, layout = self._options, self._flat_map.layout
+        if self._fused is None or not isinstance(options.adjoint, Implicit):
+            return
+        solver = adjoint_solver(options, options.adjoint, layout.dim)
+        reason = why_not_served(solver, layout.dtype)
+        if reason is not None:
+            require_host_allowed(options, "the adjoint", reason)
+            self._record.adjoint_route = Route("host", reason)
+            return
+        self._fused_adjoint = FusedAdjoint(
+            self._fused,
+            solver,
+            options.adjoint.max_steps or options.max_steps,
+            self._engine,
+            account.hopeless,
+        )
+        self._record.adjoint_route = Route("fused")
 
     def for_adjoint(self, flat_map: FlatMap) -> FlatMap:
         """`flat_map`, recorded if its adjoint is to be solved on the device."""
@@ -124,10 +183,17 @@ class Course:
         return device_loop.graphs_for(device)
 
 
+def not_taken(not_fused: str, not_on_device: str) -> str:
+    """Why neither way was taken; once, where it is the same reason."""
+    if not_fused == not_on_device:
+        return not_fused
+    return f"not fused: {not_fused}; not on the device: {not_on_device}"
+
+
 def require_host_allowed(options: Options, what: str, reason: str) -> None:
-    """Raise unless the host may do what the device cannot."""
-    if options.route == "device":
+    """Raise unless the host may do what another way cannot."""
+    if options.route in ("device", "fused"):
         raise RuntimeError(
-            f'fixed_point: route="device" was asked for, but {what} cannot run there: {reason}. '
-            'Use route=None or route="host"'
+            f'fixed_point: route="{options.route}" was asked for, but {what} cannot run there: '
+            f'{reason}. Use route=None or route="host"'
         )

@@ -506,7 +506,7 @@ def test_a_device_without_graphs_says_why(tape: TapeGraphs) -> None:
     with pytest.raises(RuntimeError, match=r"cannot run there: the driver is for CUDA 11\.8"):
         solve(Cell(), *inputs())
     layer = fpi.FPILayer(Cell(), state_shape=FEATURES)
-    assert "(the driver is for CUDA 11.8" in layer.explain()
+    assert "the driver is for CUDA 11.8" in layer.explain()
     tape.refusal = None
     assert layer.explain().startswith("route    device loop")
 
@@ -705,7 +705,7 @@ def test_a_device_without_graphs_at_all() -> None:
         solve(Cell(), *inputs())
     layer = fpi.FPILayer(Cell(), state_shape=FEATURES)
     layer(inputs()[1])
-    assert "(the state is on cpu, which has no CUDA graphs)" in layer.explain()
+    assert "the state is on cpu, which has no CUDA graphs)" in layer.explain()
 
 
 def test_an_unknown_route_names_the_valid_ones() -> None:

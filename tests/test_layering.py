@@ -20,7 +20,7 @@ LEVELS = [
     {"route"},
     {"adjoint"},
     {"request"},
-    {"device_loop"},
+    {"device_loop", "fused"},
     {"implicit", "solvers", "cells", "backends"},
     {
         "options",

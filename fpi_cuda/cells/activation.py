@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpi_cuda.lowered import NotLowered
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -59,6 +61,31 @@ ACTIVATIONS = {
     "softplus": Activation(torch.nn.functional.softplus, torch.sigmoid, 1.0),
     "identity": Activation(identity, torch.ones_like, 1.0),
 }
+
+
+# What kernels call the derivative, in fpi_cuda.lowered.ACTIVATIONS.
+DERIVATIVES = {
+    "tanh": "tanh_derivative",
+    "relu": "relu_derivative",
+    "sigmoid": "sigmoid_derivative",
+    "gelu": "gelu_derivative",
+    "softplus": "sigmoid",
+    "identity": "one",
+}
+# Those that kernels have code for.
+COMPILED = dict(ACTIVATIONS)
+
+
+def compiled_activation(name: str) -> Activation:
+    """ACTIVATIONS[name], as kernels compute it too.
+
+    Raises:
+        NotLowered: it was added or exchanged by the user.
+    """
+    activation = ACTIVATIONS[name]
+    if activation is not COMPILED.get(name):
+        raise NotLowered(f"no kernel computes the activation {name!r}")
+    return activation
 
 
 def require_activation(owner: str, option: str, name: object) -> str:

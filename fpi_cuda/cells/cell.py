@@ -18,6 +18,12 @@ class Cell(nn.Module):
       tensors;
     - `step(x, prepared)` returns the next x, in the shape and dtype of x.
 
+    A cell made of one or two weights can offer a third, and the whole solve is then one loop of
+    native code:
+
+    - `lower(prepared)` returns step() as a fpi_cuda.lowered.Lowered, or raises NotLowered with
+      the reason why it cannot.
+
     Attributes:
         rowwise: sample i of the result depends on sample i of x and z alone, and dim 0 of
             whatever `prepare` returns is the batch. Stopped samples can then be left out.

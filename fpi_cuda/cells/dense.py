@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.cells.activation import ACTIVATIONS, require_activation
+from fpi_cuda.cells.activation import ACTIVATIONS, compiled_activation, require_activation
 from fpi_cuda.cells.cell import (
     FRESH_LIPSCHITZ,
     Cell,
@@ -13,6 +13,8 @@ from fpi_cuda.cells.cell import (
     require_features,
     require_same_batch,
 )
+from fpi_cuda.cells.lowering import without_bias
+from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_count
 
 
@@ -68,6 +70,12 @@ class Dense(Cell):
         require_features("Dense", "x", x, self.x_features)
         require_same_batch("Dense", x, prepared)
         return ACTIVATIONS[self.activation].value(self.A(x) + prepared).to(x.dtype)
+
+    def lower(self, prepared: Tensor) -> Lowered:
+        """step() for the fused loop."""
+        weight = without_bias("Dense", "A", self.A)
+        function = compiled_activation(self.activation).value
+        return Lowered((Layer(weight, self.activation, function, shift=prepared),))
 
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""

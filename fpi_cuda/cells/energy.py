@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.cells.activation import ACTIVATIONS, require_activation
+from fpi_cuda.cells.activation import (
+    ACTIVATIONS,
+    DERIVATIVES,
+    compiled_activation,
+    require_activation,
+)
 from fpi_cuda.cells.cell import orthogonal_, require_features, require_same_batch
+from fpi_cuda.cells.lowering import without_bias
+from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_count, require_real
 
 
@@ -92,6 +99,16 @@ class MLPEnergy(nn.Module):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """f(x, z): x (B, x_features), z (B, z_features) -> (B,)."""
         return self.value(x, self.prepare(z))
+
+    def lower_descent(self, prepared: Tensor, step_size: float) -> Lowered:
+        """x - step_size * gradient(x, prepared) for the fused loop."""
+        weight = without_bias("MLPEnergy", "A", self.A)
+        derivative = compiled_activation(self.activation).derivative
+        down = (weight * self.w[:, None]).mT * -step_size
+        return Lowered(
+            (Layer(weight, DERIVATIVES[self.activation], derivative, shift=prepared), Layer(down)),
+            carry=1.0 - step_size * self.quadratic,
+        )
 
     def _hidden_input(self, x: Tensor, prepared: Tensor) -> Tensor:
         require_features("MLPEnergy", "x", x, self.x_features)

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fpi_cuda.cells.cell import Cell
+from fpi_cuda.cells.lowering import EVALUATION, require_consistent
+from fpi_cuda.lowered import Lowered, NotLowered
 from fpi_cuda.options import require_real
 from fpi_cuda.partial import IndependentError, partial
 
@@ -70,6 +72,16 @@ class GradientDescent(Cell):
         else:
             gradient = self._partial(x, prepared)
         return (x - self.step_size * gradient).to(x.dtype)
+
+    def lower(self, prepared: Tensor) -> Lowered:
+        """step() for the fused loop, if the energy offers lower_descent()."""
+        lower_descent = getattr(self.energy, "lower_descent", None)
+        if not self.closed_form or lower_descent is None:
+            raise NotLowered(f"{type(self.energy).__name__} has no lower_descent()")
+        for method in (*EVALUATION, "value", "gradient", "_hidden_input"):
+            require_consistent(self.energy, method, "lower_descent")
+        result: Lowered = lower_descent(prepared, self.step_size)
+        return result
 
     def _partial(self, x: Tensor, prepared: Any) -> Tensor:
         def value(at: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.cells.activation import ACTIVATIONS, require_activation
+from fpi_cuda.cells.activation import ACTIVATIONS, compiled_activation, require_activation
 from fpi_cuda.cells.cell import (
     FRESH_LIPSCHITZ,
     Cell,
@@ -13,6 +13,8 @@ from fpi_cuda.cells.cell import (
     require_features,
     require_same_batch,
 )
+from fpi_cuda.cells.lowering import linear_terms, without_bias
+from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_count
 
 
@@ -84,6 +86,19 @@ class MLP(Cell):
         require_same_batch("MLP", x, prepared)
         hidden = ACTIVATIONS[self.activation].value(self.A(x) + prepared)
         return ACTIVATIONS[self.out_activation].value(self.W(hidden)).to(x.dtype)
+
+    def lower(self, prepared: Tensor) -> Lowered:
+        """step() for the fused loop."""
+        first = without_bias("MLP", "A", self.A)
+        second, bias = linear_terms("MLP", "W", self.W)
+        function = compiled_activation(self.activation).value
+        out_function = compiled_activation(self.out_activation).value
+        return Lowered(
+            (
+                Layer(first, self.activation, function, shift=prepared),
+                Layer(second, self.out_activation, out_function, bias=bias),
+            )
+        )
 
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""

@@ -1,0 +1,111 @@
+"""The fused loop: g, the solver and the stop test in one call, for cells that lower to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpi_cuda import transforms
+from fpi_cuda.cells.lowering import lowered, require_lowerable, require_same_map, require_shapes
+from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
+from fpi_cuda.lowered import NotLowered
+from fpi_cuda.options import FixedPointSolver, LinearSolver
+from fpi_cuda.result import SolveResult
+from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
+from fpi_cuda.solvers.loop import Backend
+
+
+def why_not_fused(
+    g: object, engine: Backend, solver: FixedPointSolver, dtype: torch.dtype, *, rowwise: bool
+) -> str | None:
+    """Why the fused loop cannot run such solves of g, or None if it can.
+
+    Args:
+        dtype: of the state.
+        rowwise: stopped samples may be left out.
+    """
+    try:
+        require_lowerable(g)
+    except NotLowered as reason:
+        return str(reason)
+    if not hasattr(engine, "cell_loop_"):
+        return f"the {engine.name} backend has no such loop"
+    if not rowwise:
+        return "rowwise is not True"
+    return why_not_served(solver, dtype)
+
+
+def fused_map(
+    flat_map: FlatMap, engine: Backend, solver: FixedPointSolver, *, rowwise: bool
+) -> FusedMap:
+    """g with its inputs bound, as the fused loop runs it; under no_grad.
+
+    Raises:
+        NotLowered: it cannot, and why.
+    """
+    layout = flat_map.layout
+    g: Any = flat_map.g
+    reason = why_not_fused(g, engine, solver, layout.dtype, rowwise=rowwise)
+    if reason is not None:
+        raise NotLowered(reason)
+    if transforms.active():
+        raise NotLowered("the call is inside torch.func transforms")
+    if layout.is_tuple or len(layout.shapes[0]) != 1:
+        raise NotLowered("the state is not one tensor (B, features)")
+    if flat_map.replay.autocast_dtype is not None:
+        raise NotLowered("autocast is on")
+    result = flat_map.replay(lambda: lowered(g, flat_map.read))
+    if flat_map.replay.stochastic:
+        raise NotLowered("its weights are drawn at random")
+    require_shapes(result, layout)
+    return FusedMap.of(result, (*g.parameters(), *g.buffers()))
+
+
+def require_same_as_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> None:
+    """Raise where a user's lower() does not describe the user's step(); see require_same_map."""
+    require_same_map(flat_map.g, flat_map.read, fused.lowered, x)
+
+
+class FusedAdjoint:
+    """Solves c = J^T c + b in one loop, J being that of a fused map at its fixed point.
+
+    Args:
+        fused: the map.
+        solver, max_steps, engine: of the adjoint solve.
+        hopeless: (B,) bool, samples without a fixed point to differentiate; None if there are
+            none.
+    """
+
+    def __init__(
+        self,
+        fused: FusedMap,
+        solver: FixedPointSolver | LinearSolver,
+        max_steps: int,
+        engine: Backend,
+        hopeless: Tensor | None,
+    ) -> None:
+        self._fused = fused
+        self._solver = solver
+        self._max_steps = max_steps
+        self._engine = engine
+        self._hopeless = hopeless
+
+    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
+        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None where the host has to do it.
+
+        That is where J is not the linearization at the fixed point but one that is itself
+        differentiated, and where weights were written to: autograd then has to complain.
+        """
+        if type(matrix) is not Linearization or not self._fused.unchanged():
+            return None
+        return solve_fused(
+            self._fused.lowered.adjoint(matrix.x.detach(), b, without=self._hopeless),
+            b,
+            self._solver,
+            rtol=0.0,
+            atol=atol,
+            max_steps=self._max_steps,
+            backend=self._engine,
+        )
