@@ -124,8 +124,8 @@ class PersistentPenalty(nn.Module):
         x = x.detach().requires_grad_()
         (product,) = torch.autograd.grad(cell(x, z), x, self.vector, create_graph=True)
         norm = norms(product)
-        with torch.no_grad():
-            self.vector.copy_(product / norm.clamp_min(1e-12))
+        # Not in place: the backward of this call still needs the old vector.
+        self.vector = (product / norm.clamp_min(1e-12)).detach()
         return torch.relu(norm - self.target).square().mean()
 
 

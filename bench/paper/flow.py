@@ -70,7 +70,7 @@ class Config:
 SIZES = {
     "full": Config(),
     "small": Config(
-        widths=(0.125,), size=64, batches=50, epochs=10, test_pairs=64, learning_rate=1e-3,
+        widths=(0.125,), size=64, batches=40, epochs=8, test_pairs=64, learning_rate=1e-3,
         channels=16,
     ),
     "smoke": Config(
