@@ -276,6 +276,15 @@ def test_a_state_that_it_cannot_take(dtype: torch.dtype, device: str, message: s
         resolve(dtype, device)
 
 
+def test_an_interpreter_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    if WHY_NOT is not None:
+        pytest.skip(WHY_NOT)
+    versions = {"triton": (3, 6), "numpy": (2, 4)}
+    monkeypatch.setattr(engine, "version_of", versions.get)
+    with pytest.raises(ValueError, match=r"Triton 3.6 fails under NumPy 2.4. pip install 'numpy<"):
+        resolve()
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match=r"Triton is not installed. pip install triton"):

@@ -5,6 +5,7 @@ Triton is imported when the first step is taken, never with the package.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 from typing import Any
@@ -55,4 +56,11 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
     if not launch.INTERPRETED:
         return "TRITON_INTERPRET=1 was set after Triton had been imported. Set it before"
+    if version_of("triton") < (3, 7) and version_of("numpy") >= (2, 4):
+        return "the interpreter of Triton 3.6 fails under NumPy 2.4. pip install 'numpy<2.4'"
     return None
+
+
+def version_of(package: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,9 @@ def on_device_of(x: Tensor) -> Iterator[None]:
         return
     import numpy
 
-    with numpy.errstate(all="ignore"):
+    with numpy.errstate(all="ignore"), warnings.catch_warnings():
+        # Of NumPy, on what the interpreter of Triton 3.6 does at every loop bound.
+        warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)
         yield
 
 
