@@ -172,6 +172,7 @@ def try_forward(peer: Peer, problem: Problem, first: float | None = None) -> For
         lambda tol: problem.true_residual(peer.solve(problem, tol)),
         problem.rtol,
         first or peer.first_tolerance(problem),
+        looser=not peer.promises_residual,
     )
     return Forward(peer, tol, quickest(lambda: peer.solve(problem, tol.tol), problem.z.device))
 

@@ -23,6 +23,9 @@ class Peer:
     library = ""
     compiles = False
     """Whether a new shape costs seconds before the first solve."""
+    promises_residual = False
+    """Whether its tolerance is the true relative residual of every sample: none looser is tried,
+    though more samples than needed may happen to meet the target."""
 
     def __init__(self, name: str, **settings: Any) -> None:
         self.name = name

@@ -17,6 +17,7 @@ class FpiCuda(Peer):
     """fixed_point with `solver`; the adjoint's solver is the library's default for it."""
 
     library = "fpi_cuda"
+    promises_residual = True
 
     def __init__(
         self, solver: fpi.Picard | fpi.Anderson | fpi.Broyden, route: str | None = None

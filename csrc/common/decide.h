@@ -49,6 +49,8 @@ struct Safeguard {
   static constexpr double kProgress = 0.9;     // of the best residual, to count as a new best
   static constexpr double kLetGo = 0.35;        // of the best residual at the anchor, to forget it
   static constexpr double kFirstPicard = 9.0;   // plain steps at the start
+  static constexpr double kFirstLeast = 4.0;    // fewer, where the residual has fallen to
+  static constexpr double kFirstGain = 0.05;    // this part of the first
   static constexpr double kFirstGrowth = 8.0;   // times kPicardGrowth: a transient may pass
   static constexpr double kPicardLength = 8.0;
   static constexpr double kPicardGrowth = 4.0;  // since the phase began; ends it early
@@ -99,6 +101,13 @@ FPI_HD bool hidden_by_rounding(const Control& c, const Measured& at, const Rules
   return rules.epsilon * at.norm_gx > rules.atol + Safeguard::kHidden * c.scale0;
 }
 
+// The first Picard phase is there for the transients of a map; where it has none, the phase ends.
+FPI_HD bool first_phase_gained(const Control& c, const Measured& at) {
+  return c.patience == Safeguard::kPatience &&
+         c.picard_left <= Safeguard::kFirstPicard - (Safeguard::kFirstLeast - 1.0) &&
+         at.residual <= Safeguard::kFirstGain * c.first;
+}
+
 // Picks between the accelerated step and a phase of plain Picard steps. Patience and the phase
 // both double each time, so that a problem which acceleration does not help is soon left to
 // Picard, and one bad stretch costs little: where it gained little, x goes back to the point where
@@ -113,7 +122,7 @@ FPI_HD Move next_move(Control& c, const Measured& at, Decision& out) {
     return Move::kStop;
   }
   if (in_phase) {
-    c.picard_left = picard_grew ? 0 : c.picard_left - 1;
+    c.picard_left = picard_grew || first_phase_gained(c, at) ? 0 : c.picard_left - 1;
     if (c.picard_left > 0) return Move::kPicard;
     c.since_best = 0;
     if (picard_grew && grew) {

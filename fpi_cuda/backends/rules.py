@@ -19,6 +19,8 @@ PATIENCE = 3.0
 PROGRESS = 0.9
 LET_GO = 0.35
 FIRST_PICARD = 9.0
+FIRST_LEAST = 4.0
+FIRST_GAIN = 0.05
 FIRST_GROWTH = 8.0
 PICARD_LENGTH = 8.0
 PICARD_GROWTH = 4.0
@@ -168,7 +170,12 @@ def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
     growths = torch.where(grew & ~in_phase, c["growths"] + 1, 0.0)
     gives_up = growths >= GROWTHS
 
-    left = torch.where(picard_grew, 0.0, c["picard_left"] - 1)
+    gained = (
+        (c["patience"] == PATIENCE)
+        & (c["picard_left"] <= FIRST_PICARD - (FIRST_LEAST - 1))
+        & (at.residual <= FIRST_GAIN * c["first"])
+    )
+    left = torch.where(picard_grew | gained, 0.0, c["picard_left"] - 1)
     leaves = in_phase & (left <= 0)
     returns = leaves & picard_grew & grew
     anchors = leaves & ~returns

@@ -35,6 +35,8 @@ PATIENCE = tl.constexpr(rules.PATIENCE)
 PROGRESS = tl.constexpr(rules.PROGRESS)
 LET_GO = tl.constexpr(rules.LET_GO)
 FIRST_PICARD = tl.constexpr(rules.FIRST_PICARD)
+FIRST_LEAST = tl.constexpr(rules.FIRST_LEAST)
+FIRST_GAIN = tl.constexpr(rules.FIRST_GAIN)
 FIRST_GROWTH = tl.constexpr(rules.FIRST_GROWTH)
 PICARD_LENGTH = tl.constexpr(rules.PICARD_LENGTH)
 PICARD_GROWTH = tl.constexpr(rules.PICARD_GROWTH)
@@ -137,7 +139,9 @@ def decide(
         grew = residual > best * GROWTH
         growths = tl.where(going, tl.where(grew & (in_phase == 0), growths + 1, 0.0), growths)
         gives_up = growths >= GROWTHS
-        left = tl.where(picard_grew, 0.0, picard_left - 1)
+        clean = (patience == PATIENCE) & (picard_left <= FIRST_PICARD - (FIRST_LEAST - 1))
+        clean = clean & (residual <= first * FIRST_GAIN)
+        left = tl.where(picard_grew | clean, 0.0, picard_left - 1)
         leaves = in_phase & (left <= 0)
         returns = leaves & picard_grew & grew
         anchors = going & leaves & (returns == 0) & (gives_up == 0)
