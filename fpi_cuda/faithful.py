@@ -17,7 +17,7 @@ class Replay:
     """What surrounds a call of fixed_point, laid around every evaluation of its g.
 
     Autocast: an evaluation in backward runs under the autocast state of the call, on whatever
-    thread autograd uses.
+    thread autograd uses. Inference mode: likewise, where the solver itself runs outside of it.
 
     Random numbers: a g that draws some from torch's default generators in its first evaluation
     draws the same ones in every other, so dropout has one mask per solve and its adjoint. Once
@@ -31,6 +31,7 @@ class Replay:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._autocast = AutocastState.current(device.type)
+        self._inference = torch.is_inference_mode_enabled()
         self._generators: list[Tensor] | None = None
         self._first = True
         self.stochastic = False
@@ -47,14 +48,16 @@ class Replay:
 
     def __call__(self, evaluation: Callable[[], T]) -> T:
         """evaluation(), in the surroundings of the first one."""
-        if self._autocast != AutocastState.current(self._device.type):
-            with self._autocast.entered():
-                return self._with_random_numbers(evaluation)
-        return self._with_random_numbers(evaluation)
+        with contextlib.ExitStack() as stack:
+            if self._inference and not torch.is_inference_mode_enabled():
+                stack.enter_context(torch.inference_mode())
+            if self._autocast != AutocastState.current(self._device.type):
+                stack.enter_context(self._autocast.entered())
+            return self._with_random_numbers(evaluation)
 
     @contextlib.contextmanager
     def solving(self) -> Iterator[None]:
-        """Around a whole solve under no_grad: what it does not leave behind.
+        """Around a whole solve: what it does not leave behind.
 
         The solver's own arithmetic runs without autocast, which would round it.
         """
@@ -156,6 +159,13 @@ def set_generator_states(device: torch.device, states: list[Tensor]) -> None:
         torch.set_rng_state(states[0])
         if device.type != "cpu":
             torch.get_device_module(device).set_rng_state(states[1], device)
+
+
+@contextlib.contextmanager
+def counting_changes() -> Iterator[None]:
+    """no_grad, and not inference mode: what is made inside counts how often it is changed."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextlib.contextmanager

@@ -143,6 +143,10 @@ class ConvergenceError(RuntimeError):
         self.solution = solution
         super().__init__(describe_failures(solution.status, solution.residual))
 
+    def __reduce__(self) -> tuple[type, tuple[Solution]]:
+        """Pickled as the solution: worker processes hand their errors on."""
+        return type(self), (self.solution,)
+
 
 def describe_failures(status: Tensor, residual: Tensor, limit: int = 8) -> str:
     """One line that counts the failed samples, names the first few, and says what to try."""

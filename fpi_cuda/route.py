@@ -8,6 +8,7 @@ from torch import Tensor
 from fpi_cuda import device_loop
 from fpi_cuda.adjoint import adjoint_method, adjoint_solver
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
+from fpi_cuda.faithful import counting_changes
 from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step
 from fpi_cuda.implicit import Account, DeviceSolve, FlatMap
 from fpi_cuda.lowered import NotLowered
@@ -85,16 +86,17 @@ class Course:
             self._graphs = graphs
             self._record.route = Route("device")
             return result
-        return solve(
-            self._flat_map.evaluate,
-            x0,
-            options.solver,
-            rtol=options.rtol,
-            atol=options.atol,
-            max_steps=options.max_steps,
-            backend=self._engine,
-            rowwise=options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable(),
-        )
+        with counting_changes():
+            return solve(
+                self._flat_map.evaluate,
+                x0,
+                options.solver,
+                rtol=options.rtol,
+                atol=options.atol,
+                max_steps=options.max_steps,
+                backend=self._engine,
+                rowwise=options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable(),
+            )
 
     def _solve_fused(self, x0: Tensor) -> SolveResult:
         options, flat_map = self._options, self._flat_map

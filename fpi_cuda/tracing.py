@@ -43,6 +43,11 @@ def require_numbers(*tensors: Tensor) -> None:
         ValueError: a tensor on the meta device.
         RuntimeError: fake tensors, or a trace that would hold the steps taken for these data.
     """
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "fixed_point: torch.jit.trace would keep the steps that these data need for all "
+            "others. Trace what is around the layer, or call it as it is"
+        )
     for t in tensors:
         if isinstance(t, FakeTensor) or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
             raise RuntimeError(

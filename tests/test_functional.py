@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -206,6 +207,9 @@ def test_throw_names_the_samples_and_carries_the_solution() -> None:
     assert solution.value.shape == (20, D)
     assert not solution.value.requires_grad
     assert solution.status[3] == fpi.Status.NONFINITE
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert str(again) == message
+    assert torch.equal(again.solution.status, solution.status)
     assert fpi.fixed_point(g, zeros(), z[4:7], throw=True).converged.all()
 
 
@@ -292,6 +296,45 @@ def test_a_g_that_works_in_place_on_x(solver: Any, backend: str) -> None:
     assert torch.equal(grad, oracle)
 
 
+class Greedy:
+    """tanh(z - x / 2) with one part that writes over what it is given."""
+
+    rowwise = True
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+    def prepare(self, z: Tensor) -> tuple[Tensor]:
+        return (z.mul_(2) if self.part == "prepare" else 2 * z,)
+
+    def step(self, x: Tensor, prepared: tuple[Tensor]) -> Tensor:
+        (bias,) = prepared
+        return torch.tanh(bias.sub_(0.5 * x) if self.part == "step" else bias - 0.5 * x)
+
+    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.step(x, self.prepare(z))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("g", "message"),
+    [
+        (lambda x, z: torch.tanh(z.sub_(0.5 * x)), "must not change z in place"),
+        (Greedy("prepare"), "must not change z in place"),
+        (Greedy("step"), "must not change what prepare returned in place"),
+    ],
+    ids=["z", "prepare", "step"],
+)
+def test_a_g_that_writes_over_its_inputs(g: Any, message: str, mode: Any) -> None:
+    with mode():
+        z = torch.linspace(-2, 2, B)[:, None].repeat(1, D)
+        with pytest.raises(ValueError, match=message):
+            fpi.fixed_point(g, torch.zeros(B, D), z)
+        z = torch.linspace(-2, 2, B)[:, None].repeat(1, D)
+        sol = fpi.fixed_point(Greedy(""), torch.zeros(B, D), z, rtol=1e-6)
+        torch.testing.assert_close(torch.tanh(2 * z - 0.5 * sol.value), sol.value)
+
+
 def private_mask() -> Callable[[Tensor, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     return lambda x, z: 0.5 * x * (torch.rand(x.shape, generator=generator) > 0.5) + z
@@ -327,6 +370,17 @@ def test_a_g_that_couples_samples_is_solved_where_nothing_else_is_claimed() -> N
     sol = fpi.fixed_point(centred(), torch.zeros(40, D, dtype=F64), z, **TIGHT)
     assert sol.converged.all()
     torch.testing.assert_close(sol.value, 2 * z - z.mean(0))
+
+
+def test_a_g_whose_first_evaluation_hides_that_it_works_in_place() -> None:
+    """x *= 0.5 changes nothing at x = 0."""
+    z = torch.randn(B, D)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode(), pytest.raises(ValueError, match="x in place in some evaluations only"):
+            fpi.fixed_point(lambda x, z: x.mul_(0.5) + z if x.any() else z.clone(), zeros(), z)
+        with mode():
+            sol = fpi.fixed_point(lambda x, z: x.mul_(0.5) + z, zeros(), z, rtol=1e-6)
+        torch.testing.assert_close(sol.value, 2 * z, rtol=1e-4, atol=1e-4)
 
 
 def surroundings() -> dict[str, Any]:

@@ -259,11 +259,15 @@ def test_is_grads_batched() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.fx")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_tracers_are_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match=r"torch\.func.jvp"):
         torch.func.linearize(with_matrix, A)
     with pytest.raises(RuntimeError, match="make_fx"):
         make_fx(with_matrix)(A)
+    with pytest.raises(RuntimeError, match="these data"):
+        torch.jit.trace(Wrapped(), Z)
     with pytest.raises(RuntimeError, match="FakeTensor"):
         torch.export.export(Wrapped(), (Z,), strict=False)
     with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError, match="FakeTensor"):

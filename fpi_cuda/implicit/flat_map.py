@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda import transforms
 from fpi_cuda.faithful import Replay
+from fpi_cuda.implicit.untouched import parts_of, untouched, version_of
 from fpi_cuda.state import Layout
 
 Watch = Callable[[Tensor, Tensor], None]
@@ -27,9 +27,11 @@ class Habit:
 
     Attributes:
         changes_x: g changes the x it is given, so each evaluation gets a copy; None: unknown.
+        evaluations: how many there were.
     """
 
     changes_x: bool | None = None
+    evaluations: int = 0
 
 
 class FlatMap:
@@ -55,7 +57,8 @@ class FlatMap:
         self._prepare_replay = Replay(layout.device)
         self._prepared: Any = None
         if self.hoisted:
-            self._prepared = self._prepare_replay(lambda: g.prepare(*z))
+            with untouched("z", z, compare=True):
+                self._prepared = self._prepare_replay(lambda: g.prepare(*z))
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
         self._mend: tuple[Tensor, int] | None = None
@@ -92,29 +95,32 @@ class FlatMap:
 
     def selectable(self) -> bool:
         """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
-        read = self.read
-        parts = read if isinstance(read, (tuple, list)) else (read,)
         return all(
             isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == self.layout.batch
-            for part in parts
+            for part in parts_of(self.read)
         )
 
     def evaluate(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """g for a solver, without a graph; see fpi_cuda.solvers.loop.FlatMap."""
         if rows is None:
             self._whole = x
-            return self._checked(x, self._call)
+            return self._checked(x, self._call, self.read)
         if self.replay.stochastic:
             # Fewer rows would draw other random numbers.
             assert self._whole is not None
             whole = self._whole.index_copy(0, rows, x)
             self._whole = whole
-            return self._checked(whole, self._call)[rows]
-        return self._checked(x, lambda state: self._call_rows(state, rows))
+            return self._checked(whole, self._call, self.read)[rows]
+        if self._selection[0] is not rows:
+            self._selection = (rows, select(self.read, rows))
+        selected = self._selection[1]
+        if self.hoisted:
+            return self._checked(x, lambda state: self.g.step(state, selected), selected)
+        return self._checked(x, lambda state: self.g(state, *selected), selected)
 
     def __call__(self, x: Tensor) -> Tensor:
         """g of the whole batch, with the graph that the grad mode allows."""
-        return self._iterated(x, self._call)
+        return self._iterated(x, self._call, self.read)
 
     def with_inputs(
         self, x: Tensor, z: Sequence[Tensor], tensors: Mapping[str, Tensor] | None = None
@@ -136,7 +142,7 @@ class FlatMap:
 
         if self._mend is not None:
             z = self._mended_inputs(z, *self._mend)
-        return self._iterated(x, call)
+        return self._iterated(x, call, z)
 
     def damped(self, steps: int, damping: float) -> FlatMap:
         """The map x <- x + damping (g(x) - x), so many times."""
@@ -174,11 +180,11 @@ class FlatMap:
             return {}
         return dict(self.g.named_parameters()) | dict(self.g.named_buffers())
 
-    def _iterated(self, x: Tensor, call: Callable[[Any], Any]) -> Tensor:
+    def _iterated(self, x: Tensor, call: Callable[[Any], Any], read: Any) -> Tensor:
         if self._mend is not None:
             x = replace_rows(x, *self._mend)
         for step in range(self._steps):
-            gx = self._checked(x, call)
+            gx = self._checked(x, call, read)
             if self._watch is not None and step == 0:
                 self._watch(x, gx)
             x = gx if self._damping == 1.0 else x + self._damping * (gx - x)
@@ -194,37 +200,26 @@ class FlatMap:
             return self.g.step(state, self._prepared)
         return self.g(state, *self.z)
 
-    def _call_rows(self, state: Any, rows: Tensor) -> Any:
-        if self._selection[0] is not rows:
-            self._selection = (rows, select(self.read, rows))
-        selected = self._selection[1]
-        return self.g.step(state, selected) if self.hoisted else self.g(state, *selected)
-
-    def _checked(self, x: Tensor, call: Callable[[Any], Any]) -> Tensor:
-        """`call` on the state in x, laid out flat again."""
-        copies = self._habit.changes_x is not False
+    def _checked(self, x: Tensor, call: Callable[[Any], Any], read: Any) -> Tensor:
+        """`call` on the state in x, laid out flat again; it must not change what it reads."""
+        habit = self._habit
+        # Inference tensors do not count how often they were changed.
+        copies = habit.changes_x is not False or x.is_inference()
         given = x.clone() if copies else x
-        versions = [version_of(t) for t in (given, *self.z)]
-        gx = self.replay(lambda: call(self.layout.unflatten(given)))
-        changed = [
-            before != version_of(t) for before, t in zip(versions, (given, *self.z), strict=True)
-        ]
-        if any(changed[1:]):
-            raise ValueError(
-                f"fixed_point: g must not change z in place, z[{changed.index(True, 1) - 1}] was "
-                "changed. Use out-of-place operations on it"
-            )
-        if changed[0] and not copies:
+        before = version_of(given)
+        name = "what prepare returned" if self.hoisted else "z"
+        # From x = 0 the first evaluation may change nothing.
+        with untouched(name, read, compare=habit.evaluations < 2):
+            gx = self.replay(lambda: call(self.layout.unflatten(given)))
+        changed = before != version_of(given)
+        if changed and not copies:
             raise ValueError(
                 "fixed_point: g must not change x in place in some evaluations only. Use "
                 "out-of-place operations on it"
             )
-        if self._habit.changes_x is None:
-            # Inference tensors count no versions.
-            self._habit.changes_x = changed[0] or (
-                given.is_inference()
-                and not torch.equal(transforms.numbers(given), transforms.numbers(x))
-            )
+        if habit.changes_x is None:
+            habit.changes_x = changed
+        habit.evaluations += 1
         return self.layout.flatten(self._like_state(gx, x.shape[0]))
 
     def _like_state(self, gx: Any, num_samples: int) -> Any:
@@ -259,8 +254,3 @@ def replace_rows(t: Tensor, bad: Tensor, good: int) -> Tensor:
     """t with row `good`, as a constant, in the place of its bad rows."""
     mask = bad.reshape(-1, *[1] * (t.dim() - 1))
     return torch.where(mask, t[good].detach(), t)
-
-
-def version_of(t: Tensor) -> int:
-    """How often t was changed in place; 0 where that is not counted."""
-    return 0 if t.is_inference() else t._version
