@@ -15,7 +15,7 @@ for name in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(name, reason="the bench extra is not installed")
 
 from bench.data import BIBTEX_FEATURES, BIBTEX_LABELS
-from bench.paper import bibtex
+from bench.paper import bibtex, bibtex_report
 from bench.paper.bibtex_models import Descent, Perceptron, TextEnergy, Twin, loss_of
 from bench.paper.bibtex_scores import TfIdf, best_threshold, decide, f1_rows
 from bench.paper.experiment import main
@@ -62,7 +62,13 @@ def test_smoke_form_learns_made_up_text(made_up: Path, tmp_path: Path) -> None:
     )
     arguments = ["--data", str(made_up), "--smoke", "--out", str(tmp_path)]
     arguments += ["--checkpoints", str(tmp_path / "checkpoints")]
-    result = main("bibtex", bibtex.experiment, {"full": config, "smoke": config}, arguments)
+    result = main(
+        "bibtex",
+        bibtex.experiment,
+        bibtex_report.tell,
+        {"full": config, "smoke": config},
+        arguments,
+    )
     assert result == json.loads((tmp_path / "paper-bibtex-smoke.json").read_text())
     assert (tmp_path / "paper-bibtex-smoke.png").stat().st_size > 10_000
     for method in bibtex.METHODS:

@@ -16,7 +16,7 @@ for name in ("matplotlib", "numpy", "tqdm"):
 
 from PIL import Image
 
-from bench.paper import denoise
+from bench.paper import denoise, denoise_report
 from bench.paper.denoise_models import (
     ConvolutionalMap,
     FeedforwardDenoiser,
@@ -42,7 +42,13 @@ def test_smoke_form_runs_on_made_up_images(tmp_path: Path) -> None:
     config = dataclasses.replace(denoise.SIZES["smoke"], test_crop=40, batches=12)
     arguments = ["--data", str(tmp_path), "--smoke", "--out", str(tmp_path / "out")]
     arguments += ["--checkpoints", str(tmp_path / "checkpoints")]
-    result = main("denoise", denoise.experiment, {"full": config, "smoke": config}, arguments)
+    result = main(
+        "denoise",
+        denoise.experiment,
+        denoise_report.tell,
+        {"full": config, "smoke": config},
+        arguments,
+    )
     written = tmp_path / "out" / "paper-denoise-smoke.json"
     assert result == json.loads(written.read_text())
     for picture in ("paper-denoise-smoke.png", "paper-denoise-smoke-sigma25.png"):

@@ -17,7 +17,7 @@ for name in ("matplotlib", "numpy", "tqdm"):
 
 from PIL import Image
 
-from bench.paper import flow
+from bench.paper import flow, flow_report
 from bench.paper.checkpoints import Checkpoints
 from bench.paper.experiment import Run, main
 from bench.paper.flow_colours import colour_coded
@@ -32,6 +32,7 @@ from bench.paper.flow_models import (
     loss_of,
 )
 from bench.paper.flow_pairs import Motion, displacement, make_pairs, pixel_grid
+from bench.paper.retell import retell
 
 STILL = Motion(background=0, shape=0, turn=0, zoom=0)
 
@@ -75,8 +76,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_smoke_form_runs_and_resumes_nothing(data: Path, tmp_path: Path) -> None:
     arguments = ["--data", str(data), "--smoke", "--out", str(tmp_path)]
     arguments += ["--checkpoints", str(tmp_path / "checkpoints")]
-    result = main("flow", flow.experiment, flow.SIZES, arguments)
-    assert result == json.loads((tmp_path / "paper-flow-smoke.json").read_text())
+    result = main("flow", flow.experiment, flow_report.tell, flow.SIZES, arguments)
+    written = tmp_path / "paper-flow-smoke.json"
+    assert result == json.loads(written.read_text())
+    written.write_text(json.dumps(result | {"readme": "old words", "finding": "old"}))
+    retell(written)
+    assert result == json.loads(written.read_text())
+    assert "settles nothing" in result["readme"]
     for picture in ("paper-flow-smoke.png", "paper-flow-smoke-width0.125.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
     assert result["pairs"] == "generated"

@@ -153,16 +153,21 @@ def test_result_says_how_it_was_made(tmp_path: Path) -> None:
 
     def experiment(run: Run, config: Config) -> dict[str, Any]:
         run.checkpoints.save("x", {"epochs": config.epochs})
-        return {"finding": "Nothing.", "readme": "| a |"}
+        return {"figure": 4}
+
+    def tell(result: dict[str, Any]) -> dict[str, str]:
+        assert result["size"] == "smoke"
+        return {"finding": "Nothing.", "readme": f"It is {result['figure']}."}
 
     data, out, checkpoints = (tmp_path / name for name in ("data", "out", "checkpoints"))
     arguments = ["--data", str(data), "--smoke", "--out", str(out)]
     arguments += ["--checkpoints", str(checkpoints)]
-    main("made_up", experiment, {"full": Config(), "smoke": Config(1)}, arguments)
+    main("made_up", experiment, tell, {"full": Config(), "smoke": Config(1)}, arguments)
     result = json.loads((out / "paper-made_up-smoke.json").read_text())
     assert result["config"] == {"epochs": 1}
     assert result["size"] == "smoke"
     assert result["machine"]["command"].startswith("python -m bench.paper.made_up --data DIR")
     assert str(tmp_path) not in json.dumps(result)
-    assert {"finding", "readme", "seconds"} <= set(result)
+    assert result["readme"] == "It is 4."
+    assert {"finding", "seconds"} <= set(result)
     assert not list(checkpoints.glob("*.pt"))

@@ -252,9 +252,9 @@ def experiment(run: Run, config: Config) -> dict[str, Any]:
         "ablations": {method: ablation(method, config, run, split) for method in ABLATIONS},
     }
     bibtex_report.plot(result, run.picture())
-    return result | bibtex_report.tell(result, run.size)
+    return result
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main("bibtex", experiment, SIZES)
+    main("bibtex", experiment, bibtex_report.tell, SIZES)

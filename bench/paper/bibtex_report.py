@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.paper.bibtex_scores import RULES
+from bench.paper.experiment import section, stem_of
 from bench.plots import plt, saved
 
 PAPER = {"FPI_NN": 0.432, "FPI_GD": 0.434}
@@ -18,9 +19,12 @@ def interval_text(values: dict[str, float], sign: str = "") -> str:
     return f"{values['mean']:{sign}.3f} [{values['low']:{sign}.3f}, {values['high']:{sign}.3f}]"
 
 
-def tell(result: dict[str, Any], size: str) -> dict[str, str]:
-    """The README's statement and the finding."""
-    return {"finding": finding(result, size), "readme": readme(result)}
+def tell(result: dict[str, Any]) -> dict[str, str]:
+    """The finding, and the README's section with it."""
+    found = finding(result, result["size"])
+    stem = stem_of("bibtex", result["size"])
+    title = "The paper's multi-label text (Bibtex)"
+    return {"finding": found, "readme": section(title, found, table(result), stem)}
 
 
 def solves(trainings: list[dict[str, Any]], key: str) -> float | None:
@@ -29,7 +33,7 @@ def solves(trainings: list[dict[str, Any]], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def readme(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """A markdown table: rows are the models, columns the rules; then the ablations."""
     lines = [
         "| test F1, example-averaged | " + " | ".join(RULES) + " | solved | steps | paper |",

@@ -266,8 +266,8 @@ def experiment(run: Run, config: Config) -> dict[str, Any]:
         denoise_report.show(restored(run, config, by_seed[0], sigma), run.picture(f"-sigma{sigma}"))
     result = {"levels": levels}
     denoise_report.plot(result, run.picture())
-    return result | denoise_report.tell(result, run.size, dataclasses.asdict(config))
+    return result
 
 
 if __name__ == "__main__":
-    main("denoise", experiment, SIZES)
+    main("denoise", experiment, denoise_report.tell, SIZES)

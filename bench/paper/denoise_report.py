@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bench.paper.experiment import section, stem_of
 from bench.paper.images import psnr
 from bench.plots import plt, saved
 
@@ -19,12 +20,17 @@ def interval_text(values: dict[str, float], sign: str = "") -> str:
     return f"{values['mean']:{sign}.2f} [{values['low']:{sign}.2f}, {values['high']:{sign}.2f}]"
 
 
-def tell(result: dict[str, Any], size: str, config: dict[str, Any]) -> dict[str, str]:
-    """The README's statement and the finding."""
-    return {"finding": finding(result, size), "readme": readme(result, size, config)}
+def tell(result: dict[str, Any]) -> dict[str, str]:
+    """The finding, and the README's section with it."""
+    size = result["size"]
+    found = finding(result, size)
+    stem = stem_of("denoise", size) + f"-sigma{max(result['config']['sigmas'])}"
+    shown = table(result, size, result["config"])
+    title = "The paper's image denoising"
+    return {"finding": found, "readme": section(title, found, shown, stem)}
 
 
-def readme(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
+def table(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
     """A markdown table: one row per noise level, test set and network."""
     lines = [
         "| sigma | test set | network | PSNR, dB | FPI_NN minus this | solves at the cap | steps "

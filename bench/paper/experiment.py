@@ -44,20 +44,26 @@ class Run:
 
     @property
     def stem(self) -> str:
-        """File names start so; only the full form has the plain name."""
-        return f"paper-{self.name}" + ("" if self.size == "full" else f"-{self.size}")
+        """What file names start with."""
+        return stem_of(self.name, self.size)
 
 
 Experiment = Callable[[Run, Any], dict[str, Any]]
+Teller = Callable[[dict[str, Any]], dict[str, str]]
 
 
 def main(
-    name: str, experiment: Experiment, sizes: dict[str, Any], arguments: list[str] | None = None
+    name: str,
+    experiment: Experiment,
+    tell: Teller,
+    sizes: dict[str, Any],
+    arguments: list[str] | None = None,
 ) -> dict[str, Any]:
     """Run an experiment from the command line; write, print and return its result.
 
     Args:
-        experiment: (run, config) -> result with at least "finding" and "readme".
+        experiment: (run, config) -> figures; writes the pictures.
+        tell: the whole result -> "finding" and "readme", from the figures alone.
         sizes: a dataclass config for each of "full", "small" (where there is one) and "smoke".
         arguments: of the command line; None takes those of this process.
     """
@@ -88,12 +94,23 @@ def main(
     }
     result |= experiment(run, config)
     result["seconds"] = time.perf_counter() - began
+    result |= tell(result)
     path = run.out / f"{run.stem}.json"
     text = json.dumps(result, indent=1)
     path.write_text(text + "\n")
     run.checkpoints.clear()
-    print(f"\n{result['readme']}\n\n{result['finding']}\n\nWritten: {path}")
+    print(f"\n{result['readme']}\n\nWritten: {path}")
     return dict(json.loads(text))
+
+
+def section(title: str, finding: str, table: str, picture: str) -> str:
+    """The README's part: markdown with a heading, and a picture below bench/results."""
+    return f"### {title}\n\n{finding}\n\n{table}\n\n![{title}](bench/results/{picture}.png)"
+
+
+def stem_of(name: str, size: str) -> str:
+    """File names start so; only the full form has the plain name."""
+    return f"paper-{name}" + ("" if size == "full" else f"-{size}")
 
 
 def parser(name: str, sizes: dict[str, Any]) -> argparse.ArgumentParser:

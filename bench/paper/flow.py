@@ -291,8 +291,8 @@ def experiment(run: Run, config: Config) -> dict[str, Any]:
         "widths": {str(width): compare(width, run, config, source) for width in config.widths},
     }
     flow_report.plot(result, run.picture())
-    return result | flow_report.tell(result, run.size, dataclasses.asdict(config))
+    return result
 
 
 if __name__ == "__main__":
-    main("flow", experiment, SIZES)
+    main("flow", experiment, flow_report.tell, SIZES)

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.paper.experiment import section, stem_of
 from bench.paper.flow_colours import colour_coded
 from bench.plots import plt, saved
 
 COLOURS = {"FlowNetS": "#1d6fb8", "FlowNetS + FPI": "#c1121f"}
+LEARNED = 0.7
+"""A network has learned flow where its error is below this share of that of no motion."""
+
 SETS = {"test": "test pairs", "examples": "Flying Chairs examples"}
 
 
@@ -20,12 +24,16 @@ def interval_text(values: dict[str, float], sign: str = "") -> str:
     return f"{values['mean']:{sign}.3f} [{values['low']:{sign}.3f}, {values['high']:{sign}.3f}]"
 
 
-def tell(result: dict[str, Any], size: str, config: dict[str, Any]) -> dict[str, str]:
-    """The README's statement and the finding."""
-    return {"finding": finding(result, size), "readme": readme(result, size, config)}
+def tell(result: dict[str, Any]) -> dict[str, str]:
+    """The finding, and the README's section with it."""
+    size = result["size"]
+    found = finding(result, size)
+    shown = table(result, size, result["config"])
+    title = "The paper's optical flow"
+    return {"finding": found, "readme": section(title, found, shown, stem_of("flow", size))}
 
 
-def readme(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
+def table(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
     """A markdown table: one row per width, set of pairs and network."""
     lines = [
         "| width | pairs | network | aEPE, px | FPI minus plain | solved | steps | parameters |",
@@ -71,6 +79,13 @@ def finding(result: dict[str, Any], size: str) -> str:
             parts.append(
                 f"at width {width} the fixed-point layer {verdict} on the {SETS[key]}: "
                 f"{interval_text(gap, '+')} pixels;"
+            )
+        best = min(values["mean"] for values in entry["aepe"]["test"].values())
+        still = entry["no_motion"]["test"]
+        if best > LEARNED * still:
+            parts.append(
+                f"but no network has learned much yet (the best aEPE is {best:.3f}, predicting no "
+                f"motion has {still:.3f}), so this comparison says little;"
             )
         solved = [item["history"][-1]["solved"] for item in entry["trainings"]["FlowNetS + FPI"]]
         parts.append(f"{min(solved):.1%} or more of the last epoch's solves converged.")

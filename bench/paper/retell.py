@@ -1,0 +1,39 @@
+"""Write findings and README sections anew, from the figures of results that are there.
+
+    python -m bench.paper.retell bench/results/paper-*.json
+
+For when the words change; no figure does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from bench.paper import bibtex_report, denoise_report, flow_report
+
+TELLERS = {
+    "bibtex": bibtex_report.tell,
+    "denoise": denoise_report.tell,
+    "flow": flow_report.tell,
+}
+
+
+def retell(path: Path) -> None:
+    """Replace "finding" and "readme" in a result."""
+    result = json.loads(path.read_text())
+    result |= TELLERS[result["experiment"]](result)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.paper.retell", description=__doc__)
+    parser.add_argument("results", nargs="+", type=Path)
+    for path in parser.parse_args().results:
+        retell(path)
+
+
+if __name__ == "__main__":
+    main()
