@@ -107,7 +107,15 @@ def is_accelerated(work: Workspace, before: Workspace, x: Tensor, gx: Tensor) ->
 
 
 def copy_of(work: Workspace) -> Workspace:
-    return Workspace(**{f.name: getattr(work, f.name).clone() for f in dataclasses.fields(work)})
+    """A workspace of its own with the same contents, without scratch."""
+    arrays = {name: array.clone() for name, array in arrays_of(work).items()}
+    return Workspace(**arrays)
+
+
+def arrays_of(work: Workspace) -> dict[str, Tensor]:
+    """The arrays of a workspace by name, but for scratch."""
+    names = {field.name for field in dataclasses.fields(Workspace)} - {"scratch"}
+    return {name: getattr(work, name) for name in names}
 
 
 class Ours(Row):
@@ -118,11 +126,13 @@ class Ours(Row):
         self.backend, self.start = backend, start
         self.solver = Anderson(m=case.depth)
         self.x, self.work = start.x.clone(), copy_of(start.work)
+        self.work.scratch = backend.scratch(self.x)
 
     def reset(self) -> None:
         self.x.copy_(self.start.x)
-        for field in dataclasses.fields(Workspace):
-            getattr(self.work, field.name).copy_(getattr(self.start.work, field.name))
+        kept = arrays_of(self.start.work)
+        for name, array in arrays_of(self.work).items():
+            array.copy_(kept[name])
 
     def run(self) -> None:
         loop.step(

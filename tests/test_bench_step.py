@@ -44,7 +44,7 @@ def test_a_wrong_step_is_not_timed() -> None:
         reference.anderson_step_(*args, **options)  # type: ignore[arg-type]
         args[0].add_(1.0)
 
-    wrong = SimpleNamespace(name="wrong", anderson_step_=wrong_step)
+    wrong = SimpleNamespace(name="wrong", anderson_step_=wrong_step, scratch=reference.scratch)
     with pytest.raises(RuntimeError, match="fpi_cuda wrong is off the reference by"):
         right(Ours(wrong, CASE, start))  # type: ignore[arg-type]
     rows, missing = rows_of(CASE, start, [wrong, reference], compiles=False)  # type: ignore[list-item]
