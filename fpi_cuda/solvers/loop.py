@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.solvers.polling import active_count
 from fpi_cuda.solvers.workspace import Workspace, allocate
 
 FlatMap = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -25,10 +26,6 @@ class Backend(Protocol):
     scratch: Callable[[Tensor], Tensor | None]
     anderson_step_: Callable[..., None]
     broyden_step_: Callable[..., None]
-
-
-# Gathering the active rows costs about as much as a step on a fifth of them.
-COMPACTION_THRESHOLD = 0.8
 
 
 def solve(
@@ -61,15 +58,20 @@ def solve(
         gx = apart_from(x, evaluate(x, rows))
         work = allocate(x0, solver, atol)
         work.scratch = backend.scratch(x0)
+        count = active_count(x0.device)
+        number = 0
         while True:
             step(backend, solver, work, x, gx, rows, rtol, max_steps)
             del gx  # its memory, for the next evaluation
-            stopped = work.status if rows is None else work.status[rows]
-            num_active = x.shape[0] - int(torch.count_nonzero(stopped))
+            number += 1
+            if number == max_steps:
+                break  # and with it every sample that was left
+            status = work.status if rows is None else work.status[rows]
+            num_active = count.after_step(status)
             if num_active == 0:
                 break
-            if rowwise and num_active <= COMPACTION_THRESHOLD * x.shape[0]:
-                keep = torch.nonzero(stopped == Status.ACTIVE).flatten()
+            if rowwise and num_active is not None and num_active <= count.pays_below * len(x):
+                keep = active_first(status)[:num_active]
                 x = x[keep]
                 rows = keep if rows is None else rows[keep]
             gx = apart_from(x, evaluate(x, rows))
@@ -104,6 +106,11 @@ def step(
         rtol=rtol, max_steps=max_steps,
         beta=beta, ridge=ridge, scratch=work.scratch,
     )  # fmt: skip
+
+
+def active_first(status: Tensor) -> Tensor:
+    """Rows of `status` (n,), active ones first and in order: int64, without a look at them."""
+    return torch.argsort((status != Status.ACTIVE).to(torch.uint8), stable=True)
 
 
 def apart_from(x: Tensor, gx: Tensor) -> Tensor:
