@@ -194,11 +194,12 @@ def solved(
         result = course.solve(start.detach())
     if not differentiates():
         return result.x, result
-    account = Account(result.status, record)
+    account = Account(result.status, record, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
     strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
-    value = attach(differentiated, result.x, result.residual, strategy, born_after)
+    residual = None if course.leaves_the_host_alone else result.residual
+    value = attach(differentiated, result.x, residual, strategy, born_after)
     if value.requires_grad:
         course.prepare_adjoint(result.x, account)
     return value, result

@@ -46,6 +46,14 @@ class Course:
         self._fused_adjoint: FusedAdjoint | None = None
 
     @property
+    def leaves_the_host_alone(self) -> bool:
+        """Whether the device solved, so that reading a result would make the host wait.
+
+        g was the same at every step then, for the trace of each solve is compared.
+        """
+        return self._graphs is not None
+
+    @property
     def on_device(self) -> DeviceSolve | None:
         """What solves the adjoint in one call, to be tried first; None where nothing does."""
         adjoint = self._fused_adjoint or self._adjoint
@@ -163,7 +171,7 @@ class Course:
         """
         if self._adjoint is None:
             return
-        if account.hopeless is not None:
+        if not account.late and account.hopeless is not None:
             self._adjoint.skip()
             self._record.adjoint_route = Route("host", FAILED_SAMPLES)
             return

@@ -16,6 +16,7 @@ import fpi_cuda as fpi
 from fpi_cuda import backends, device_loop
 from fpi_cuda.device_loop.cache import MOST_REBUILDS, PlanCache
 from fpi_cuda.device_loop.method import numeric_flags
+from fpi_cuda.implicit.late import Late
 
 FEATURES = 12
 TIGHT = {"rtol": 1e-10, "max_steps": 200}
@@ -673,6 +674,47 @@ def test_solves_without_gradients(tape: TapeGraphs) -> None:
         with mode():
             assert_same(solve(g, x0, z), expected)
     assert tape.log.count("capture") == 2
+
+
+def test_the_forward_pass_does_not_look_at_its_result(
+    tape: TapeGraphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device the host would have to wait for the solve."""
+    looks: list[str] = []
+    value = Late.value
+    monkeypatch.setattr(Late, "value", lambda self: looks.append(place) or value(self))
+    g, (x0, z) = Cell(), inputs()
+    place = "building"
+    solve(g, x0, z.requires_grad_())
+    place = "forward"
+    solution = solve(g, x0, z)
+    assert "forward" not in looks
+    place = "backward"
+    solution.value.sum().backward()
+    assert "backward" in looks
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["one sample", "all samples"])
+@pytest.mark.filterwarnings("ignore::fpi_cuda.FixedPointWarning")
+def test_samples_found_failed_in_backward_only(tape: TapeGraphs, everything: bool) -> None:
+    """Their derivative is NaN, and must not reach the weights of the others."""
+
+    def with_captured(shift: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda x, z: torch.tanh(0.5 * x + shift) * z.sum(1, keepdim=True)
+
+    x0, z = inputs()
+    z[slice(None) if everything else 2] = torch.nan
+    for captured in (False, True):
+        found = []
+        for route in ("device", "device", "host"):
+            shift = torch.full((FEATURES,), 0.1, dtype=torch.float64, requires_grad=True)
+            inner = shift.exp() if captured else shift
+            device_loop.plans.clear()  # g reads another tensor each time
+            value = solve(with_captured(inner), x0, z, route=route, rowwise=False).value
+            found.append(torch.autograd.grad(value[[0, 1, 3]].sum(), shift)[0])
+        assert bool(torch.isfinite(found[2]).all())
+        assert torch.allclose(found[0], found[2], rtol=1e-12, atol=0.0)
+        assert torch.allclose(found[1], found[2], rtol=1e-12, atol=0.0)
 
 
 # Which way, and how the caller says so.

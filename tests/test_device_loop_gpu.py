@@ -322,10 +322,11 @@ def test_autograds_ops_are_part_of_the_trace(own_plans: PlanCache) -> None:
 # No host in the loop.
 
 
-def test_a_later_solve_does_not_synchronize() -> None:
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_later_forward_pass_does_not_synchronize(grad: bool) -> None:
     g, x0 = made("dense")
-    z = input_of("dense", 0)
-    with torch.no_grad():
+    z = input_of("dense", 0).requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
         for _ in range(2):
             fpi.fixed_point(g, x0, z, route="device")
         torch.cuda.set_sync_debug_mode("error")

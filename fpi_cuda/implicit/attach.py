@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -142,8 +143,12 @@ class MapProblem:
         self._matrix = matrix
         self._inputs = inputs
         self._strategy = strategy
-        hopeless = strategy.account.hopeless
-        self._all_failed = hopeless if hopeless is not None and bool(hopeless.all()) else None
+
+    @functools.cached_property
+    def _all_failed(self) -> Tensor | None:
+        """(B,) bool, all True, where no sample was solved; else None."""
+        hopeless = self._strategy.account.hopeless
+        return hopeless if hopeless is not None and bool(hopeless.all()) else None
 
     def pull(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         c, bad = self._strategy.solve(v, self._matrix, transpose=True)
@@ -310,7 +315,8 @@ def attach(
         mark_as_anchor(x.requires_grad_())
         # The user's backward pass also ends here, and nobody reads what it leaves.
         x.register_post_accumulate_grad_hook(drop_gradient)
-    hopeless = strategy.account.hopeless
+    account = strategy.account
+    hopeless = None if account.late else account.settle()
     if hopeless is not None and not bool(hopeless.all()):
         flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
     evaluated = flat_map
@@ -319,6 +325,9 @@ def attach(
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = evaluated(x)
     inputs = Inputs(flat_map, x, gx, born_after)
+    if inputs.unnamed and account.late and account.settle() is not None:
+        # Samples that failed cannot be left out later where g cannot be evaluated again.
+        return attach(flat_map, x_star, residual, strategy, born_after)
     if not inputs and not has_tangent(gx):
         return x_star
     problem = MapProblem(flat_map, x_star, gx, Linearization(x, gx), inputs, strategy)

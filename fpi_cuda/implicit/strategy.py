@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fpi_cuda.implicit.late import Late
 from fpi_cuda.implicit.linearization import Jacobian
 from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
 
@@ -54,16 +55,31 @@ class Account:
     Args:
         status: (B,) int8, how the forward solve ended.
         record: where the latest account is kept.
+        late: do not look at status before a backward pass has to; the host need not wait for the
+            solve then.
     Attributes:
         status: as given.
-        hopeless: (B,) bool, samples that failed in the forward solve; None if none did.
+        late: nobody has looked yet.
     """
 
-    def __init__(self, status: Tensor, record: AdjointRecord) -> None:
+    def __init__(self, status: Tensor, record: AdjointRecord, *, late: bool = False) -> None:
         self.status = status
+        self.late = late
         self._record = record
-        hopeless = failed(status)
-        self.hopeless: Tensor | None = hopeless if bool(hopeless.any()) else None
+        self._failed = failed(status)
+        self._any = Late(self._failed.any())
+        self._unmended = late
+
+    @property
+    def hopeless(self) -> Tensor | None:
+        """(B,) bool, samples that failed in the forward solve; None if none did."""
+        self.late = False
+        return self._failed if self._any.value() else None
+
+    def settle(self) -> Tensor | None:
+        """`hopeless`, for a forward pass that takes care of these samples."""
+        self._unmended = False
+        return self.hopeless
 
     def over(self, status: Tensor) -> Account:
         """An account of the same record, for samples that ended otherwise."""
@@ -71,20 +87,23 @@ class Account:
 
     def masked(self, b: Tensor) -> Tensor:
         """b with zeros for the samples that failed forward."""
-        return b if self.hopeless is None else zero_rows(b, self.hopeless)
+        hopeless = self.hopeless
+        return b if hopeless is None else zero_rows(b, hopeless)
 
     def close(self, b: Tensor, result: SolveResult) -> tuple[Tensor, Tensor | None]:
         """Record `result`, of a solve for b; return its x and which samples fail in all.
 
-        Those have zero in x. The second value is None where it says no more than `hopeless`.
+        Those have zero in x. The second value is None where it says no more than what the forward
+        pass has taken care of.
         """
+        hopeless = self.hopeless
         x, status, num_steps, residual = result
         bad = failed(status)
         fails_here = bool(bad.any())
-        if self.hopeless is not None:
-            bad = bad | self.hopeless
-            status = torch.where(self.hopeless, self.status, status)
-        num_zeroed = int(bad.sum()) if fails_here or self.hopeless is not None else 0
+        if hopeless is not None:
+            bad = bad | hopeless
+            status = torch.where(hopeless, self.status, status)
+        num_zeroed = int(bad.sum()) if fails_here or hopeless is not None else 0
         if fails_here:
             x = zero_rows(x, bad)
             residual = torch.where(bad, norms(b), residual)
@@ -97,7 +116,8 @@ class Account:
                 FixedPointWarning,
                 stacklevel=2,
             )
-        return x, bad if fails_here else None
+        unseen = hopeless is not None and self._unmended
+        return x, bad if fails_here or unseen else None
 
 
 @dataclass(frozen=True)
@@ -152,12 +172,12 @@ class Exact(Strategy):
         scale = power_of_two(b)
         scaled = b / scale
         size = norms(scaled)
-        if not bool(size.any()):
-            return self.account.close(b, trivial(b, size))
         result = None
         if transpose and self.on_device is not None:
             result = self.on_device(matrix, scaled, self.rtol * size)
         if result is None:
+            if not bool(size.any()):
+                return self.account.close(b, trivial(b, size))
             result = self.linear_solve(apply, apply_transpose, scaled, self.rtol * size)
         result = result._replace(x=result.x * scale, residual=result.residual * scale.double())
         return self.account.close(b, result)
