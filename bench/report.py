@@ -236,11 +236,25 @@ def update_readme(readme: Path, folder: Path) -> None:
         raise ValueError(f"update_readme: {readme} must hold {BEGIN} and {END}")
     before, rest = old.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    loaded = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    sections = [markdown(results) for results in loaded if results.get("kind") == "throughput"]
-    sections += [results["readme"] for results in loaded if "readme" in results]
-    body = "\n\n".join(section.strip() for section in sections)
+    sections = []
+    for path in sorted(folder.glob("*.json")):
+        results = json.loads(path.read_text())
+        if results.get("kind") == "throughput":
+            sections.append(markdown(results))
+        elif "readme" in results:
+            sections.append(results["readme"].strip())
+        else:
+            continue
+        sections += pictures(path, readme.parent)
+    body = "\n\n".join(sections)
     readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+
+
+def pictures(results: Path, root: Path) -> list[str]:
+    """Markdown for the plots that lie beside a result as <its name>-<what>.png."""
+    found = sorted(results.parent.glob(f"{results.stem}-*.png"))
+    names = [(path.stem.removeprefix(f"{results.stem}-"), path.relative_to(root)) for path in found]
+    return [f"![{name} of {results.stem}]({path.as_posix()})" for name, path in names]
 
 
 def main() -> None:
