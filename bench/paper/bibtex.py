@@ -2,8 +2,9 @@
 
     python -m bench.paper.bibtex --data DIR [--smoke] [--resume]
 
-Every choice (epochs, the loss's weight, thresholds) is by cross-validation on the training split;
-idf is counted there too. The test split is used once: by the final models.
+Epochs and thresholds are chosen by cross-validation on the training split; idf is counted there
+too. Sizes, rates and the loss's weight were picked before, on a fifth of the training split held
+out. The test split is used once: by the final models.
 """
 
 from __future__ import annotations
