@@ -59,7 +59,7 @@ class Config:
 
 SIZES = {
     "full": Config(),
-    "smoke": Config(folds=2, epochs=(6, 9), ablation_epochs=1),
+    "smoke": Config(folds=2, epochs=(4, 6), hidden=128, ablation_epochs=1),
 }
 
 
