@@ -34,12 +34,14 @@ def table(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
     """A markdown table: one row per noise level, test set and network."""
     lines = [
         "| sigma | test set | network | PSNR, dB | FPI_NN minus this | solves at the cap | steps "
-        "| training, s |",
-        "| --- " * 8 + "|",
+        "| training, s | parameters |",
+        "| --- " * 9 + "|",
     ]
     for sigma, level in result["levels"].items():
         for folder, methods in level["psnr"].items():
-            lines.append(f"| {sigma} | {folder} | noisy | {level['before'][folder]:.2f} | | | | |")
+            lines.append(
+                f"| {sigma} | {folder} | noisy | {level['before'][folder]:.2f} | | | | | |"
+            )
             for method, values in methods.items():
                 trained = [training[method] for training in level["trainings"]]
                 solves = trained[0]["sets"][folder]["solves"]
@@ -48,7 +50,8 @@ def table(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
                     f"| {sigma} | {folder} | {method} | {interval_text(values)} | "
                     + ("" if gap is None else interval_text(gap, "+"))
                     + (f" | {solves['at_cap']:.1%} | {solves['steps']:.1f}" if solves else " | | ")
-                    + f" | {sum(entry['seconds'] for entry in trained[0]['history']):.0f} |"
+                    + f" | {sum(entry['seconds'] for entry in trained[0]['history']):.0f} "
+                    + f"| {trained[0]['parameters']:,} |"
                 )
     steps = config["epochs"] * config["batches"]
     lines += [
