@@ -621,3 +621,16 @@ def test_stacked_modules_train() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-300])
+def test_states_whose_squares_vanish(scale: float) -> None:
+    a = torch.randn(4, 4, dtype=torch.float64)
+    a *= 0.5 / torch.linalg.matrix_norm(a, 2)
+    z = (scale * torch.randn(3, 4, dtype=torch.float64)).requires_grad_()
+    solution = fpi.fixed_point(lambda x, z: x @ a.T + z, torch.zeros_like(z), z, rtol=1e-10)
+    assert bool(solution.converged.all())
+    v = torch.randn_like(z)
+    (grad,) = torch.autograd.grad((solution.value * v).sum(), z)
+    expected = torch.linalg.solve((torch.eye(4, dtype=torch.float64) - a).T, v.T).T
+    torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-8)

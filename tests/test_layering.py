@@ -25,6 +25,7 @@ LEVELS = [
     {
         "options",
         "result",
+        "row_norm",
         "state",
         "partial",
         "control",
@@ -33,7 +34,7 @@ LEVELS = [
         "tracing",
         "transforms",
     },
-    {"_extension"},
+    {"_extension", "elementwise"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.
 OUTSIDE = {"diagnostics", "testing"}

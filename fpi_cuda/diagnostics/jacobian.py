@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fpi_cuda.options import require_count
 from fpi_cuda.partial import partial
+from fpi_cuda.row_norm import row_norm
 from fpi_cuda.solvers.gmres import combine, dots
-from fpi_cuda.solvers.linear import row_norm, working_dtype
+from fpi_cuda.solvers.linear import working_dtype
 from fpi_cuda.state import layout_of
 
 

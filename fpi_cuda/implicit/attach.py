@@ -19,13 +19,13 @@ from fpi_cuda.implicit.levels import PlainJacobian, Point, Solved, TransposedJac
 from fpi_cuda.implicit.linearization import Jacobian, Linearization, OpenLinearization
 from fpi_cuda.implicit.strategy import (
     Strategy,
-    norms,
     series,
     unmeasured,
     without_autocast,
     zero_rows,
 )
 from fpi_cuda.result import Status
+from fpi_cuda.row_norm import row_norm
 from fpi_cuda.transforms import Frame
 
 LEGACY = (
@@ -353,9 +353,9 @@ class SameResidual:
         x, gx = x.detach(), gx.detach()
         share = max(SAME_VALUE, 8 * torch.finfo(x.dtype).eps)
         with without_autocast(x.device):
-            change = (norms(gx - x) - self._residual).abs()
+            change = (row_norm(gx - x) - self._residual).abs()
             # False where either is not finite: those are the solver's to report.
-            off = change > share * torch.maximum(norms(gx), norms(x))
+            off = change > share * torch.maximum(row_norm(gx), row_norm(x))
         if self._bad is not None:
             off = off & ~self._bad
         if bool(off.any()):

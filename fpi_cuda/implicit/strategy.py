@@ -17,6 +17,7 @@ from torch import Tensor
 from fpi_cuda.implicit.late import Late
 from fpi_cuda.implicit.linearization import Jacobian
 from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
+from fpi_cuda.row_norm import row_norm
 
 Apply = Callable[[Tensor], Tensor]
 
@@ -106,7 +107,7 @@ class Account:
         num_zeroed = int(bad.sum()) if fails_here or hopeless is not None else 0
         if fails_here:
             x = zero_rows(x, bad)
-            residual = torch.where(bad, norms(b), residual)
+            residual = torch.where(bad, row_norm(b), residual)
         self._record.stats = Stats(status, num_steps, residual_in(b.dtype, residual), num_zeroed)
         if num_zeroed and not self._record.warned:
             self._record.warned = True
@@ -171,7 +172,7 @@ class Exact(Strategy):
         apply, apply_transpose = reversed(both) if transpose else both
         scale = power_of_two(b)
         scaled = b / scale
-        size = norms(scaled)
+        size = row_norm(scaled)
         result = None
         if transpose and self.on_device is not None:
             result = self.on_device(matrix, scaled, self.rtol * size)
@@ -214,7 +215,7 @@ def series(apply: Apply, b: Tensor, k: int) -> Tensor:
 
 def unmeasured(b: Tensor, y: Tensor, num_steps: int) -> SolveResult:
     """The account of a y that stopped after `num_steps` by choice, its residual NaN: unknown."""
-    size = norms(b)
+    size = row_norm(b)
     nothing = trivial(b, size)
     finite = torch.isfinite(y).all(1)
     status = torch.where(finite, Status.MAX_STEPS, Status.NONFINITE).to(torch.int8)
@@ -235,11 +236,6 @@ def trivial(b: Tensor, residual: Tensor) -> SolveResult:
 def zero_rows(t: Tensor, rows: Tensor) -> Tensor:
     """t with zeros where rows (B,) is True, whatever stood there."""
     return torch.where(rows[:, None], torch.zeros((), dtype=t.dtype, device=t.device), t)
-
-
-def norms(b: Tensor) -> Tensor:
-    """(B,) float64 2-norm of each row."""
-    return torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
 
 
 def residual_in(state: torch.dtype, residual: Tensor) -> Tensor:

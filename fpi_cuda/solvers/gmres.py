@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.result import SolveResult
-from fpi_cuda.solvers.linear import Correction, Operator, Round, checked, refine, row_norm
+from fpi_cuda.row_norm import row_norm
+from fpi_cuda.solvers.linear import Correction, Operator, Round, checked, refine
 
 # What is left of A v_j after two orthogonalisations is rounding below this share of it: the
 # Krylov space is exhausted.

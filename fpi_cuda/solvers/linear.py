@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.row_norm import row_norm
 
 Operator = Callable[[Tensor], Tensor]
 """c (B, D) -> A c (B, D), row by row: A is another matrix for every sample."""
@@ -147,12 +148,3 @@ def checked(operation: str, apply: Operator, dtype: torch.dtype) -> Operator:
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of bases and residuals: at least float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def row_norm(a: Tensor) -> Tensor:
-    """(B,) float64 2-norm of each row of a (B, D); squares neither overflow nor vanish."""
-    if a.dtype != torch.float64 or a.shape[1] == 0:
-        return torch.linalg.vector_norm(a, dim=1, dtype=torch.float64)
-    largest = a.abs().amax(1)
-    scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
-    return scale * torch.linalg.vector_norm(a / scale[:, None], dim=1)
