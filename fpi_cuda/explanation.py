@@ -6,7 +6,7 @@ import torch
 
 from fpi_cuda import backends, device_loop
 from fpi_cuda.adjoint import default_adjoint_solver
-from fpi_cuda.fused import why_not_fused
+from fpi_cuda.fused import why_declined, why_not_fused
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord
@@ -57,6 +57,8 @@ def route_line(
         engine = backends.resolve(options.backend, device, dtype)
         rowwise = options.asks_rowwise(g)
         reason = why_not_fused(g, engine, options.solver, dtype, rowwise=rowwise)
+        if reason is None:
+            reason = why_declined(g, device)
         if reason is None:
             return (
                 f"{fused_loop(options, g, dtype)}. Where x is not (batch, features), under "

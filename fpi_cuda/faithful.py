@@ -179,6 +179,19 @@ def rehearsal(device: torch.device) -> Iterator[None]:
         set_generator_states(device, states)
 
 
+def rehearsed(evaluation: Callable[[], T], device: torch.device) -> tuple[T, bool]:
+    """evaluation() of what does not count, and whether it drew random numbers."""
+    before = generator_states(device)
+    drew = False
+    try:
+        result = evaluation()
+    finally:
+        drew = not all(map(torch.equal, before, generator_states(device)))
+        if drew:
+            set_generator_states(device, before)
+    return result, drew
+
+
 @contextlib.contextmanager
 def caches_kept_clean() -> Iterator[None]:
     """Drop what is cached inside: under no_grad it has no graph.

@@ -8,13 +8,22 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.cells.lowering import lowered, require_lowerable, require_same_map, require_shapes
+from fpi_cuda.cells.lowering import (
+    lowered,
+    require_lowerable,
+    require_no_decline,
+    require_same_map,
+    require_shapes,
+)
+from fpi_cuda.faithful import rehearsed
 from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
 from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import FixedPointSolver, LinearSolver
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import Backend
+
+DRAWN = "its weights are drawn at random"
 
 
 def why_not_fused(
@@ -37,6 +46,15 @@ def why_not_fused(
     return why_not_served(solver, dtype)
 
 
+def why_declined(g: object, device: torch.device) -> str | None:
+    """Why lower() of a cell that could be fused declines whatever it is given; None if not."""
+    try:
+        _, random = rehearsed(lambda: require_no_decline(g), device)
+    except NotLowered as reason:
+        return str(reason)
+    return DRAWN if random else None
+
+
 def fused_map(
     flat_map: FlatMap, engine: Backend, solver: FixedPointSolver, *, rowwise: bool
 ) -> FusedMap:
@@ -56,9 +74,10 @@ def fused_map(
         raise NotLowered("the state is not one tensor (B, features)")
     if flat_map.replay.autocast_dtype is not None:
         raise NotLowered("autocast is on")
-    result = flat_map.replay(lambda: lowered(g, flat_map.read))
-    if flat_map.replay.stochastic:
-        raise NotLowered("its weights are drawn at random")
+    # Not by the replay: the first evaluation of g is yet to come.
+    result, random = rehearsed(lambda: lowered(g, flat_map.read), layout.device)
+    if random:
+        raise NotLowered(DRAWN)
     require_shapes(result, layout)
     return FusedMap.of(result, (*g.parameters(), *g.buffers()))
 

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-ACTIVATIONS = (
-    "identity",
-    "tanh",
-    "relu",
-    "sigmoid",
-    "gelu",
-    "softplus",
-    "tanh_derivative",
-    "relu_derivative",
-    "sigmoid_derivative",
-    "gelu_derivative",
-    "one",
-)
-"""Names that kernels know, in the order of csrc/common/activation.h."""
+from fpi_cuda.elementwise import FUNCTIONS, identity
+
+ACTIVATIONS = tuple(FUNCTIONS)
+"""Names that kernels know."""
 
 
 class NotLowered(Exception):
@@ -31,19 +20,17 @@ class NotLowered(Exception):
 
 @dataclass(frozen=True)
 class Layer:
-    """h -> factor * function(weight h + bias + shift), row by row.
+    """h -> factor * activation(weight h + bias + shift), row by row.
 
     Attributes:
         weight: (outputs, inputs), with any strides.
-        activation: the function's name, one of ACTIVATIONS.
-        function: the same elementwise, in torch.
+        activation: the name of an elementwise function, one of ACTIVATIONS.
         bias: (outputs,) or None.
         shift, factor: (B, outputs) or None.
     """
 
     weight: Tensor
     activation: str = "identity"
-    function: Callable[[Tensor], Tensor] | None = None
     bias: Tensor | None = None
     shift: Tensor | None = None
     factor: Tensor | None = None
@@ -58,17 +45,18 @@ class Layer:
         return u if self.shift is None else u + self.shift
 
     def finished(self, u: Tensor) -> Tensor:
-        """factor * function(u)."""
-        y = u if self.function is None else self.function(u)
+        """factor * activation(u)."""
+        y = FUNCTIONS[self.activation](u)
         return y if self.factor is None else y * self.factor
 
     def slope(self, u: Tensor) -> Tensor | None:
         """The derivative of `finished` at u; None where it is one everywhere."""
-        if self.function is None:
+        function = FUNCTIONS[self.activation]
+        if function is identity:
             return self.factor
         with torch.enable_grad():
             leaf = u.detach().requires_grad_()
-            value = self.function(leaf)
+            value = function(leaf)
             slope = torch.zeros_like(u)
             if value.requires_grad:
                 (slope,) = torch.autograd.grad(value.sum(), leaf)

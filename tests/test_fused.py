@@ -312,11 +312,12 @@ def test_parametrized_weights_are_taken_as_computed(loops: list[int]) -> None:
         torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-7)
 
 
-def test_random_weights_go_to_the_host(loops: list[int]) -> None:
-    class Noise(nn.Module):
-        def forward(self, weight: Tensor) -> Tensor:
-            return weight + 0.01 * torch.randn_like(weight)
+class Noise(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + 0.01 * torch.randn_like(weight)
 
+
+def test_random_weights_go_to_the_host(loops: list[int]) -> None:
     cell = cells.Dense(Z, X).double()
     parametrize.register_parametrization(cell.A, "weight", Noise())
     x0, z = inputs()
@@ -324,6 +325,23 @@ def test_random_weights_go_to_the_host(loops: list[int]) -> None:
         solve(cell, x0, z, "fused")
     assert bool(solve(cell, x0, z, None).converged.all())
     assert not loops
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_declined_keeps_one_dropout_mask(grad: bool) -> None:
+    cell = cells.Dense(Z, X).double()
+    cell.A = nn.Sequential(cell.A, nn.Dropout(0.5))
+    x0, z = inputs()
+    results = []
+    for route in ("host", None):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(grad):
+            solution = solve(cell, x0, z, route)
+        assert bool(solution.converged.all())
+        results.append((solution.value.detach(), torch.get_rng_state()))
+    (host, state), (default, after) = results
+    assert torch.equal(host, default)
+    assert torch.equal(state, after)
 
 
 def test_a_weight_written_to_before_backward_is_noticed(cell: cells.Cell) -> None:
@@ -409,6 +427,36 @@ def test_a_layer_says_which_way_it_goes() -> None:
     assert "route='fused'" in repr(demanding)
 
 
+def with_noise() -> cells.Cell:
+    cell = cells.Dense(Z, X)
+    parametrize.register_parametrization(cell.A, "weight", Noise())
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (with_bias, "Dense.A has a bias"),
+        (with_noise, "its weights are drawn at random"),
+        (
+            lambda: cells.GradientDescent(lambda x, z: (x * x).sum(-1), 0.1),
+            "function has no lower_descent()",
+        ),
+    ],
+    ids=["bias", "noise", "energy"],
+)
+def test_a_layer_says_what_will_be_declined(make: Callable[[], cells.Cell], reason: str) -> None:
+    cell = make()
+    layer = fpi.FPILayer(cell, rowwise=True)
+    state = torch.get_rng_state()
+    before = layer.explain().splitlines()[0]
+    assert before.startswith("route    host loop")
+    assert "not fused: " + reason in before
+    assert torch.equal(torch.get_rng_state(), state)
+    layer(torch.randn(2, Z))
+    assert "fused loop" not in layer.explain().splitlines()[0]
+
+
 @pytest.mark.parametrize("route", ["cuda", "", 1])
 def test_an_unknown_route_is_named(route: Any) -> None:
     message = "unknown route .* Valid: None, 'host', 'device', 'fused'"
@@ -435,7 +483,7 @@ class Gated(cells.Cell):
 
     def lower(self, prepared: Tensor) -> Lowered:
         gate = torch.sigmoid(prepared)
-        return Lowered((Layer(self.M.weight, "tanh", torch.tanh, shift=prepared, factor=gate),))
+        return Lowered((Layer(self.M.weight, "tanh", shift=prepared, factor=gate),))
 
 
 class Wrong(Gated):
@@ -445,7 +493,17 @@ class Wrong(Gated):
         return super().step(x, prepared)
 
     def lower(self, prepared: Tensor) -> Lowered:
-        return Lowered((Layer(self.M.weight, "tanh", torch.tanh, shift=prepared),))
+        return Lowered((Layer(self.M.weight, "tanh", shift=prepared),))
+
+
+class Misnamed(Gated):
+    """Tells the kernels another activation than it steps with."""
+
+    def step(self, x: Tensor, prepared: Tensor) -> Tensor:
+        return torch.relu(self.M(x) + prepared)
+
+    def lower(self, prepared: Tensor) -> Lowered:
+        return Lowered((Layer(self.M.weight, "tanh", shift=prepared),))
 
 
 class Undecided(Gated):
@@ -469,10 +527,12 @@ def test_a_cell_of_the_user_is_fused_too(loops: list[int]) -> None:
         torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-8)
 
 
-def test_a_wrong_lowering_is_found_out() -> None:
+@pytest.mark.parametrize("wrong", [Wrong, Misnamed])
+def test_a_wrong_lowering_is_found_out(wrong: type[Gated]) -> None:
     z = torch.randn(BATCH, X)
-    with pytest.raises(ValueError, match=r"Wrong.lower\(\) must describe the map of step\(\)"):
-        solve(Wrong(X), torch.zeros_like(z), z, None, rtol=1e-4)
+    message = wrong.__name__ + r".lower\(\) must describe the map of step\(\)"
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        solve(wrong(X), torch.zeros_like(z), z, None, rtol=1e-4)
 
 
 def test_a_cell_may_decline(loops: list[int]) -> None:

@@ -1,4 +1,4 @@
-// The activations that a lowered cell may name. The order is that of fpi_cuda.lowered.ACTIVATIONS.
+// The activations that a lowered cell may name. The order is that of fpi_cuda.elementwise.FUNCTIONS.
 #pragma once
 
 #include <cstdint>

@@ -8,6 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpi_cuda.elementwise import (
+    gelu_derivative,
+    identity,
+    relu_derivative,
+    sigmoid_derivative,
+    tanh_derivative,
+)
 from fpi_cuda.lowered import NotLowered
 
 
@@ -26,32 +33,6 @@ class Activation:
     lipschitz: float
 
 
-def identity(u: Tensor) -> Tensor:
-    """u itself."""
-    return u
-
-
-def tanh_derivative(u: Tensor) -> Tensor:
-    """1 - tanh(u)^2."""
-    return 1 - torch.tanh(u) ** 2
-
-
-def relu_derivative(u: Tensor) -> Tensor:
-    """1 where u > 0, else 0, as autograd has it."""
-    return (u > 0).to(u.dtype)
-
-
-def sigmoid_derivative(u: Tensor) -> Tensor:
-    """sigmoid(u) sigmoid(-u): no cancellation for large u."""
-    return torch.sigmoid(u) * torch.sigmoid(-u)
-
-
-def gelu_derivative(u: Tensor) -> Tensor:
-    """Phi(u) + u phi(u), with the distribution and the density of the standard normal."""
-    density = torch.exp(-0.5 * u * u) * 0.3989422804014327
-    return torch.special.ndtr(u) + u * density
-
-
 ACTIVATIONS = {
     "tanh": Activation(torch.tanh, tanh_derivative, 1.0),
     "relu": Activation(torch.relu, relu_derivative, 1.0),
@@ -63,7 +44,7 @@ ACTIVATIONS = {
 }
 
 
-# What kernels call the derivative, in fpi_cuda.lowered.ACTIVATIONS.
+# What kernels call the derivative, in fpi_cuda.elementwise.FUNCTIONS.
 DERIVATIVES = {
     "tanh": "tanh_derivative",
     "relu": "relu_derivative",
@@ -76,16 +57,15 @@ DERIVATIVES = {
 COMPILED = dict(ACTIVATIONS)
 
 
-def compiled_activation(name: str) -> Activation:
-    """ACTIVATIONS[name], as kernels compute it too.
+def require_compiled(name: str) -> str:
+    """`name`, if kernels compute ACTIVATIONS[name] too.
 
     Raises:
         NotLowered: it was added or exchanged by the user.
     """
-    activation = ACTIVATIONS[name]
-    if activation is not COMPILED.get(name):
+    if ACTIVATIONS[name] is not COMPILED.get(name):
         raise NotLowered(f"no kernel computes the activation {name!r}")
-    return activation
+    return name
 
 
 def require_activation(owner: str, option: str, name: object) -> str:

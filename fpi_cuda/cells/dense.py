@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.cells.activation import ACTIVATIONS, compiled_activation, require_activation
+from fpi_cuda.cells.activation import ACTIVATIONS, require_activation, require_compiled
 from fpi_cuda.cells.cell import (
     FRESH_LIPSCHITZ,
     Cell,
@@ -74,8 +74,8 @@ class Dense(Cell):
     def lower(self, prepared: Tensor) -> Lowered:
         """step() for the fused loop."""
         weight = without_bias("Dense", "A", self.A)
-        function = compiled_activation(self.activation).value
-        return Lowered((Layer(weight, self.activation, function, shift=prepared),))
+        activation = require_compiled(self.activation)
+        return Lowered((Layer(weight, activation, shift=prepared),))
 
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""

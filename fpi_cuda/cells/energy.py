@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from fpi_cuda.cells.activation import (
     ACTIVATIONS,
     DERIVATIVES,
-    compiled_activation,
     require_activation,
+    require_compiled,
 )
 from fpi_cuda.cells.cell import orthogonal_, require_features, require_same_batch
 from fpi_cuda.cells.lowering import without_bias
@@ -103,10 +103,10 @@ class MLPEnergy(nn.Module):
     def lower_descent(self, prepared: Tensor, step_size: float) -> Lowered:
         """x - step_size * gradient(x, prepared) for the fused loop."""
         weight = without_bias("MLPEnergy", "A", self.A)
-        derivative = compiled_activation(self.activation).derivative
+        derivative = DERIVATIVES[require_compiled(self.activation)]
         down = (weight * self.w[:, None]).mT * -step_size
         return Lowered(
-            (Layer(weight, DERIVATIVES[self.activation], derivative, shift=prepared), Layer(down)),
+            (Layer(weight, derivative, shift=prepared), Layer(down)),
             carry=1.0 - step_size * self.quadratic,
         )
 

@@ -139,11 +139,7 @@ def require_same_map(g: Any, prepared: Tensor, result: Lowered, x: Tensor) -> No
     Raises:
         ValueError: they differ by more than rounding.
     """
-    owners = [g, getattr(g, "energy", g)]
-    methods = [
-        getattr(owner, name, None) for owner in owners for name in ("lower", "lower_descent")
-    ]
-    if all(method is None or method.__module__.startswith("fpi_cuda.") for method in methods):
+    if is_lowered_here(g):
         return
     # Not at x itself: zeros, for one, would hide a wrong weight.
     points = x[:COMPARED_SAMPLES] + torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)
@@ -156,3 +152,22 @@ def require_same_map(g: Any, prepared: Tensor, result: Lowered, x: Tensor) -> No
             f"fixed_point: {type(g).__name__}.lower() must describe the map of step(), but they "
             f"differ by {float(error.max()):.3g}"
         )
+
+
+def is_lowered_here(g: object) -> bool:
+    """Whether lower() of g is this package's own."""
+    owners = [g, getattr(g, "energy", g)]
+    methods = [
+        getattr(owner, name, None) for owner in owners for name in ("lower", "lower_descent")
+    ]
+    return all(method is None or method.__module__.startswith("fpi_cuda.") for method in methods)
+
+
+def require_no_decline(g: Any) -> None:
+    """Raise NotLowered where lower() will, whatever it is given.
+
+    Only the cells of this package are asked, for they look at their weights alone.
+    """
+    if is_lowered_here(g):
+        with torch.no_grad():
+            g.lower(torch.empty(0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.cells.activation import ACTIVATIONS, compiled_activation, require_activation
+from fpi_cuda.cells.activation import ACTIVATIONS, require_activation, require_compiled
 from fpi_cuda.cells.cell import (
     FRESH_LIPSCHITZ,
     Cell,
@@ -91,12 +91,12 @@ class MLP(Cell):
         """step() for the fused loop."""
         first = without_bias("MLP", "A", self.A)
         second, bias = linear_terms("MLP", "W", self.W)
-        function = compiled_activation(self.activation).value
-        out_function = compiled_activation(self.out_activation).value
+        activation = require_compiled(self.activation)
+        out_activation = require_compiled(self.out_activation)
         return Lowered(
             (
-                Layer(first, self.activation, function, shift=prepared),
-                Layer(second, self.out_activation, out_function, bias=bias),
+                Layer(first, activation, shift=prepared),
+                Layer(second, out_activation, bias=bias),
             )
         )
 
