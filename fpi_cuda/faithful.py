@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from fpi_cuda.capturing import NoRandomNumbers, being_captured
+
 T = TypeVar("T")
 
 
@@ -68,6 +70,11 @@ class Replay:
             yield
 
     def _with_random_numbers(self, evaluation: Callable[[], T]) -> T:
+        if self._first and being_captured(self._device):
+            # The generators cannot be asked now.
+            self._first = False
+            with NoRandomNumbers():
+                return evaluation()
         if self._first:
             self._first = False
             before = generator_states(self._device)

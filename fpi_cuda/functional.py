@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from fpi_cuda import backends, transforms
 from fpi_cuda.adjoint import differentiated_map, strategy_for
 from fpi_cuda.backends import reference
+from fpi_cuda.capturing import UNDER_GRAD, being_captured
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit import (
     Account,
@@ -189,6 +190,8 @@ def solved(
     born_after: int,
 ) -> tuple[Tensor, SolveResult]:
     """The fixed point by the solver, then its derivatives."""
+    if differentiates() and being_captured(flat_map.layout.device):
+        raise RuntimeError(UNDER_GRAD)
     course = Course(flat_map, options, engine, record)
     with torch.no_grad(), flat_map.replay.solving():
         result = course.solve(start.detach())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fpi_cuda import device_loop
 from fpi_cuda.adjoint import adjoint_method, adjoint_solver
+from fpi_cuda.capturing import being_captured
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.faithful import counting_changes
 from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step
@@ -19,6 +20,7 @@ from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import Backend, solve
 
 HOST_ASKED_FOR = 'route="host" asks for it'
+BEING_CAPTURED = "the call is itself being captured into a CUDA graph"
 IN_TRANSFORM = "the call is inside torch.func transforms"
 FAILED_SAMPLES = "some samples of the latest solve failed, and their part of g was left out"
 UNROLLED = "adjoint=Unroll() differentiates every step, which a graph cannot"
@@ -110,6 +112,8 @@ class Course:
         options, flat_map = self._options, self._flat_map
         if options.route not in (None, "fused"):
             raise NotLowered(f'route="{options.route}" asks for it')
+        if being_captured(x0.device):
+            raise NotLowered(BEING_CAPTURED)
         rowwise = options.asks_rowwise(flat_map.g)
         fused = fused_map(flat_map, self._engine, options.solver, rowwise=rowwise)
         result = solve_fused(

@@ -361,6 +361,29 @@ def test_a_profiler_sees_no_synchronization_and_no_copy_to_the_host() -> None:
     assert not [name for name in inside if name in SYNCHRONIZING or "DtoH" in name]
 
 
+def test_a_solve_inside_the_callers_capture_takes_masked_steps() -> None:
+    g, x0 = made("dense")
+    z = input_of("dense", 0)
+    options = {"rtol": 1e-5, "max_steps": 40, "rowwise": False}
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        fpi.fixed_point(g, x0, z, **options, route="host")
+        with torch.cuda.graph(graph):
+            found = fpi.fixed_point(g, x0, z, **options)
+        for seed in (1, 2):
+            z.copy_(input_of("dense", seed))
+            graph.replay()
+            expected = fpi.fixed_point(g, x0, z, **options, route="host")
+            assert torch.equal(found.num_steps, expected.num_steps)
+            assert torch.allclose(found.value, expected.value, rtol=1e-5, atol=1e-6)
+    other = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="under grad mode a solve cannot be captured"),
+        torch.cuda.graph(other),
+    ):
+        fpi.fixed_point(g, x0, z, **options)
+
+
 # Stale memory.
 
 

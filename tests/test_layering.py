@@ -34,7 +34,7 @@ LEVELS = [
         "tracing",
         "transforms",
     },
-    {"_extension", "elementwise"},
+    {"_extension", "capturing", "elementwise"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.
 OUTSIDE = {"diagnostics", "testing"}

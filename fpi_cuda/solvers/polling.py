@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fpi_cuda.capturing import being_captured
+
 
 class ActiveCount(Protocol):
     """What the host loop asks after every step.
@@ -30,6 +32,8 @@ def active_count(device: torch.device) -> ActiveCount:
     """The way to count on this device."""
     if device.type != "cuda":
         return CountAtOnce()
+    if being_captured(device):
+        return CountNever()
     stream = torch.cuda.current_stream(device)
     return CountLater(lambda: StreamEvent(stream), pinned=True)
 
@@ -43,6 +47,15 @@ class CountAtOnce:
     def after_step(self, status: Tensor) -> int:
         """The active samples now."""
         return len(status) - int(torch.count_nonzero(status))
+
+
+class CountNever:
+    """Knows nothing: while a solve is being captured there is nothing to know."""
+
+    pays_below = 0.0
+
+    def after_step(self, status: Tensor) -> None:
+        """None."""
 
 
 class Event(Protocol):

@@ -75,7 +75,9 @@ def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Work
         columns_g=x0.new_empty((batch, depth, dim), dtype=stored),
         gram=torch.empty((batch, gram_depth, gram_depth), **scalar),
         control=torch.zeros((batch, CONTROL_SIZE), **scalar),
-        atol=torch.as_tensor(atol, **scalar).expand(batch).contiguous(),
+        atol=torch.zeros(batch, **scalar).copy_(atol)
+        if isinstance(atol, Tensor)
+        else torch.full((batch,), atol, **scalar),
         status=torch.zeros(batch, dtype=torch.int8, device=x0.device),
         num_steps=torch.zeros(batch, dtype=torch.int32, device=x0.device),
         residual=torch.full((batch,), torch.inf, **scalar),
