@@ -250,6 +250,41 @@ def test_fixed_point_and_its_gradient(solver: FixedPointSolver, device: str) -> 
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
+@device
+@pytest.mark.parametrize("solver", [Picard(), Anderson(m=2), Broyden(m=2)], ids=short)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
+def test_a_state_without_elements(
+    solver: FixedPointSolver, shape: tuple[int, int], device: str
+) -> None:
+    x = torch.zeros(shape, device=device)
+    work = allocate(x, solver, 0.0)
+    step(engine, solver, work, x, x.clone(), None, 1e-4, 50)
+    assert work.status.tolist() == [Status.CONVERGED] * shape[0]
+
+
+WRONG = {
+    "gx": torch.zeros(3, 5),
+    "best": torch.zeros(4, 3).T,
+    "columns_f": torch.zeros(3, 2, 5),
+    "control": torch.zeros(3, 5, dtype=torch.float64),
+    "status": torch.zeros(3, dtype=torch.int32),
+    "sample_of": torch.zeros(2, dtype=torch.int64),
+}
+
+
+@device
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_array_is_refused(name: str, device: str) -> None:
+    x = torch.zeros(3, 4, device=device)
+    work = vars(allocate(x, Anderson(m=2), 0.0))
+    work["g_previous"] = work.pop("partner_previous")
+    arguments = {"x": x, "gx": x.clone(), "sample_of": None, **work}
+    options = {"rtol": 1e-4, "max_steps": 9, "beta": 1.0, "ridge": 0.0}
+    engine.anderson_step_(**arguments, **options)
+    with pytest.raises(RuntimeError, match=rf"^anderson_step_: {name} must be contiguous, \("):
+        engine.anderson_step_(**{**arguments, name: WRONG[name].to(device)}, **options)
+
+
 def resolve(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The Triton backend for such states."""
     return backends.resolve("triton", torch.device(device), dtype)

@@ -34,8 +34,8 @@ def anderson_measure_kernel(
     IN_SLOT: tl.constexpr,
 ):
     """Sums of span j of row i, into partial (rows, 3 + 2 M, spans)."""
-    row = tl.program_id(0).to(tl.int64)
-    span = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) // spans).to(tl.int64)
+    span = (tl.program_id(0) % spans).to(tl.int64)
     sample = row
     if sample_of is not None:
         sample = tl.load(sample_of + row)
@@ -126,6 +126,7 @@ def anderson_advance_kernel(
     columns_g,
     plan,
     dim,
+    spans,
     SPAN: tl.constexpr,
     DEPTH: tl.constexpr,
     M: tl.constexpr,
@@ -134,8 +135,8 @@ def anderson_advance_kernel(
     IN_SLOT: tl.constexpr,
 ):
     """Move span j of row i as its plan says."""
-    row = tl.program_id(0).to(tl.int64)
-    span = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) // spans).to(tl.int64)
+    span = (tl.program_id(0) % spans).to(tl.int64)
     plan += row * (PLAN_GAMMA + M)
     move = tl.load(plan)
     if move == IDLE:

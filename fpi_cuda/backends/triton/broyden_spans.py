@@ -34,8 +34,8 @@ def broyden_measure_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Sums of span j of row i, into partial (rows, 5 + 3 M, spans)."""
-    row = tl.program_id(0).to(tl.int64)
-    span = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) // spans).to(tl.int64)
+    span = (tl.program_id(0) % spans).to(tl.int64)
     sample = row
     if sample_of is not None:
         sample = tl.load(sample_of + row)
@@ -139,8 +139,8 @@ def broyden_form_kernel(
     COMPUTE: tl.constexpr,
 ):
     """The fresh columns in span j of row i, and their sums, into partial (rows, 3, spans)."""
-    row = tl.program_id(0).to(tl.int64)
-    span = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) // spans).to(tl.int64)
+    span = (tl.program_id(0) % spans).to(tl.int64)
     plan += row * (PLAN_US + 3 * M)
     if tl.load(plan) == IDLE:
         return
@@ -188,8 +188,8 @@ def broyden_advance_kernel(
     COMPUTE: tl.constexpr,
 ):
     """Move span j of row i as its plan says; every span comes to the same view of the update."""
-    row = tl.program_id(0).to(tl.int64)
-    span = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) // spans).to(tl.int64)
+    span = (tl.program_id(0) % spans).to(tl.int64)
     plan += row * (PLAN_US + 3 * M)
     move = tl.load(plan)
     if move == IDLE:

@@ -19,6 +19,7 @@ from fpi_cuda.backends.triton.anderson_spans import (
     anderson_measure_kernel,
 )
 from fpi_cuda.backends.triton.anderson_step import anderson_step_kernel
+from fpi_cuda.backends.triton.arguments import compute_dtype, require_arrays
 from fpi_cuda.backends.triton.broyden_spans import (
     PLAN_US,
     broyden_advance_kernel,
@@ -53,7 +54,7 @@ class Step:
 
     def __init__(self, x: Tensor, columns: Tensor, sums: int) -> None:
         depth = columns.shape[1]
-        compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+        compute = compute_dtype(x.dtype)
         self.rows, self.dim = x.shape
         self.shape = shape_of(self.dim, depth, compute.itemsize, sums)
         self.constants: dict[str, Any] = {
@@ -69,7 +70,7 @@ class Step:
         self.in_slot = {"IN_SLOT": depth > 0 and columns.dtype == compute}
         self.span = {"SPAN": SPAN}
         self.by_row = (self.rows,)
-        self.by_span = (self.rows, self.shape.spans)
+        self.by_span = (self.rows * self.shape.spans,)
 
     def scratch(self, x: Tensor, *size: int) -> Tensor:
         """Float64 room for (rows, *size) numbers."""
@@ -100,10 +101,16 @@ def anderson_step_(
     scratch: Tensor | None = None,
 ) -> None:
     """See fpi_cuda.backends.reference.anderson_step_, its twin."""
+    account = (control, atol, status, num_steps, residual)
+    previous = {"f_previous": f_previous, "g_previous": g_previous}
+    columns = {"columns_f": columns_f, "columns_g": columns_g}
+    kept = {"best": best, "anchor": anchor, **previous}
+    require_arrays("anderson_step_", x, gx, sample_of, kept, columns, gram, account)
+    if x.shape[0] == 0:
+        return
     step = Step(x, columns_f, ANDERSON_SUMS)
     c, dim, spans = step.constants, step.dim, step.shape.spans
-    points = (best, anchor, f_previous, g_previous, columns_f, columns_g)
-    account = (control, atol, status, num_steps, residual)
+    points = (*kept.values(), *columns.values())
     options = (rtol, max_steps, beta, ridge)
     with on_device_of(x):
         if spans == 1:
@@ -123,7 +130,7 @@ def anderson_step_(
             **step.rules, **c,
         )  # fmt: skip
         anderson_advance_kernel[step.by_span](
-            x, gx, sample_of, *points, plan, dim, **step.span, **c, **step.in_slot
+            x, gx, sample_of, *points, plan, dim, spans, **step.span, **c, **step.in_slot
         )
 
 
@@ -149,10 +156,16 @@ def broyden_step_(
     scratch: Tensor | None = None,
 ) -> None:
     """See fpi_cuda.backends.reference.broyden_step_, its twin."""
+    account = (control, atol, status, num_steps, residual)
+    previous = {"f_previous": f_previous, "x_previous": x_previous}
+    columns = {"columns_u": columns_u, "columns_v": columns_v}
+    kept = {"best": best, "anchor": anchor, **previous}
+    require_arrays("broyden_step_", x, gx, sample_of, kept, columns, None, account)
+    if x.shape[0] == 0:
+        return
     step = Step(x, columns_u, BROYDEN_SUMS)
     c, dim, spans = step.constants, step.dim, step.shape.spans
-    points = (best, anchor, f_previous, x_previous, columns_u, columns_v)
-    account = (control, atol, status, num_steps, residual)
+    points = (*kept.values(), *columns.values())
     options = (rtol, max_steps, beta)
     with on_device_of(x):
         if spans == 1:
