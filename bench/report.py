@@ -236,17 +236,15 @@ def update_readme(readme: Path, folder: Path) -> None:
         raise ValueError(f"update_readme: {readme} must hold {BEGIN} and {END}")
     before, rest = old.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    sections = []
+    sections: list[str] = []
+    told: list[str] = []
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text())
         if results.get("kind") == "throughput":
-            sections.append(markdown(results))
+            sections += [markdown(results), *pictures(path, readme.parent)]
         elif "readme" in results:
-            sections.append(results["readme"].strip())
-        else:
-            continue
-        sections += pictures(path, readme.parent)
-    body = "\n\n".join(sections)
+            told.append(results["readme"].strip())
+    body = "\n\n".join(sections + told)
     readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
 
 
