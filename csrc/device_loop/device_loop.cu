@@ -2,7 +2,6 @@
 #include <cuda_runtime.h>
 
 #include <memory>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
@@ -160,11 +159,11 @@ cudaError_t add_condition(cudaGraphNode_t* node, cudaGraph_t graph, cudaGraphNod
 }
 
 // [condition] -> WHILE { body -> condition }
-std::string build(cudaGraph_t body, Condition condition, Exec* built) {
+std::string build(cudaGraph_t body, Condition condition, Graph* graph, Exec* built) {
   cudaGraph_t raw = nullptr;
   cudaError_t error = cudaGraphCreate(&raw, 0);
   if (error != cudaSuccess) return described("cudaGraphCreate", error);
-  const Graph graph(raw);
+  graph->reset(raw);
   error = cudaGraphConditionalHandleCreate(&condition.handle, raw, 0, 0);
   if (error != cudaSuccess) return described("cudaGraphConditionalHandleCreate", error);
 
@@ -195,6 +194,7 @@ std::string build(cudaGraph_t body, Condition condition, Exec* built) {
 }  // namespace fpi
 
 struct FpiDeviceLoop {
+  fpi::Graph graph;  // outlives its executable form, which shares its conditional handle
   fpi::Exec exec;
 };
 
@@ -232,11 +232,10 @@ const char* fpi_device_loop_create(void* body, const int8_t* status, int64_t bat
     const auto graph = static_cast<cudaGraph_t>(body);
     text = fpi::graph_refusal(graph, 0);
     if (!text.empty()) return "the captured step cannot be repeated: " + text;
-    fpi::Exec exec;
-    text = fpi::build(graph, {0, status, batch, rounds, max_steps}, &exec);
-    if (!text.empty()) return text;
-    *loop = new FpiDeviceLoop{std::move(exec)};
-    return {};
+    auto built = std::make_unique<FpiDeviceLoop>();
+    text = fpi::build(graph, {0, status, batch, rounds, max_steps}, &built->graph, &built->exec);
+    if (text.empty()) *loop = built.release();
+    return text;
   });
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fpi_cuda.device_loop.cache import PlanCache
+from fpi_cuda.device_loop.cache import Key, PlanCache
 from fpi_cuda.device_loop.graphs import Graphs, Refused
 from fpi_cuda.device_loop.method import Method, key_of
 from fpi_cuda.device_loop.plan import AdjointPlan
@@ -60,7 +60,7 @@ class DeviceAdjoint:
         if recorder is None:
             raise Refused("g was not evaluated with a graph")
         require_repeatable(recorder, self._flat_map)
-        key = self._key(x_star)
+        key = self._key()
         known = self._cache.refusal(key)
         if known is not None:
             raise Refused(known)
@@ -93,7 +93,7 @@ class DeviceAdjoint:
             or self._graphs.why_not() is not None
         ):
             return None
-        key = self._key(b)
+        key = self._key()
         plan = cast("AdjointPlan | None", self._cache.take(key))
         if plan is None:
             return None
@@ -113,7 +113,7 @@ class DeviceAdjoint:
         if not self._cache.count_rebuild(plan.key):
             raise Refused(f"g is another computation than when it was captured: {found}")
 
-    def _build(self, key: tuple[Any, ...], recorder: Recorder, x_star: Tensor) -> None:
+    def _build(self, key: Key, recorder: Recorder, x_star: Tensor) -> None:
         b = probe_like(x_star)
         atol = self._rtol() * torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
         plan = AdjointPlan(key, self._flat_map, x_star, self._method, self._graphs)
@@ -148,9 +148,8 @@ class DeviceAdjoint:
         named = [t for t in read if isinstance(t, Tensor) and t.device == device]
         return Recorder(device, named)
 
-    def _key(self, x: Tensor) -> tuple[Any, ...]:
-        with torch.no_grad():
-            return key_of("adjoint", self._flat_map, x.detach(), self._method, with_graph=True)
+    def _key(self) -> Key:
+        return key_of("adjoint", self._flat_map, self._method, with_graph=True)
 
 
 def probe_like(x: Tensor) -> Tensor:

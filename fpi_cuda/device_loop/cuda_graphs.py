@@ -72,17 +72,16 @@ class CudaSession:
         try:
             with torch.cuda.stream(self._stream):
                 # Only this thread is held to what capturing allows; others may load data.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                with self._pool_ended():
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     body()
                 except BaseException:
-                    self._abandon(graph)
+                    with contextlib.suppress(RuntimeError), self._pool_ended():
+                        graph.capture_end()
                     raise
-                try:
+                with self._pool_ended():
                     graph.capture_end()
-                except BaseException:
-                    self._end_pool()
-                    raise
         except Refused:
             raise
         except RuntimeError as error:
@@ -91,19 +90,16 @@ class CudaSession:
             torch._C._cuda_clearCublasWorkspaces()
         return graph, max(0, torch.cuda.memory_reserved(self._device) - before)
 
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that failed, so that neither stream nor allocator stays in it."""
+    @contextlib.contextmanager
+    def _pool_ended(self) -> Iterator[None]:
+        """Take the allocator out of a capture that did not begin or end well; torch leaves it."""
         try:
-            graph.capture_end()
-        except RuntimeError:
-            self._end_pool()
-
-    def _end_pool(self) -> None:
-        # torch ends the allocator's part of a capture only where CUDA's part ended well.
-        index = self._device.index
-        for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with contextlib.suppress(RuntimeError):
-                end(index, self._pool)
+            yield
+        except BaseException:
+            for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with contextlib.suppress(RuntimeError):
+                    end(self._device.index, self._pool)
+            raise
 
 
 class CapturedGraph:

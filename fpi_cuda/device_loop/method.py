@@ -38,7 +38,7 @@ class Method:
 
 
 def key_of(
-    kind: str, flat_map: FlatMap, x: Tensor, method: Method, *, with_graph: bool
+    kind: str, flat_map: FlatMap, method: Method, *, with_graph: bool
 ) -> tuple[Hashable, ...]:
     """Where the plan of such a solve is kept.
 
@@ -47,7 +47,6 @@ def key_of(
     return (
         kind,
         site_of(flat_map.g),
-        form_of(x, False),
         flat_map.layout,
         tuple(form_of(t, with_graph) for t in pytree.tree_leaves(flat_map.read)),
         method.key,

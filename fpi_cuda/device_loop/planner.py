@@ -49,7 +49,7 @@ def solve(
     unavailable = graphs.why_not()
     if unavailable is not None:
         raise Refused(unavailable)
-    key = key_of("solve", flat_map, x0, method, with_graph=False)
+    key = key_of("solve", flat_map, method, with_graph=False)
     known = cache.refusal(key)
     if known is not None:
         raise Refused(known)
