@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.attach import mended_if_batchwise
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.levels import Solved, attach_levels
+from fpi_cuda.implicit.mending import mended_if_batchwise
 from fpi_cuda.implicit.strategy import Strategy
 from fpi_cuda.result import SolveResult
 from fpi_cuda.transforms import Frame

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fpi_cuda.implicit.attach import attach, mended_if_batchwise
+from fpi_cuda.implicit.attach import attach
 from fpi_cuda.implicit.flat_map import FlatMap, replace_rows
+from fpi_cuda.implicit.mending import mended_if_batchwise
 from fpi_cuda.implicit.strategy import Account, Truncated, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
 

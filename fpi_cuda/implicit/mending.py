@@ -1,0 +1,22 @@
+"""Samples that failed, evaluated where another one is, so that they spoil no derivative."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.implicit.flat_map import FlatMap
+
+
+def mended_if_batchwise(flat_map: FlatMap, x: Tensor, bad: Tensor) -> FlatMap:
+    """The map with bad samples evaluated elsewhere, if that leaves the good ones alone.
+
+    Their derivative is zero times whatever g's derivative is there, which may be NaN.
+    """
+    mended = flat_map.mended(bad)
+    # Not under no_grad: autocast would cache weights without their graph.
+    with torch.enable_grad():
+        moved, expected = mended(x.detach())[~bad], flat_map(x.detach())[~bad]
+    rounding = 100 * torch.finfo(x.dtype).eps
+    same = torch.isclose(moved, expected, rtol=rounding, atol=rounding)
+    return mended if bool(same.all()) else flat_map

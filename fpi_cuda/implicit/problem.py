@@ -1,0 +1,289 @@
+"""A solved fixed point, or adjoint system, as autograd and forward mode see it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fpi_cuda import transforms
+from fpi_cuda.implicit.flat_map import FlatMap
+from fpi_cuda.implicit.graft import MaybeTensor, follows
+from fpi_cuda.implicit.inputs import Inputs
+from fpi_cuda.implicit.levels import Point, Solved
+from fpi_cuda.implicit.linearization import Jacobian, OpenLinearization
+from fpi_cuda.implicit.live_jacobian import PlainJacobian, TransposedJacobian
+from fpi_cuda.implicit.mending import mended_if_batchwise
+from fpi_cuda.implicit.strategy import Strategy, series, unmeasured, zero_rows
+from fpi_cuda.result import Status
+from fpi_cuda.transforms import Frame
+
+LEGACY = (
+    "fixed_point: is_grads_batched together with create_graph is not supported. Use "
+    "torch.func.vmap over torch.func.vjp"
+)
+
+LEGACY_TANGENT = (
+    "fixed_point: torch.autograd.functional with vectorize=True in forward mode is not supported. "
+    "Use torch.func.jacfwd, or torch.func.hessian"
+)
+
+
+class Problem(Protocol):
+    """y = h(y; inputs), solved, and what its derivatives need.
+
+    Attributes:
+        value: (B, D) y, plain.
+        hy: (B, D) h(value; inputs), with its graph in the inputs.
+    """
+
+    value: Tensor
+    hy: Tensor
+
+    def pull(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(I - dh/dy)^-T v without a graph, and the samples that fail, if any."""
+
+    def push(self, t: Tensor) -> Tensor:
+        """(I - dh/dy)^-1 t without a graph."""
+
+    def point(self) -> Point:
+        """The solution as torch.func transforms around a backward pass see it."""
+
+    def pulled(self, v: Tensor, y: Tensor) -> list[MaybeTensor]:
+        """The derivative of <v, y> in each input, as a function of v, y and the inputs."""
+
+    def pulled_without(self, c: Tensor, bad: Tensor) -> list[MaybeTensor] | None:
+        """The same from the solution c, samples `bad` evaluated elsewhere; None: impossible."""
+
+    def pushed(self, y: Tensor) -> Tensor:
+        """The tangent of the solution, as a function of y and the inputs, which have tangents."""
+
+
+class _Implicit(torch.autograd.Function):
+    """The fixed point of a Problem, as a function of h at it and of the inputs of h.
+
+    A first derivative goes through the graph of h, where the user's closures are. That graph
+    holds y constant, so a second derivative has to go to the inputs directly.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, hy: Tensor, *inputs: Tensor) -> Tensor:
+        # A copy, so that an in-place op on the result does not reach the y that is linearized at.
+        value = problem.value.clone()
+        ctx.problem = problem
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(value, *inputs)
+        ctx.save_for_forward(*inputs)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, v: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        problem: Problem = ctx.problem
+        nothing = [None] * (len(ctx.needs_input_grad) - 2)
+        if v is None:
+            return (None, None, *nothing)
+        if transforms.is_legacy_batched(v):
+            if torch.is_grad_enabled():
+                raise RuntimeError(LEGACY)
+            c = transforms.from_legacy_vmap(problem.point().pulled, v)
+            return (None, c, *nothing)
+        if transforms.active():
+            return (None, problem.point().pulled(v), *nothing)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            y, *inputs = ctx.saved_tensors
+            if follows(v, y, *inputs):
+                return (None, None, *problem.pulled(v, y))
+        c, bad = problem.pull(v)
+        if bad is not None:
+            pulled = problem.pulled_without(c, bad)
+            if pulled is not None:
+                return (None, None, *pulled)
+        return (None, c, *nothing)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, t: MaybeTensor, *__: MaybeTensor) -> Tensor:
+        problem: Problem = ctx.problem
+        if t is None:
+            return torch.zeros_like(problem.value)
+        if transforms.is_legacy_batched(t):
+            raise RuntimeError(LEGACY_TANGENT)
+        if not torch.is_grad_enabled():
+            return problem.push(t)
+        inputs = ctx.saved_tensors
+        # Forward-mode is off here, so this one has the graph alone.
+        y = differentiable(problem, *inputs)
+        return problem.pushed(y)
+
+
+def differentiable(problem: Problem, *inputs: Tensor) -> Tensor:
+    """The value of the problem, as a function of the inputs of its h."""
+    return _Implicit.apply(problem, problem.hy, *inputs)
+
+
+class MapProblem:
+    """x = g(x, *z): the fixed point itself."""
+
+    def __init__(
+        self,
+        flat_map: FlatMap,
+        x_star: Tensor,
+        gx: Tensor,
+        matrix: Jacobian,
+        inputs: Inputs,
+        strategy: Strategy,
+    ) -> None:
+        self.value = x_star
+        self.hy = gx
+        self._flat_map = flat_map
+        self._matrix = matrix
+        self._inputs = inputs
+        self._strategy = strategy
+
+    @functools.cached_property
+    def _all_failed(self) -> Tensor | None:
+        """(B,) bool, all True, where no sample was solved; else None."""
+        hopeless = self._strategy.account.hopeless
+        return hopeless if hopeless is not None and bool(hopeless.all()) else None
+
+    def pull(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        c, bad = self._strategy.solve(v, self._matrix, transpose=True)
+        return c, bad if self._all_failed is None else self._all_failed
+
+    def push(self, t: Tensor) -> Tensor:
+        return self._strategy.solve(t, self._matrix, transpose=False)[0]
+
+    def point(self) -> Point:
+        return plain_point(self.hy, self._matrix, self._strategy, self._strategy.account.status)
+
+    def pulled(self, v: Tensor, y: Tensor) -> list[MaybeTensor]:
+        if self._all_failed is not None:
+            self.pull(v.detach())
+            return self._no_gradient()
+        opened = self._open(y)
+        c, bad = linear_solution(self._strategy, opened, v, transpose=True)
+        if bad is not None:
+            if bool(bad.all()):
+                return self._no_gradient()
+            opened = self._open(y, bad)
+            v = zero_rows(v, bad)
+            c, _ = linear_solution(self._strategy, opened, v, transpose=True)
+        return opened.pulled(c)
+
+    def pulled_without(self, c: Tensor, bad: Tensor) -> list[MaybeTensor] | None:
+        if bool(bad.all()):
+            return self._no_gradient()
+        if self._inputs.unnamed:
+            return None
+        return self._open(self.value, bad).pulled(c)
+
+    def pushed(self, y: Tensor) -> Tensor:
+        with forward_ad._set_fwd_grad_enabled(True):
+            tangent = forward_ad.unpack_dual(self._flat_map(y)).tangent
+        if tangent is None or self._all_failed is not None:
+            return torch.zeros_like(y)
+        return linear_solution(self._strategy, self._open(y), tangent, transpose=False)[0]
+
+    def _open(self, x: Tensor, bad: Tensor | None = None) -> OpenLinearization:
+        if bad is None:
+            return self._inputs.linearize(self._flat_map, x, self.hy, None)
+        flat_map = mended_if_batchwise(self._flat_map, self.value, bad)
+        return self._inputs.linearize(flat_map, x, self.hy, ~bad)
+
+    def _no_gradient(self) -> list[MaybeTensor]:
+        return [torch.zeros_like(t) for t in self._inputs.originals]
+
+
+class LinearProblem:
+    """y = M y + b, M = J^T or J at an x: an adjoint or a tangent solution.
+
+    Its inputs are b, x, and the inputs of g.
+    """
+
+    def __init__(
+        self,
+        opened: OpenLinearization,
+        b: Tensor,
+        y: Tensor,
+        hy: Tensor,
+        strategy: Strategy,
+        bad: Tensor | None,
+        *,
+        transpose: bool,
+    ) -> None:
+        self.value = y
+        self.hy = hy
+        self._opened = opened
+        self._b = b
+        self._strategy = strategy
+        self._bad = bad
+        self._transpose = transpose
+
+    def pull(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        v = self._masked(v)
+        return self._strategy.solve(v, self._opened, transpose=not self._transpose)
+
+    def push(self, t: Tensor) -> Tensor:
+        t = self._masked(t)
+        return self._strategy.solve(t, self._opened, transpose=self._transpose)[0]
+
+    def point(self) -> Point:
+        matrix: Jacobian = self._opened
+        if self._transpose:
+            matrix = TransposedJacobian(PlainJacobian(matrix))
+        status = self._strategy.account.status
+        if self._bad is not None:
+            status = torch.where(self._bad, Status.NONFINITE, status).to(status.dtype)
+        return plain_point(self.hy, matrix, self._strategy, status)
+
+    def pulled(self, v: Tensor, y: Tensor) -> list[MaybeTensor]:
+        s, _ = linear_solution(
+            self._strategy, self._opened, self._masked(v), transpose=not self._transpose
+        )
+        left, right = (y, s) if self._transpose else (s, y)
+        return [s, *self._opened.pulled_product(left, right)]
+
+    def pulled_without(self, c: Tensor, bad: Tensor) -> list[MaybeTensor] | None:
+        return None
+
+    def pushed(self, y: Tensor) -> Tensor:
+        with forward_ad._set_fwd_grad_enabled(True):
+            hy = self._opened.differentiable(y, transpose=self._transpose) + self._b
+            tangent = forward_ad.unpack_dual(hy).tangent
+        if tangent is None:
+            return torch.zeros_like(y)
+        solution, _ = linear_solution(
+            self._strategy, self._opened, self._masked(tangent), transpose=self._transpose
+        )
+        return solution
+
+    def _masked(self, v: Tensor) -> Tensor:
+        return v if self._bad is None else zero_rows(v, self._bad)
+
+
+def plain_point(hy: Tensor, matrix: Jacobian, strategy: Strategy, status: Tensor) -> Point:
+    """A point that was solved for outside of all transforms."""
+    solved = Solved(strategy, PlainJacobian(matrix), Frame([], hy.shape[:1]), status)
+    return Point(solved, matrix.transposed, hy, 0, None, frozenset())
+
+
+def linear_solution(
+    strategy: Strategy, opened: OpenLinearization, b: Tensor, *, transpose: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(I - M)^-1 b as a function of b, x and the inputs of g, M = J^T or J there.
+
+    Returns:
+        The solution, and the samples that fail, if any.
+    """
+    account = strategy.account
+    b = account.masked(b)
+    if strategy.truncation is not None:
+        y = series(lambda y: opened.differentiable(y, transpose=transpose), b, strategy.truncation)
+        _, bad = account.close(b, unmeasured(b, y.detach(), strategy.truncation))
+        return y if bad is None else zero_rows(y, bad), bad
+    y, bad = strategy.solve(b.detach(), opened, transpose=transpose)
+    hy = opened.differentiable(y, transpose=transpose) + b
+    problem = LinearProblem(opened, b, y, hy, strategy, bad, transpose=transpose)
+    return differentiable(problem, b, *opened.originals), bad
