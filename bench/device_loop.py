@@ -27,6 +27,7 @@ from bench.peers import Entry, Peer, load_entries
 from bench.peers.ours import BASELINE, FpiCuda
 from bench.problems import Problem, tanh_cell
 from bench.settings import Chosen, choose, make_task
+from fpi_cuda.device_loop import chunks
 
 WAITS = ("Synchronize", "DtoH")
 """What the name of a profiler event holds where the host waits for the device."""
@@ -228,6 +229,20 @@ def large_cell(size: Size, device: torch.device) -> dict[str, Any]:
     return {"rows": rows, "skipped": skipped, "shape": list(size.conv)}
 
 
+def whole_and_chunked(size: Size, device: torch.device) -> dict[str, dict[str, float]]:
+    """Seconds of a device loop whose history outgrows the cache, at once and in chunks."""
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    problem = tanh_cell(16 * size.tanh[0], 16 * size.tanh[1]).to(device)
+    peer = routed("device")
+    times = {}
+    for name, most in (("whole batch", None), ("half the L2", l2 // 2), ("the L2", l2)):
+        chunks.CHUNK_BYTES = most
+        calls = {name: lambda: peer.solve(problem, 1e-6)}
+        times[name] = spread(paired_rounds(calls, size.rounds, device)[name])
+    chunks.CHUNK_BYTES = None
+    return times
+
+
 # Waits of the host.
 
 
@@ -277,8 +292,9 @@ def main(arguments: list[str] | None = None) -> None:
     results["conv"] = large_cell(size, device)
     if device.type == "cuda":
         results["waits"] = waits(size, device)
+        results["chunks"] = whole_and_chunked(size, device)
     else:
-        results["not_run"] = "the device loop, and waits of the host: no CUDA device"
+        results["not_run"] = "the device loop, its chunks, waits of the host: no CUDA device"
     results["machine"] = machine.describe(device, options.threads, machine.command_line())
     results = report.finite(results)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -320,6 +336,9 @@ def text(results: dict[str, Any]) -> str:
         lines += ["", "waits of the host in one solve"]
         for route, counts in results["waits"].items():
             lines += [f"  {count:6}  {route} loop, {what}" for what, count in counts.items()]
+    if "chunks" in results:
+        lines += ["", "ms of one large solve on the device"]
+        lines += [f"  {seconds_in(t)}  {name}" for name, t in results["chunks"].items()]
     if "not_run" in results:
         lines += ["", f"NOT RUN: {results['not_run']}"]
     return "\n".join(lines)

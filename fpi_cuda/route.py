@@ -88,6 +88,7 @@ class Course:
                 graphs=graphs,
                 cache=device_loop.plans,
                 at_once=options.route == "device",
+                rowwise=self._may_take_rows(),
             )
         except Refused as reason:
             require_host_allowed(options, "the solve", str(reason))
@@ -105,7 +106,7 @@ class Course:
                 atol=options.atol,
                 max_steps=options.max_steps,
                 backend=self._engine,
-                rowwise=options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable(),
+                rowwise=self._may_take_rows(),
             )
 
     def _solve_fused(self, x0: Tensor) -> SolveResult:
@@ -190,6 +191,9 @@ class Course:
     def _adjoint_on_host(self, reason: Refused) -> None:
         require_host_allowed(self._options, "the adjoint", str(reason))
         self._record.adjoint_route = Route("host", str(reason))
+
+    def _may_take_rows(self) -> bool:
+        return self._options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable()
 
     def _require_graphs(self, device: torch.device) -> Graphs:
         if self._options.route == "host":

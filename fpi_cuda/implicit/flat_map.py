@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,17 @@ class FlatMap:
             other._prepared = read
         else:
             other.z = other.source_z = read
+        return other
+
+    def part(self, begin: int, end: int) -> FlatMap:
+        """This map for some of the samples, where g is row-wise and selectable."""
+        read = self.read
+        if isinstance(read, Tensor):
+            rows: Any = read[begin:end]
+        else:
+            rows = type(read)(t[begin:end] for t in read)
+        other = self.reading(rows)
+        other.layout = replace(self.layout, batch=end - begin)
         return other
 
     def recorded(self, record: Recording) -> FlatMap:
