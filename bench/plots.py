@@ -42,11 +42,15 @@ def throughput(results: dict[str, Any], path: Path) -> Path:
         2, len(problems), figsize=(4.2 * len(problems) + 3, 7.5), squeeze=False, sharex="col"
     )
     named: dict[str, Any] = {}
+    ranks = ranks_of(problems)
     for column, problem in zip(grid.T, problems, strict=True):
         for axes, key in zip(column, ("forward", "both"), strict=True):
-            for label, style, batches, rates in curves(problem, key):
+            for label, style, batches, rates in curves(problem, key, ranks):
                 (named[label],) = axes.loglog(batches, rates, **style)
             axes.grid(True, which="major", alpha=0.3)
+            batches = [table["batch"] for table in problem["tables"]]
+            axes.set_xticks(batches, [str(batch) for batch in batches])
+            axes.minorticks_off()
         column[0].set_title(f"{problem['name']}, residual {problem['rtol']:g}")
         column[1].set_xlabel("batch size")
     grid[0, 0].set_ylabel("forward: samples converged / s")
@@ -59,7 +63,20 @@ def throughput(results: dict[str, Any], path: Path) -> Path:
 Curve = tuple[str, dict[str, Any], list[int], list[float]]
 
 
-def curves(problem: dict[str, Any], key: str) -> list[Curve]:
+def ranks_of(problems: list[dict[str, Any]]) -> dict[str, int]:
+    """Which row of its library each label is, over all problems: its line style everywhere."""
+    rows = [row for p in problems for table in p["tables"] for row in table["rows"]]
+    libraries = {row["label"]: row["library"] for row in rows}
+    seen: dict[str, int] = {}
+    ranks = {}
+    for label in sorted(libraries):
+        library = libraries[label]
+        ranks[label] = seen.setdefault(library, 0)
+        seen[library] += 1
+    return ranks
+
+
+def curves(problem: dict[str, Any], key: str, ranks: dict[str, int]) -> list[Curve]:
     """Label, line style, batch sizes and rates of every library that has such a timing."""
     points: dict[str, tuple[str, list[int], list[float]]] = {}
     for table in problem["tables"]:
@@ -68,11 +85,9 @@ def curves(problem: dict[str, Any], key: str) -> list[Curve]:
                 _, batches, rates = points.setdefault(row["label"], (row["library"], [], []))
                 batches.append(table["batch"])
                 rates.append(row[key]["solved_per_second"])
-    seen: dict[str, int] = {}
     drawn = []
     for label, (library, batches, rates) in points.items():
-        index = seen.setdefault(library, 0) % len(LINES)
-        seen[library] += 1
+        index = ranks[label] % len(LINES)
         style = {
             "color": COLOURS.get(library, "black"),
             "linestyle": LINES[index],
@@ -107,8 +122,9 @@ def histogram(axes: Axes, counts: dict[str, list[int]]) -> None:
         if min(values) == max(values):
             axes.axvline(values[0], color=colour, label=f"{label} (all)")
         else:
-            axes.hist(values, bins=bins, color=colour, alpha=0.8, label=label)
-    axes.legend(fontsize=8, frameon=False)
+            axes.hist(values, bins=bins, align="left", color=colour, alpha=0.8, label=label)
+    axes.margins(x=0.05)
+    axes.legend(fontsize=8, framealpha=0.9)
 
 
 def traces(results: dict[str, Any], path: Path) -> Path:

@@ -334,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = {"violations": len(broken), "totals": totals(runs, against)}
     print("TOTAL " + json.dumps(summary))
     if chosen.json is not None:
-        record = {"arguments": vars(chosen) | {"json": str(chosen.json)}, **summary}
+        record = {"arguments": vars(chosen) | {"json": chosen.json.name}, **summary}
         record |= {"runs": [asdict(r) for r in runs], "comparisons": [asdict(c) for c in against]}
         record["machine"] = machine.describe(torch.device("cpu"), 1, machine.command_line())
         record["readme"] = readme(runs, against, chosen.max_steps)

@@ -26,7 +26,7 @@ from fpi_cuda.implicit import (
     sequence_number,
 )
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Unroll
-from fpi_cuda.request import Options, require_inputs, require_known, require_map
+from fpi_cuda.request import Options, require_batch, require_inputs, require_known, require_map
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult
 from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
 from fpi_cuda.solvers.loop import Backend, solve
@@ -104,6 +104,7 @@ def fixed_point(
     require_map("fixed_point", g)
     layout = layout_of(x0)
     require_inputs(z)
+    require_batch(g, x0)
     options = Options(solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route)
     options.require_sensible("fixed_point")
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpi_cuda import backends
 from fpi_cuda.options import (
@@ -71,8 +71,23 @@ def require_known(owner: str, function: Callable[..., Any], unknown: dict[str, A
 
 def require_map(owner: str, g: object) -> None:
     """Raise unless g can be evaluated."""
+    if isinstance(g, type) and issubclass(g, nn.Module):
+        raise TypeError(
+            f"{owner}: g must be a function or a module, got the class {g.__name__}. "
+            f"Pass an instance of it: {g.__name__}(...)"
+        )
     if not callable(g):
         raise TypeError(f"{owner}: g must be a function or module g(x, *z), got {type(g).__name__}")
+
+
+def require_batch(g: object, x0: object) -> None:
+    """Raise where g names the features of its state, and x0 has no dimension for the batch."""
+    features = getattr(g, "x_features", None)
+    if isinstance(features, int) and isinstance(x0, Tensor) and x0.dim() < 2:
+        raise ValueError(
+            f"fixed_point: x0 must be (batch, {features}) for {type(g).__name__}, got "
+            f"x0={tuple(x0.shape)}. Give x0 and z a batch dimension: z[None] is a batch of one"
+        )
 
 
 def require_inputs(z: tuple[object, ...]) -> None:

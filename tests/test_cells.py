@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from fpi_cuda import FPILayer
 from fpi_cuda.cells import ACTIVATIONS, MLP, Cell, Dense, GradientDescent, MLPEnergy
 
 Z, X, HIDDEN = 5, 4, 7
@@ -419,3 +420,21 @@ def test_cells_in_half_precision(make: Callable[..., Cell], dtype: torch.dtype) 
     x, z = torch.randn(3, X, dtype=dtype), torch.randn(3, Z, dtype=dtype)
     wide = copy.deepcopy(cell).float()
     torch.testing.assert_close(cell(x, z).float(), wide(x.float(), z.float()), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("cell", [Dense(3, 4), MLP(3, 4, 5)], ids=["Dense", "MLP"])
+def test_a_forgotten_batch_is_named(cell: Cell) -> None:
+    layer = FPILayer(cell, max_steps=1)
+    with pytest.raises(ValueError, match=r"x0 must be \(batch, 4\) .* got x0=\(4,\)"):
+        layer(torch.randn(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.complex64], ids=str)
+def test_z_of_another_dtype_is_named(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=r"Dense: z must have the dtype of the weights.*z\.to\("):
+        Dense(3, 4)(torch.zeros(2, 4), torch.ones(2, 3).to(dtype))
+
+
+def test_a_class_in_place_of_a_cell_is_named() -> None:
+    with pytest.raises(TypeError, match=r"got the class Dense. Pass an instance of it"):
+        FPILayer(Dense)

@@ -65,6 +65,19 @@ def require_features(owner: str, name: str, value: Tensor, features: int) -> Non
         )
 
 
+def require_dtype(owner: str, name: str, value: Tensor, linear: nn.Module) -> None:
+    """Raise unless `value` can go into `linear`, by itself or under autocast."""
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor) or value.dtype == weight.dtype:
+        return
+    if value.is_floating_point() and torch.is_autocast_enabled(value.device.type):
+        return
+    raise TypeError(
+        f"{owner}: {name} must have the dtype of the weights, {weight.dtype}, got {value.dtype}. "
+        f"Use {name}.to({weight.dtype})"
+    )
+
+
 def require_same_batch(owner: str, x: Tensor, prepared: Tensor) -> None:
     """Raise unless x and the prepared z agree in all but their features."""
     if x.shape[:-1] != prepared.shape[:-1]:

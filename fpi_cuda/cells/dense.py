@@ -10,6 +10,7 @@ from fpi_cuda.cells.cell import (
     FRESH_LIPSCHITZ,
     Cell,
     orthogonal_,
+    require_dtype,
     require_features,
     require_same_batch,
 )
@@ -63,6 +64,7 @@ class Dense(Cell):
     def prepare(self, z: Tensor) -> Tensor:
         """B z + b: z (B, z_features) -> (B, x_features)."""
         require_features("Dense", "z", z, self.z_features)
+        require_dtype("Dense", "z", z, self.B)
         return self.B(z)
 
     def step(self, x: Tensor, prepared: Tensor) -> Tensor:

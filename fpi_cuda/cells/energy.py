@@ -11,7 +11,7 @@ from fpi_cuda.cells.activation import (
     require_activation,
     require_compiled,
 )
-from fpi_cuda.cells.cell import orthogonal_, require_features, require_same_batch
+from fpi_cuda.cells.cell import orthogonal_, require_dtype, require_features, require_same_batch
 from fpi_cuda.cells.lowering import without_bias
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_count, require_real
@@ -84,6 +84,7 @@ class MLPEnergy(nn.Module):
     def prepare(self, z: Tensor) -> Tensor:
         """B z + b: z (B, z_features) -> (B, hidden_features)."""
         require_features("MLPEnergy", "z", z, self.z_features)
+        require_dtype("MLPEnergy", "z", z, self.B)
         return self.B(z)
 
     def value(self, x: Tensor, prepared: Tensor) -> Tensor:

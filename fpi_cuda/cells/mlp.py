@@ -10,6 +10,7 @@ from fpi_cuda.cells.cell import (
     FRESH_LIPSCHITZ,
     Cell,
     orthogonal_,
+    require_dtype,
     require_features,
     require_same_batch,
 )
@@ -78,6 +79,7 @@ class MLP(Cell):
     def prepare(self, z: Tensor) -> Tensor:
         """B z + b: z (B, z_features) -> (B, hidden_features)."""
         require_features("MLP", "z", z, self.z_features)
+        require_dtype("MLP", "z", z, self.B)
         return self.B(z)
 
     def step(self, x: Tensor, prepared: Tensor) -> Tensor:
