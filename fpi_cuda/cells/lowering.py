@@ -160,7 +160,8 @@ def is_lowered_here(g: object) -> bool:
     methods = [
         getattr(owner, name, None) for owner in owners for name in ("lower", "lower_descent")
     ]
-    return all(method is None or method.__module__.startswith("fpi_cuda.") for method in methods)
+    authors = [getattr(method, "__module__", None) or "" for method in methods if method]
+    return all(author.startswith("fpi_cuda.") for author in authors)
 
 
 def require_no_decline(g: Any) -> None:
