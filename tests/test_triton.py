@@ -163,7 +163,7 @@ def compare(
     scale: float = 1.0,
 ) -> None:
     """Take the same steps with both, and hold one to the other after each."""
-    x = {"triton": start.to(device), "reference": start.clone()}
+    x = {name: start.to(device).clone() for name in ("triton", "reference")}
     work = {name: allocate(t, solver, 0.0) for name, t in x.items()}
     for number in range(1, STEPS + 1):
         for name, backend in (("triton", engine), ("reference", reference)):
@@ -177,7 +177,7 @@ def compare(
             ("best", ours.best, theirs.best),
             ("residual", ours.residual[:, None], theirs.residual[:, None]),
         ):
-            a, b = a.cpu().double() / scale, b.double() / scale
+            a, b = a.double() / scale, b.double() / scale
             size = b.abs().amax(-1, keepdim=True).nan_to_num().clamp(min=1)
             error = ((a - b) / size).abs()
             agrees = (error <= close) | (a.isnan() & b.isnan()) | (a == b)
@@ -186,7 +186,7 @@ def compare(
         for field in ("columns", "head", "picard_left", "rejections", "anchored"):
             column = CONTROL_FIELDS.index(field)
             torch.testing.assert_close(
-                ours.control[:, column].cpu()[active],
+                ours.control[active, column],
                 theirs.control[active, column],
                 rtol=1e-2,
                 atol=0.0,
