@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solvers.loop import step
 from fpi_cuda.solvers.workspace import Workspace, allocate
@@ -82,6 +83,31 @@ def advance(
     step(backend, b.solver, b.work, b.x, gx, rows, 1e-4, max_steps)
 
 
+def mixes(dtype: torch.dtype) -> bool:
+    """Whether end_first_phase lets a solve in this dtype mix."""
+    return dtype in (torch.float32, torch.float64)
+
+
+def slack(solver: FixedPointSolver, dtype: torch.dtype) -> float:
+    """What mixing makes of a rounding: the least-squares problem magnifies it.
+
+    One element of a narrow history that is rounded the other way is off by 2^-8 of itself.
+    """
+    if getattr(solver, "history_dtype", None) is not None:
+        return 1000.0
+    return 50.0 if mixes(dtype) else 1.0
+
+
+def end_first_phase(b: Batch) -> None:
+    """Let the solver mix from its second step on, where rounding may decide no more than digits.
+
+    That is not so in half precision, nor where the map has no fixed point to determine a step.
+    """
+    if mixes(b.x.dtype):
+        left = b.work.control[:, CONTROL_FIELDS.index("picard_left")]
+        left[: len(MAPS) - 1].clamp_(max=1)
+
+
 def arrays(work: Workspace) -> dict[str, Tensor]:
     """The arrays of a workspace by name."""
     named = {field.name: getattr(work, field.name) for field in fields(work)}
@@ -98,8 +124,8 @@ def pairs(*dtypes: torch.dtype) -> list[tuple[FixedPointSolver, torch.dtype]]:
     ]
 
 
-def assert_same_step(one: Batch, other: Batch) -> None:
-    """Same status and steps, and the same points to a few roundings."""
+def assert_same_step(one: Batch, other: Batch, slack: float = 1.0) -> None:
+    """Same status and steps, and the same points to a few roundings, `slack` times as many."""
     assert one.work.status.tolist() == other.work.status.tolist()
     assert one.work.num_steps.tolist() == other.work.num_steps.tolist()
     for name, a, b in (
@@ -110,5 +136,5 @@ def assert_same_step(one: Batch, other: Batch) -> None:
         a, b = a.double().cpu(), b.double().cpu()
         scale = b.abs().amax(-1, keepdim=True).nan_to_num().clamp(min=1)
         error = ((a - b) / scale).abs()
-        agrees = (error <= CLOSE[one.x.dtype]) | (a.isnan() & b.isnan()) | (a == b)
-        assert agrees.all(), f"{name} is off by {error.max():.1e}"
+        agrees = (error <= slack * CLOSE[one.x.dtype]) | (a.isnan() & b.isnan()) | (a == b)
+        assert agrees.all(), f"{name} is off by {error[~agrees].max():.1e}"
