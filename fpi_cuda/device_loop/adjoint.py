@@ -17,6 +17,7 @@ from fpi_cuda.device_loop.planner import failures_refused, lent, require_agreeme
 from fpi_cuda.device_loop.trace import Recorder, difference, require_repeatable
 from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
 from fpi_cuda.result import SolveResult
+from fpi_cuda.row_norm import row_norm
 from fpi_cuda.solvers import loop
 
 
@@ -115,7 +116,7 @@ class DeviceAdjoint:
 
     def _build(self, key: Key, recorder: Recorder, x_star: Tensor) -> None:
         b = probe_like(x_star)
-        atol = self._rtol() * torch.linalg.vector_norm(b, dim=1, dtype=torch.float64)
+        atol = self._rtol() * row_norm(b)
         plan = AdjointPlan(key, self._flat_map, x_star, self._method, self._graphs)
         self._cache.lend(plan)
         with lent(plan, self._cache), failures_refused(), torch.no_grad():

@@ -15,6 +15,7 @@ from fpi_cuda.device_loop.method import Method, key_of
 from fpi_cuda.device_loop.plan import Plan, SolvePlan
 from fpi_cuda.implicit import FlatMap
 from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.row_norm import row_norm
 from fpi_cuda.solvers import loop
 
 FIRST_SIGHT = "it is the first of its kind; it is captured when it comes again"
@@ -130,10 +131,10 @@ def require_agreement(result: SolveResult, expected: SolveResult) -> None:
     if not torch.equal(result.status, expected.status):
         raise Refused(DISAGREES.format("another status"))
     good = expected.status == Status.CONVERGED
-    gap = torch.linalg.vector_norm(result.x - expected.x, dim=1, dtype=torch.float64)
+    gap = row_norm(result.x - expected.x)
     known_to = result.residual + expected.residual
     eps = torch.finfo(result.x.dtype).eps
-    size = torch.linalg.vector_norm(expected.x, dim=1, dtype=torch.float64)
+    size = row_norm(expected.x)
     if bool((good & ~(gap <= 100 * known_to + 100 * eps * size)).any()):
         raise Refused(DISAGREES.format("another point"))
     if not bool(good.any()):
