@@ -85,7 +85,8 @@ void cell_loop_op(Tensor x, std::optional<Tensor> x_factor, Tensor weight1,
                   std::optional<Tensor> bias2, std::optional<Tensor> shift2,
                   std::optional<Tensor> factor2, Tensor atol, Tensor status, Tensor num_steps,
                   Tensor residual, int64_t activation1, int64_t activation2, double carry,
-                  int64_t depth, double rtol, int64_t max_steps, double beta, double ridge) {
+                  int64_t depth, double rtol, int64_t max_steps, double beta, double ridge,
+                  int64_t precision) {
   require(x.dim() == 2, kOp, ": x must be (batch, dim), got ", x.sizes());
   const ScalarType type = x.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::Double, kOp,
@@ -95,6 +96,10 @@ void cell_loop_op(Tensor x, std::optional<Tensor> x_factor, Tensor weight1,
   require(depth >= 0 && depth <= kMaxDepth, kOp, ": depth must be from 0 to ", kMaxDepth,
           ", got ", depth);
   require(max_steps >= 1, kOp, ": max_steps must be at least 1, got ", max_steps);
+  require(precision >= 0 && precision < kPrecisions, kOp, ": precision must be from 0 to ",
+          kPrecisions - 1, ", got ", precision);
+  require(type == ScalarType::Float || precision == 0, kOp,
+          ": precision must be 0 for a float64 x, got ", precision);
   check_array("x", x, {batch, dim}, type);
   check_array("atol", atol, {batch}, ScalarType::Double);
   check_array("status", status, {batch}, ScalarType::Char);
@@ -129,6 +134,7 @@ void cell_loop_op(Tensor x, std::optional<Tensor> x_factor, Tensor weight1,
   p.max_steps = max_steps;
   p.beta = beta;
   p.ridge = ridge;
+  p.precision = static_cast<Precision>(precision);
   const StateType state = type == ScalarType::Double ? StateType::kFloat64 : StateType::kFloat32;
   cell_loop_cpu(p, state, torch::stable::get_num_threads(), parallel_tiles);
 }
@@ -138,7 +144,7 @@ void cell_loop_meta(Tensor, std::optional<Tensor>, Tensor, std::optional<Tensor>
                     std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
                     std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, Tensor,
                     Tensor, Tensor, Tensor, int64_t, int64_t, double, int64_t, double, int64_t,
-                    double, double) {}
+                    double, double, int64_t) {}
 
 int64_t cell_loop_tile_op(int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
                           bool float64) {
@@ -164,7 +170,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fpi_cuda, m) {
       "Tensor? shift1, Tensor? factor1, Tensor? weight2, Tensor? bias2, Tensor? shift2, "
       "Tensor? factor2, Tensor atol, Tensor(b!) status, Tensor(c!) num_steps, "
       "Tensor(d!) residual, *, int activation1, int activation2, float carry, int depth, "
-      "float rtol, int max_steps, float beta, float ridge) -> ()");
+      "float rtol, int max_steps, float beta, float ridge, int precision) -> ()");
   m.def("cell_loop_tile(int batch, int dim, int hidden, int depth, bool float64) -> int");
 }
 

@@ -39,6 +39,8 @@ def explain(
         "inputs": inputs_line(g),
         "adjoint": adjoint_line(options),
     }
+    if options.precision != "ieee" and not lines["route"].startswith("fused"):
+        lines["precision"] = f'as torch computes g: "{options.precision}" is for the fused loop'
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
@@ -103,9 +105,18 @@ def fused_loop(options: Options, g: object, dtype: torch.dtype) -> str:
     )
     return (
         f"fused loop: native code evaluates g and steps, up to {tile} samples at a time per "
-        f"thread, in IEEE {str(dtype).removeprefix('torch.')}; one that stops makes room for the "
-        "next"
+        f"thread, {arithmetic(options, dtype)}; one that stops makes room for the next"
     )
+
+
+def arithmetic(options: Options, dtype: torch.dtype) -> str:
+    """What the fused loop computes in."""
+    name = str(dtype).removeprefix("torch.")
+    if options.precision == "ieee":
+        return f"in IEEE {name}"
+    if dtype != torch.float32:
+        return f'in IEEE {name} (precision="{options.precision}" is for float32)'
+    return f"products in {options.precision} and sums in float32, judged by g in the end"
 
 
 def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> str:

@@ -53,6 +53,7 @@ def fixed_point(
     backend: str | None = None,
     rowwise: bool | None = None,
     route: str | None = None,
+    precision: str = "ieee",
     throw: bool = False,
     **unknown: Any,
 ) -> Solution:
@@ -85,6 +86,11 @@ def fixed_point(
             lower to it. "device" runs it as a CUDA graph, without the host, for a g that can be
             captured: no host reads, no random numbers. "host" does neither. None takes the first
             of these that can be had.
+        precision: of the fused loop's products with weights, for float32 states: "ieee",
+            "tf32x3" (rtol from 1e-6), "tf32" (from 1e-3) or "bf16" (from 1e-2), each with sums in
+            float32. What is returned is judged by g itself: the residual is that of g, and a
+            sample that rounding keeps from the tolerance is STALLED. Other ways of solving, and
+            derivatives of derivatives, are as torch computes g.
         throw: raise where a sample has not converged. Inside torch.func.vmap the error numbers
             the samples of all vmaps, those of the first one first.
     Returns:
@@ -105,7 +111,9 @@ def fixed_point(
     layout = layout_of(x0)
     require_inputs(z)
     require_batch(g, x0)
-    options = Options(solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route)
+    options = Options(
+        solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision
+    )
     options.require_sensible("fixed_point")
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
     transforms.require_working()

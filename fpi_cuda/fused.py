@@ -39,11 +39,9 @@ def why_not_fused(
         require_lowerable(g)
     except NotLowered as reason:
         return str(reason)
-    if not hasattr(engine, "cell_loop_"):
-        return f"the {engine.name} backend has no such loop"
     if not rowwise:
         return "rowwise is not True"
-    return why_not_served(solver, dtype)
+    return why_not_served(solver, dtype, engine)
 
 
 def why_declined(g: object, device: torch.device) -> str | None:
@@ -92,7 +90,7 @@ class FusedAdjoint:
 
     Args:
         fused: the map.
-        solver, max_steps, engine: of the adjoint solve.
+        solver, max_steps, engine, precision: of the adjoint solve.
         hopeless: (B,) bool, samples without a fixed point to differentiate; None if there are
             none.
     """
@@ -103,12 +101,14 @@ class FusedAdjoint:
         solver: FixedPointSolver | LinearSolver,
         max_steps: int,
         engine: Backend,
+        precision: str,
         hopeless: Tensor | None,
     ) -> None:
         self._fused = fused
         self._solver = solver
         self._max_steps = max_steps
         self._engine = engine
+        self._precision = precision
         self._hopeless = hopeless
 
     def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
@@ -127,4 +127,5 @@ class FusedAdjoint:
             atol=atol,
             max_steps=self._max_steps,
             backend=self._engine,
+            precision=self._precision,
         )

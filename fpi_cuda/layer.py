@@ -17,6 +17,11 @@ from fpi_cuda.request import Options, require_known, require_map
 from fpi_cuda.result import Solution
 from fpi_cuda.state import layout_of
 
+NOT_ALWAYS_SHOWN = (
+    "atol", "max_steps", "adjoint", "backend", "rowwise", "route", "precision", "throw",
+)  # fmt: skip
+"""Options that repr shows where they are not the default."""
+
 
 class FPILayer(nn.Module):
     """x = g(x, *z), solved for x in the forward pass; see fixed_point.
@@ -38,7 +43,8 @@ class FPILayer(nn.Module):
             state, a tuple of such tuples.
         init: init(*z) -> x0, the batch included. A module becomes a submodule. It gets a
             gradient with adjoint=Unroll() only, for the fixed point does not depend on x0.
-        solver, rtol, atol, max_steps, adjoint, backend, rowwise, route, throw: as in fixed_point.
+        solver, rtol, atol, max_steps, adjoint, backend, rowwise, route, precision, throw: as in
+            fixed_point.
     Attributes:
         last_solution: Solution of the latest call by any thread, without its graph; None before
             the first, after copying or unpickling, and after a call inside torch.func
@@ -62,6 +68,7 @@ class FPILayer(nn.Module):
         backend: str | None = None,
         rowwise: bool | None = None,
         route: str | None = None,
+        precision: str = "ieee",
         throw: bool = False,
         **unknown: Any,
     ) -> None:
@@ -73,7 +80,7 @@ class FPILayer(nn.Module):
         if init is not None and state_shape is not None:
             raise ValueError("FPILayer: give state_shape or init, not both")
         self.options = Options(
-            solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route
+            solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision
         )
         self.options.require_sensible("FPILayer")
         self.g = g
@@ -107,6 +114,7 @@ class FPILayer(nn.Module):
             backend=options.backend,
             rowwise=options.rowwise,
             route=options.route,
+            precision=options.precision,
             throw=options.throw,
         )
         layout = layout_of(start)
@@ -156,8 +164,7 @@ class FPILayer(nn.Module):
         """What repr shows besides the submodules."""
         options = self.options
         given = [f"solver={options.solver}", f"rtol={options.rtol}"]
-        # The rest only where it is not the default.
-        for name in ("atol", "max_steps", "adjoint", "backend", "rowwise", "route", "throw"):
+        for name in NOT_ALWAYS_SHOWN:
             value = getattr(options, name)
             if value != inspect.signature(FPILayer).parameters[name].default:
                 given.append(f"{name}={value!r}")

@@ -16,10 +16,12 @@ from fpi_cuda.options import (
     MOST_STEPS,
     Adjoint,
     FixedPointSolver,
+    Implicit,
     require_count,
     require_instance,
     require_real,
 )
+from fpi_cuda.precision import require_precision
 
 ROUTES = ("host", "device", "fused")
 
@@ -37,6 +39,7 @@ class Options:
     rowwise: bool | None
     throw: bool
     route: str | None
+    precision: str
 
     def require_sensible(self, owner: str) -> None:
         """Raise unless every option is one that fixed_point can work with."""
@@ -45,6 +48,11 @@ class Options:
         require_real(owner, "rtol", self.rtol, 0.0, 1.0)
         require_real(owner, "atol", self.atol, 0.0)
         require_count(owner, "max_steps", self.max_steps, 1, MOST_STEPS)
+        require_precision(owner, self.precision, self.rtol, self.atol)
+        if isinstance(self.adjoint, Implicit) and self.adjoint.rtol is not None:
+            require_precision(
+                owner, self.precision, self.adjoint.rtol, 0.0, what="rtol of Implicit"
+            )
         if self.backend is not None and self.backend not in backends.NAMES:
             valid = ", ".join(map(repr, backends.NAMES))
             raise ValueError(f"{owner}: unknown backend {self.backend!r}. Valid: None, {valid}")

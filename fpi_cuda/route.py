@@ -16,7 +16,7 @@ from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route, SolveResult
-from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
+from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import Backend, solve
 
 HOST_ASKED_FOR = 'route="host" asks for it'
@@ -125,6 +125,7 @@ class Course:
             atol=options.atol,
             max_steps=options.max_steps,
             backend=self._engine,
+            precision=options.precision,
         )
         require_same_as_step(flat_map, fused, result.x)
         self._fused = fused
@@ -140,7 +141,9 @@ class Course:
         if self._fused is None or not isinstance(options.adjoint, Implicit):
             return
         solver = adjoint_solver(options, options.adjoint, layout.dim)
-        reason = why_not_served(solver, layout.dtype)
+        if options.adjoint.solver is None:
+            solver = no_deeper(solver, self._engine)
+        reason = why_not_served(solver, layout.dtype, self._engine)
         if reason is not None:
             require_host_allowed(options, "the adjoint", reason)
             self._record.adjoint_route = Route("host", reason)
@@ -150,6 +153,7 @@ class Course:
             solver,
             options.adjoint.max_steps or options.max_steps,
             self._engine,
+            options.precision,
             account.hopeless,
         )
         self._record.adjoint_route = Route("fused")

@@ -15,7 +15,9 @@ from fpi_cuda.backends import native, reference_loop
 from fpi_cuda.elementwise import FUNCTIONS
 from fpi_cuda.lowered import ACTIVATIONS, Layer, Lowered
 from fpi_cuda.options import Anderson, Picard
+from fpi_cuda.precision import FLOORS
 from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.solvers import fused
 from fpi_cuda.solvers.fused import solve_fused
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
@@ -98,6 +100,40 @@ def test_agrees_with_its_twin(name: str, solver: Any, dtype: torch.dtype) -> Non
     require_agreement(run(lowered, x0, solver), run(lowered, x0, solver, reference_loop))
 
 
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32", "bf16"])
+@pytest.mark.parametrize("solver", [Picard(0.9), Anderson(m=5)], ids=str)
+@pytest.mark.parametrize("name", list(MAPS))
+def test_rounded_products_agree_with_their_twin(name: str, solver: Any, precision: str) -> None:
+    lowered = MAPS[name](29, 33, torch.float32)
+    x0 = torch.randn(29, 33)
+    given: dict[str, Any] = {"precision": precision, "rtol": 1.5 * FLOORS[precision]}
+    ours, twin = (run(lowered, x0, solver, e, **given) for e in (native, reference_loop))
+    assert torch.equal(ours.status, twin.status)
+    assert bool((ours.status == Status.CONVERGED).all())
+    assert int((ours.num_steps - twin.num_steps).abs().max()) <= STEPS
+    exact = run(lowered, x0, solver, rtol=1e-6)
+    scale = exact.x.norm(dim=1)
+    for result in (ours, twin):
+        assert float(((result.x - exact.x).norm(dim=1) / scale).max()) <= 10 * FLOORS[precision]
+    # The rounded map at one and the same point, but for the order of its sums.
+    one_step = dict(given, max_steps=1, rtol=0.0)
+    ours, twin = (
+        op_result(lowered, exact.x, e, **one_step).double() for e in (native, reference_loop)
+    )
+    apart = float((ours - twin).abs().max() / scale.min())
+    assert apart <= {"tf32x3": 2e-6, "tf32": 1e-5, "bf16": 1e-4}[precision]
+    plain = op_result(lowered, exact.x, native, **dict(one_step, precision="ieee")).double()
+    moved = float((ours - plain).abs().max() / scale.min())
+    assert moved <= FLOORS[precision]
+    if precision != "tf32x3":  # which has nothing to round here
+        assert moved > 1e-2 * FLOORS[precision]
+
+
+def op_result(lowered: Lowered, x0: Tensor, engine: Any, **options: Any) -> Tensor:
+    """Residuals of the rounded map at x0."""
+    return fused.run(lowered, x0, Picard(), atol=0.0, backend=engine, **options).residual
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [1, 255, 256, 300])
 @pytest.mark.parametrize("dim", [1, 31, 257, 520])
@@ -159,6 +195,11 @@ def test_a_sample_does_not_depend_on_the_others(threads: int) -> None:
             shuffled = run(permuted(lowered, order), x0[order], Anderson(m=4))
             for part, full in zip(shuffled, whole, strict=True):
                 assert torch.equal(part, full[order])
+            rounded = {"precision": "bf16", "rtol": 1e-2}
+            whole = run(lowered, x0, Anderson(m=4), **rounded)
+            few = run(lowered.rows(13), x0[:13], Anderson(m=4), **rounded)
+            for part, full in zip(few[:3], whole[:3], strict=True):
+                assert torch.equal(part, full[:13])
 
 
 def permuted(lowered: Lowered, order: Tensor) -> Lowered:

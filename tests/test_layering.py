@@ -28,6 +28,7 @@ LEVELS = [
         "row_norm",
         "state",
         "partial",
+        "precision",
         "control",
         "faithful",
         "lowered",

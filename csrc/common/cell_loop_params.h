@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "activation.h"
+#include "precision.h"
 
 namespace fpi {
 
@@ -38,6 +39,7 @@ struct CellLoopParams {
   int64_t max_steps;
   double beta;
   double ridge;
+  Precision precision;    // of the products with the weights
 };
 
 }  // namespace fpi

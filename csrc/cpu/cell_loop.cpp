@@ -60,6 +60,8 @@ void solve(const CellLoopParams& p, StateType state, int64_t threads, ParallelFo
         [&](int64_t first, int64_t last) {
           pack_panels(map.shape, static_cast<const T*>(layer.weight), layer.outputs, layer.inputs,
                       layer.output_stride, layer.input_stride, first, last, packed);
+          round_operands(p.precision, packed + first * map.shape.panel_columns * layer.inputs,
+                         (last - first) * map.shape.panel_columns * layer.inputs);
         });
   }
   const int64_t slots = tile_slots(map, threads);

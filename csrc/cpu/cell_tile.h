@@ -149,8 +149,10 @@ class Tile {
           continue;
         }
         for (int64_t k = 0; k < layer.outputs; k += kRowChunk) {
-          finish_layer(layer, samples_[slot], sums, k, std::min(kRowChunk, layer.outputs - k),
-                       blocked_ + chunk_offset(map_.shape, layer.outputs, a, k));
+          const int64_t n = std::min(kRowChunk, layer.outputs - k);
+          T* target = blocked_ + chunk_offset(map_.shape, layer.outputs, a, k);
+          finish_layer(layer, samples_[slot], sums, k, n, target);
+          round_operands(p.precision, target, n);
         }
       }
     }
@@ -193,6 +195,7 @@ class Tile {
         } else {
           std::copy(x + k, x + k + n, target);
         }
+        round_operands(p.precision, target, n);
       }
     }
   }

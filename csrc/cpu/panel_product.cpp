@@ -117,6 +117,14 @@ PanelShape panel_shape(int64_t element_bytes) {
   return element_bytes == 4 ? choice<float>().shape : choice<double>().shape;
 }
 
+FPI_CLONES void round_operands(Precision precision, float* values, int64_t n) {
+  if (precision == Precision::kTf32) {
+    for (int64_t j = 0; j < n; ++j) values[j] = round_tf32(values[j]);
+  } else if (precision == Precision::kBf16) {
+    for (int64_t j = 0; j < n; ++j) values[j] = round_bf16(values[j]);
+  }
+}
+
 template <class T>
 void pack_panels(const PanelShape& shape, const T* weight, int64_t outputs, int64_t inputs,
                  int64_t output_stride, int64_t input_stride, int64_t first, int64_t last,

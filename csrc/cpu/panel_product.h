@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../common/precision.h"
+
 namespace fpi {
 
 // Rows are kept in blocks, and cut into chunks of this many elements: inside a block the address
@@ -38,6 +40,11 @@ inline int64_t blocked_size(const PanelShape& shape, int64_t rows, int64_t width
 inline int64_t packed_size(const PanelShape& shape, int64_t outputs, int64_t inputs) {
   return round_up(outputs, shape.panel_columns) * inputs;
 }
+
+// Rounds operands of a product in place. kTf32x3 leaves them: a product of what they are is closer
+// to what it stands for than its three parts are.
+void round_operands(Precision precision, float* values, int64_t n);
+inline void round_operands(Precision, double*, int64_t) {}
 
 // Lays out panels [first, last) of weight (outputs, inputs), given with any strides: a panel holds
 // `panel_columns` outputs, input after input, and zeros past the last output.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 name = "native"
+CELL_LOOP_DTYPES = (torch.float32, torch.float64)
+CELL_LOOP_MAX_DEPTH = 16
 
 
 def scratch(x: Tensor) -> Tensor | None:

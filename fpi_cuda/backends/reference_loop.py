@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fpi_cuda.backends.reference import anderson_step_
 from fpi_cuda.control import CONTROL_SIZE
+from fpi_cuda.precision import product
 from fpi_cuda.result import Status
 
 
@@ -38,9 +39,10 @@ def layer(
     shift: Tensor | None,
     factor: Tensor | None,
     activation: int,
+    precision: int,
 ) -> Tensor:
     """factor * activation(weight h + bias + shift)."""
-    u = h @ weight.mT
+    u = product(h, weight.mT, precision)
     for term in (bias, shift):
         u = u if term is None else u + term
     y = FUNCTIONS[activation](u)
@@ -71,6 +73,7 @@ def cell_loop_(
     max_steps: int,
     beta: float,
     ridge: float,
+    precision: int,
 ) -> None:
     """Solve x = h2(h1(x_factor x)) + carry x for every sample, in place.
 
@@ -86,6 +89,7 @@ def cell_loop_(
         activation1, activation2: places in fpi_cuda.lowered.ACTIVATIONS.
         depth: of Anderson's history, 0 to 16; 0 for Picard.
         rtol, max_steps, beta, ridge: as in anderson_step_.
+        precision: of the products with the weights, a place in fpi_cuda.precision.NAMES.
     """
     batch, dim = x.shape
     apart = batch if depth and x.dtype not in (torch.float32, torch.float64) else 0
@@ -100,9 +104,9 @@ def cell_loop_(
     num_steps.zero_()
     while bool((status == Status.ACTIVE).any()):
         h = x if x_factor is None else x * x_factor
-        gx = layer(h, weight1, bias1, shift1, factor1, activation1)
+        gx = layer(h, weight1, bias1, shift1, factor1, activation1, precision)
         if weight2 is not None:
-            gx = layer(gx, weight2, bias2, shift2, factor2, activation2)
+            gx = layer(gx, weight2, bias2, shift2, factor2, activation2, precision)
         if carry:
             gx = gx + carry * x
         anderson_step_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from fpi_cuda.lowered import ACTIVATIONS, Layer, Lowered
 from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver, Picard
+from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
+from fpi_cuda.solvers.judge import SHARE, evaluations_to_judge, judged
 from fpi_cuda.solvers.loop import empty_result
 
 
@@ -43,21 +46,34 @@ def version_of(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-DTYPES = (torch.float32, torch.float64)
-
-
-def why_not_served(solver: FixedPointSolver | LinearSolver, dtype: torch.dtype) -> str | None:
-    """Why the fused loop cannot serve this solver and state, or None if it can."""
-    if dtype not in DTYPES:
-        return f"it runs in float32 and float64, the state is {dtype}"
+def why_not_served(
+    solver: FixedPointSolver | LinearSolver, dtype: torch.dtype, backend: Any
+) -> str | None:
+    """Why the fused loop of this backend cannot serve this solver and state, or None if it can."""
+    if not hasattr(backend, "cell_loop_"):
+        return f"the {backend.name} backend has no such loop"
+    if dtype not in backend.CELL_LOOP_DTYPES:
+        served = " and ".join(str(d).removeprefix("torch.") for d in backend.CELL_LOOP_DTYPES)
+        return f"it runs in {served}, the state is {dtype}"
     if not isinstance(solver, (Picard, Anderson)):
         return f"it has Picard and Anderson, not {type(solver).__name__}"
+    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
+        return f"it goes to m={backend.CELL_LOOP_MAX_DEPTH}, the solver has m={solver.m}"
     if isinstance(solver, Anderson) and solver.history_dtype not in (None, dtype):
         return f"it stores the history as the state, not in {solver.history_dtype}"
     return None
 
 
 NO_LAYER = (None, None, None, None)
+
+
+def no_deeper(
+    solver: FixedPointSolver | LinearSolver, backend: Any
+) -> FixedPointSolver | LinearSolver:
+    """`solver` with as much of its history as the loop of this backend keeps."""
+    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
+        return dataclasses.replace(solver, m=backend.CELL_LOOP_MAX_DEPTH)
+    return solver
 
 
 def solve_fused(
@@ -69,8 +85,11 @@ def solve_fused(
     atol: float | Tensor,
     max_steps: int,
     backend: Any,
+    precision: str = "ieee",
 ) -> SolveResult:
     """Iterate the map from x0 until every sample has stopped; a sample that has stopped is free.
+
+    With rounded products, the map itself has the last word on what was reached.
 
     Args:
         lowered: without a graph, of x0's shape, dtype and device.
@@ -78,7 +97,35 @@ def solve_fused(
         solver: Picard or Anderson.
         atol: one number, or (B,) float64.
         backend: that has cell_loop_, in the schema of csrc/cell_ops.cpp.
+        precision: of the products with the weights, one of fpi_cuda.precision.NAMES. A float64
+            state, and a cap that leaves no step besides those that judge, are for "ieee".
     """
+    room = max_steps - evaluations_to_judge(rtol)
+    if precision != "ieee" and x0.dtype == torch.float32 and room >= 1 and len(x0):
+        with torch.no_grad():
+            result = run(
+                lowered, x0, solver, rtol=SHARE * rtol, atol=SHARE * atol, max_steps=room,
+                backend=backend, precision=precision,
+            )  # fmt: skip
+            return judged(lowered, x0, result, rtol=rtol, atol=atol)
+    return run(
+        lowered, x0, solver, rtol=rtol, atol=atol, max_steps=max_steps, backend=backend,
+        precision="ieee",
+    )  # fmt: skip
+
+
+def run(
+    lowered: Lowered,
+    x0: Tensor,
+    solver: FixedPointSolver | LinearSolver,
+    *,
+    rtol: float,
+    atol: float | Tensor,
+    max_steps: int,
+    backend: Any,
+    precision: str,
+) -> SolveResult:
+    """One call of the op; arguments as in solve_fused."""
     assert isinstance(solver, (Picard, Anderson))
     batch = x0.shape[0]
     if batch == 0:
@@ -112,5 +159,6 @@ def solve_fused(
             max_steps=max_steps,
             beta=beta,
             ridge=ridge,
+            precision=NAMES.index(precision),
         )
     return SolveResult(x, status, num_steps, residual)
