@@ -26,7 +26,14 @@ from fpi_cuda.implicit import (
     sequence_number,
 )
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Unroll
-from fpi_cuda.request import Options, require_batch, require_inputs, require_known, require_map
+from fpi_cuda.request import (
+    Options,
+    require_arity,
+    require_batch,
+    require_inputs,
+    require_known,
+    require_map,
+)
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult
 from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
 from fpi_cuda.solvers.loop import Backend, solve
@@ -117,7 +124,11 @@ def fixed_point(
     options.require_sensible("fixed_point")
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
     transforms.require_working()
-    solution = solve_merged(g, x0, z, layout, options)
+    try:
+        solution = solve_merged(g, x0, z, layout, options)
+    except TypeError:
+        require_arity(g, z)
+        raise
     if throw:
         require_converged(solution)
     return solution

@@ -127,9 +127,13 @@ class FPILayer(nn.Module):
         if self.init is not None:
             return self.init(*z)
         if not z or not isinstance(z[0], Tensor) or z[0].dim() == 0:
+            given = "no z" if not z else f"z[0] = {type(z[0]).__name__}"
+            if z and isinstance(z[0], Tensor):
+                given = "z[0] of shape ()"
             raise TypeError(
                 "FPILayer: the first z must be a tensor with the batch in dim 0, to start from "
-                "zeros. Pass x0, or give the layer an init"
+                f"zeros, got {given}. Convert it with torch.as_tensor, pass x0, or give the layer "
+                "an init"
             )
         like = z[0]
         dtype = self._state_dtype(like)

@@ -88,6 +88,26 @@ def require_map(owner: str, g: object) -> None:
         raise TypeError(f"{owner}: g must be a function or module g(x, *z), got {type(g).__name__}")
 
 
+def require_arity(g: Callable[..., Any], z: tuple[object, ...]) -> None:
+    """Raise where g cannot be called with x and all of z; for when calling it has failed."""
+    hoisted = callable(getattr(g, "prepare", None)) and callable(getattr(g, "step", None))
+    called: Any = getattr(g, "prepare", g) if hoisted else g
+    given = z if hoisted else (None, *z)
+    try:
+        signature = inspect.signature(called.forward if isinstance(called, nn.Module) else called)
+    except (TypeError, ValueError):
+        return  # written in C: nobody knows
+    try:
+        signature.bind(*given)
+    except TypeError as mismatch:
+        name = getattr(called, "__qualname__", type(called).__name__)
+        raise TypeError(
+            f"fixed_point: g must take x and every z, but {name}{signature} cannot take the "
+            f"{len(z)} z given: {mismatch}. Bind other arguments with "
+            "functools.partial(g, name=value)"
+        ) from None
+
+
 def require_batch(g: object, x0: object) -> None:
     """Raise where g names the features of its state, and x0 has no dimension for the batch."""
     features = getattr(g, "x_features", None)

@@ -58,7 +58,7 @@ def problem() -> Problem:
 
 BAD_OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tol": 1e-3}, TypeError, "unknown option 'tol'. Valid options: solver, rtol, atol, max_steps,"
-     " adjoint, backend, rowwise, route, throw"),
+     " adjoint, backend, rowwise, route, precision, throw"),
     ({"solver": "anderson"}, TypeError, "solver must be one of Picard, Anderson, Broyden, got"),
     ({"solver": fpi.Anderson}, TypeError, "did you mean Anderson()?"),
     ({"solver": fpi.GMRES()}, TypeError, "solver must be one of Picard, Anderson, Broyden, got"),
@@ -686,3 +686,28 @@ def test_what_prepare_may_return(kind: Any) -> None:
     (found,) = torch.autograd.grad(sol.value.sum(), z)
     (expected,) = torch.autograd.grad(plain.value.sum(), z)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "g",
+    [fpi.cells.Dense(3, 4), lambda x, z: x + z, nn.Linear(4, 4)],
+    ids=["cell", "function", "module"],
+)
+def test_a_wrong_number_of_inputs_is_named(g: Any) -> None:
+    z = torch.zeros(5, 3)
+    with pytest.raises(TypeError, match=r"g must take x and every z, but .* the 3 z given"):
+        fpi.fixed_point(g, torch.zeros(5, 4), z, z, z)
+
+
+def test_a_type_error_of_g_passes_through() -> None:
+    def g(x: Tensor) -> Tensor:
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match=r"^mine$"):
+        fpi.fixed_point(g, torch.zeros(5, 4))
+
+
+def test_an_input_that_is_no_tensor_is_named() -> None:
+    layer = fpi.FPILayer(fpi.cells.Dense(3, 4))
+    with pytest.raises(TypeError, match=r"got z\[0\] = list. Convert it with torch.as_tensor"):
+        layer([[1.0, 2.0, 3.0]])

@@ -105,7 +105,7 @@ def test_a_bad_start_is_refused(
 def test_a_call_without_a_batch_to_start_from_is_refused() -> None:
     layer = fpi.FPILayer(lambda x, *z: 0.5 * x)
     for z in ((), (torch.tensor(1.0),), (1.0,)):
-        with pytest.raises(TypeError, match="Pass x0, or give the layer an init"):
+        with pytest.raises(TypeError, match="pass x0, or give the layer an init"):
             layer(*z)
     assert (layer(x0=torch.zeros(2, 3)) == 0).all()
     with pytest.raises(TypeError, match="g must be a function or module"):
