@@ -1,95 +1,21 @@
 // Activations over an array, in loops that the compiler turns into vector instructions. All come
-// from expm1 of a number that is not positive, so nothing overflows and nothing cancels.
+// from the exponential of a number that is not positive.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "../common/activation.h"
-#include "numeric.h"
+#include "exponential.h"
+#include "normal.h"
 
 namespace fpi {
 
-template <class T>
-struct ExponentialTraits;
-template <>
-struct ExponentialTraits<float> {
-  using Bits = uint32_t;
-  static constexpr float kRounder = 12582912.0f;       // 1.5 * 2^23: adding it rounds to integers
-  static constexpr float kLn2High = 0.693359375f;      // 9 bits: n times it is exact
-  static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr float kLeast = -87.0f;              // exp of it is still a normal number
-  static constexpr int kBias = 127, kMantissa = 23, kTerms = 7, kLogTerms = 8;
-};
-template <>
-struct ExponentialTraits<double> {
-  using Bits = uint64_t;
-  static constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double kLn2High = 0.693147180369123816490;
-  static constexpr double kLn2Low = 1.90821492927058770002e-10;
-  static constexpr double kLeast = -708.0;
-  static constexpr int kBias = 1023, kMantissa = 52, kTerms = 13, kLogTerms = 17;
-};
-
-template <class T>
-constexpr T inverse_factorial(int k) {
-  double product = 1.0;
-  for (int i = 2; i <= k; ++i) product *= i;
-  return static_cast<T>(1.0 / product);
-}
-
-// The Taylor series of expm1(r) / r: the first term left out is below the rounding of the dtype.
-template <class T, int K>
-FPI_INLINE T expm1_series(T r) {
-  if constexpr (K == ExponentialTraits<T>::kTerms) return inverse_factorial<T>(K);
-  else return inverse_factorial<T>(K) + r * expm1_series<T, K + 1>(r);
-}
-
-// The series of 2 artanh(s) / s in s^2.
+// The series of 2 artanh(s) / s in s^2, s <= 1/3.
 template <class T, int K>
 FPI_INLINE T artanh_series(T square) {
   constexpr T kTerm = T(2) / T(2 * K + 1);
-  if constexpr (K == ExponentialTraits<T>::kLogTerms) return kTerm;
+  if constexpr (K == (sizeof(T) == 4 ? 8 : 17)) return kTerm;
   else return kTerm + square * artanh_series<T, K + 1>(square);
-}
-
-// exp(y) = 2^n (1 + q) with q = expm1(r), y = n ln 2 + r, |r| <= ln(2) / 2.
-template <class T>
-struct Exponential {
-  T power;  // 2^n
-  T q;
-};
-
-// For y <= 0 or NaN.
-template <class T>
-FPI_INLINE Exponential<T> exponential(T y) {
-  using Traits = ExponentialTraits<T>;
-  using Bits = typename Traits::Bits;
-  const T clamped = y < Traits::kLeast ? Traits::kLeast : y;
-  const T shifted = clamped * T(1.4426950408889634) + Traits::kRounder;
-  const T n = shifted - Traits::kRounder;
-  const T r = (clamped - n * Traits::kLn2High) - n * Traits::kLn2Low;
-  // The low bits of `shifted` are n.
-  Bits bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + Traits::kBias) << Traits::kMantissa;
-  Exponential<T> out;
-  std::memcpy(&out.power, &bits, sizeof bits);
-  // Where y is NaN the power is garbage, and what it is multiplied with is NaN.
-  out.q = r * expm1_series<T, 1>(r);
-  return out;
-}
-
-template <class T>
-FPI_INLINE T exp_minus(T magnitude) {
-  const Exponential<T> e = exponential(-magnitude);
-  return e.power + e.power * e.q;
-}
-
-template <class T>
-FPI_INLINE T magnitude(T u) {
-  return u < T(0) ? -u : u;
 }
 
 template <class T>
@@ -117,13 +43,13 @@ FPI_INLINE T softplus_of(T u) {
 
 template <class T>
 FPI_INLINE T gelu_of(T u) {
-  return T(0.5) * u * (T(1) + std::erf(u * T(0.70710678118654752)));
+  return u * normal(u).distribution;
 }
 
 template <class T>
 FPI_INLINE T gelu_derivative(T u) {
-  const T density = exp_minus(T(0.5) * u * u) * T(0.3989422804014327);
-  return T(0.5) * std::erfc(u * T(-0.70710678118654752)) + u * density;
+  const Normal<T> at = normal(u);
+  return at.distribution + at.moment;
 }
 
 template <class T, class Function>
