@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -16,6 +17,10 @@ SAME = 3
 """Halvings without any effect after which the search gives up."""
 SHORTEST_SAMPLE = 0.02
 """Seconds that one timing sample lasts at least, by repeating short calls."""
+
+LONGEST_ROW = 8.0
+FEWEST_ROUNDS = 3
+"""A call leaves the rounds once it has taken so many seconds in so many of them."""
 
 
 def use_threads(count: int) -> None:
@@ -47,6 +52,7 @@ def loosest_tolerance(
     first: float,
     *,
     looser: bool = True,
+    within: float = math.inf,
 ) -> Calibration:
     """Search the loosest tolerance at which the true error of every sample meets `target`.
 
@@ -54,10 +60,12 @@ def loosest_tolerance(
         error: (B,) true errors of what a library returns at a given tolerance.
         first: where to begin.
         looser: look beyond `first` where it suffices.
+        within: seconds after which no other tolerance is tried.
     Returns:
-        a sufficient tolerance within a factor 2 ** 0.125 of an insufficient one; where none
-        suffices, the loosest of those that solve most samples.
+        a sufficient tolerance within a factor 2 ** 0.125 of an insufficient one, or 2 where time
+        ran out; where none suffices, the loosest of those that solve most samples.
     """
+    began = time.perf_counter()
 
     errors: list[torch.Tensor] = []
 
@@ -71,6 +79,8 @@ def loosest_tolerance(
     if sufficient and not looser:
         return tried[0]
     for _ in range(MOST_DOUBLINGS):
+        if time.perf_counter() - began > within:
+            break
         tried.append(attempt(tried[-1].tol * (2.0 if sufficient else 0.5)))
         if (tried[-1].solved == 1.0) != sufficient:
             break
@@ -83,6 +93,8 @@ def loosest_tolerance(
         return best
     failing = min(insufficient)
     for _ in range(BISECTIONS):
+        if time.perf_counter() - began > within:
+            break
         middle = attempt((best.tol * failing) ** 0.5)
         if middle.solved == 1.0:
             best = middle
@@ -115,8 +127,8 @@ def paired_rounds(
     """Time every call once per round, A B C A B C ..., after a warm-up round.
 
     Returns:
-        the seconds of each call in each round; entries of one round are paired, so that a ratio
-        of two calls sees the same machine.
+        the seconds of each call in each round, of a slow one in the first rounds only; entries of
+        one round are paired, so that a ratio of two calls sees the same machine.
     """
     repeats = {
         name: max(1, round(SHORTEST_SAMPLE / max(quickest(call, device, 2), 1e-6)))
@@ -125,7 +137,9 @@ def paired_rounds(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in progress(range(rounds)):
         for name, call in calls.items():
-            times[name].append(seconds(call, device, repeats[name]))
+            spent = sum(times[name]) * repeats[name]
+            if len(times[name]) < FEWEST_ROUNDS or spent < LONGEST_ROW:
+                times[name].append(seconds(call, device, repeats[name]))
     return times
 
 

@@ -36,10 +36,12 @@ def text(results: dict[str, Any]) -> str:
                 f"converged, {last['steps']:.1f} steps per sample"
             ]
         )
+    lines += ["", *wrapped([LEGEND])]
     for problem in results["problems"]:
         for table in problem["tables"]:
             lines += ["", title(problem, table["batch"]), *aligned(throughput_table(table))]
-        lines += wrapped(settings(problem))
+            lines += wrapped(left_out(table))
+        lines += wrapped(settings(problem) + not_run(problem))
         if "contamination" in problem:
             lines += ["", CONTAMINATION, *aligned(contamination_table(problem))]
             lines += ["", LOSS_SCALE, *aligned(loss_scale_table(problem))]
@@ -59,11 +61,13 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [
         f"Measured on {where['cpu'] if where['device'] == 'cpu' else where['device']}, "
         f"{where['threads']} thread(s), Python {where['python']}, {versions}, commit "
-        f"{where['commit']}, {where['date']}: `{where['command']}`."
+        f"{where['commit']}, {where['date']}: `{where['command']}`.",
+        LEGEND,
     ]
     for problem in results["problems"]:
         table = main_table(problem)
         parts += [f"**{title(problem, table['batch'])}**", piped(throughput_table(table))]
+        parts += [*not_run(problem), *beyond(problem)]
         if "contamination" in problem:
             parts += [f"**{CONTAMINATION}**", piped(contamination_table(problem))]
             parts += [f"**{LOSS_SCALE}**", piped(loss_scale_table(problem))]
@@ -72,6 +76,12 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+LEGEND = (
+    "solved: share of samples whose residual, recomputed in float64, meets the target; steps: "
+    "evaluations of g per sample, mean/most; fwd/s and fwd+bwd/s: samples converged per second; "
+    "time / ours: the row's time over fpi_cuda Anderson's, median (least-most) of paired rounds, "
+    "below 1 is faster than it; MB: peak memory beyond the inputs; -: no backward ran."
+)
 CONTAMINATION = "Batch contamination: how 32 easy samples fare beside 32 hard or NaN ones"
 LOSS_SCALE = "Largest gradient error of a sample, by loss scale"
 
@@ -162,7 +172,7 @@ def loss_scale_table(problem: dict[str, Any]) -> Table:
 
 
 def settings(problem: dict[str, Any]) -> list[str]:
-    """Which settings stand behind each row, and which rows there are not."""
+    """Which settings stand behind each row."""
     lines = []
     for row in main_table(problem)["rows"]:
         line = f"{row['label']}: {row['setting']}, tolerance {row['tol']:.2g}"
@@ -173,10 +183,29 @@ def settings(problem: dict[str, Any]) -> list[str]:
                 f"{share(row['gradient_solved'])} within the gradient error"
             )
         lines.append(line)
+    return lines
+
+
+def not_run(problem: dict[str, Any]) -> list[str]:
+    """Which rows there are not, and why; labels with the same reason share a line."""
     reasons: dict[str, list[str]] = {}
     for label, why in problem["failed"].items():
         reasons.setdefault(why, []).append(label)
-    return lines + [f"not run: {', '.join(labels)}: {why}" for why, labels in reasons.items()]
+    return [f"not run: {', '.join(labels)}: {why}" for why, labels in reasons.items()]
+
+
+def left_out(table: dict[str, Any]) -> list[str]:
+    """The rows that are missing at this batch size only, and why."""
+    return [f"left out: {label}: {why}" for label, why in table.get("left_out", {}).items()]
+
+
+def beyond(problem: dict[str, Any]) -> list[str]:
+    """What is left out at the other batch sizes, a line for each size."""
+    return [
+        f"B={table['batch']}, " + "; ".join(left_out(table))
+        for table in problem["tables"]
+        if table.get("left_out")
+    ]
 
 
 def rate(value: float) -> str:

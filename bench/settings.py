@@ -10,13 +10,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bench.measure import Calibration, loosest_tolerance, quickest
+from bench.measure import Calibration, loosest_tolerance, quickest, seconds
 from bench.peers import Entry, Peer
 from bench.problems import Problem, Reference, reference_solution
 
 SCREEN_BATCHES = (8, 64, 256)
-SCREEN_SECONDS = 1.0
+SCREEN_SECONDS = 2.0
 """A setting that needs longer than this for so many samples is left out, by name."""
+
+SOLVE_SECONDS = 5.0
+"""A row is left out of a batch, by name, where one solve takes longer than this."""
+
+SEARCH_SECONDS = 15.0
+"""For how long a tolerance is searched."""
 
 BACKWARD_FIELD = 1.5
 """Settings within this factor of the fastest forward are tried forward+backward."""
@@ -161,20 +167,26 @@ def _attempt(call: Callable[[], T], peer: Peer, reasons: list[str]) -> T | None:
         return None
 
 
-def try_forward(peer: Peer, problem: Problem, first: float | None = None) -> Forward:
+def try_forward(peer: Peer, problem: Problem) -> Forward:
     """Find the loosest tolerance at which the library's answers meet the problem's rtol.
 
     Raises:
         RuntimeError: a few samples already take too long.
     """
     screen(peer, problem)
-    tol = loosest_tolerance(
+    tol = forward_tolerance(peer, problem, peer.first_tolerance(problem))
+    return Forward(peer, tol, quickest(lambda: peer.solve(problem, tol.tol), problem.z.device))
+
+
+def forward_tolerance(peer: Peer, problem: Problem, first: float) -> Calibration:
+    """The loosest that meets the problem's rtol, searched from `first`."""
+    return loosest_tolerance(
         lambda tol: problem.true_residual(peer.solve(problem, tol)),
         problem.rtol,
-        first or peer.first_tolerance(problem),
+        first,
         looser=not peer.promises_residual,
+        within=SEARCH_SECONDS,
     )
-    return Forward(peer, tol, quickest(lambda: peer.solve(problem, tol.tol), problem.z.device))
 
 
 def try_both(forward: Forward, task: Task) -> Both:
@@ -185,7 +197,12 @@ def try_both(forward: Forward, task: Task) -> Both:
         _, grads = peer.solve_and_grad(problem, tol.tol, adjoint_tol, task.v)
         return task.gradient_errors(grads[0])
 
-    adjoint = loosest_tolerance(errors, task.gradient_rtol, peer.first_tolerance(problem))
+    adjoint = loosest_tolerance(
+        errors,
+        task.gradient_rtol,
+        peer.first_adjoint_tolerance(problem),
+        within=SEARCH_SECONDS,
+    )
     taken = quickest(
         lambda: peer.solve_and_grad(problem, tol.tol, adjoint.tol, task.v), problem.z.device
     )
@@ -193,13 +210,23 @@ def try_both(forward: Forward, task: Task) -> Both:
 
 
 def at_batch(chosen: Chosen, problem: Problem) -> Chosen:
-    """The same settings on another batch: forward tolerances found anew, adjoint ones kept."""
-    forward = try_forward(chosen.forward.peer, problem, chosen.forward.tol.tol)
+    """The same settings on another batch: forward tolerances found anew, adjoint ones kept.
+
+    Raises:
+        RuntimeError: one solve takes longer than SOLVE_SECONDS.
+    """
+    peer, tol = chosen.forward.peer, chosen.forward.tol.tol
+    peer.solve(problem, tol)  # compiles, where the peer does
+    taken = seconds(lambda: peer.solve(problem, tol), problem.z.device)
+    if taken > SOLVE_SECONDS:
+        raise RuntimeError(f"one solve takes {taken:.0f} s, more than {SOLVE_SECONDS:.0f}")
+    forward = Forward(peer, forward_tolerance(peer, problem, tol), taken)
     if chosen.both is None:
         return dataclasses.replace(chosen, forward=forward)
     same = chosen.both.peer is chosen.forward.peer
-    again = forward if same else try_forward(chosen.both.peer, problem, chosen.both.tol.tol)
-    both = dataclasses.replace(chosen.both, tol=again.tol)
+    other = chosen.both
+    tol_both = forward.tol if same else forward_tolerance(other.peer, problem, other.tol.tol)
+    both = dataclasses.replace(other, tol=tol_both)
     return dataclasses.replace(chosen, forward=forward, both=both)
 
 

@@ -1,9 +1,11 @@
 """Trains small fixed-point layers on real data and measures convergence throughput against peers.
 
     python -m bench.throughput [--short] [--data DIR] [--device cpu] [--threads N] [--out DIR]
+                               [--resume]
 
 Every library is set to the loosest tolerance at which each sample's residual, recomputed in
-float64 from what the library returns, meets the target; then all are timed in paired rounds.
+float64 from what the library returns, meets the target; then all are timed in paired rounds. A
+row whose solves take too long at a batch size is left out there by name, with the time of one.
 Results go to DIR/throughput.json with plots beside it, and a table to the terminal.
 """
 
@@ -11,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,7 @@ from bench.loss_scale import loss_scale
 from bench.measure import use_threads
 from bench.peers import MODULES, Entry, load_entries
 from bench.problems import Problem, tanh_cell
-from bench.settings import Chosen, Task, at_batch, choose, make_task
+from bench.settings import Chosen, Task, at_batch, choose, make_task, reason
 from bench.traces import residual_traces
 from bench.training import bibtex_recipes, digits_recipes, train
 
@@ -73,22 +77,59 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     options = parse(arguments)
     use_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    command = " ".join(machine.command_line())
+    parts = Parts(options.out / "throughput-parts.json", command, options.resume)
     results = run(
         SHORT if options.short else FULL,
         data=options.data,
         device=torch.device(options.device),
         modules=tuple(options.peers.split(",")),
+        parts=parts,
     )
     results["machine"] = machine.describe(
         torch.device(options.device), options.threads, machine.command_line()
     )
     results = report.finite(results)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "throughput.json"
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     pictures = report.plot(results, options.out)
     print(report.text(results))
     print("written:", path, *pictures)
+    parts.clear()
+
+
+class Parts:
+    """The results of the problems measured so far, in a file: a run that breaks off can resume.
+
+    Args:
+        path: None keeps nothing.
+        command: what they belong to; others' parts are not taken up.
+        resume: take up what is there; False starts afresh.
+    """
+
+    def __init__(self, path: Path | None, command: str = "", resume: bool = False) -> None:
+        self.path = path
+        self.command = command.replace(" --resume", "")
+        self.measured: dict[str, Any] = {}
+        if path is not None and resume and path.exists():
+            saved = json.loads(path.read_text())
+            if saved["command"] == self.command:
+                self.measured = saved["measured"]
+
+    def once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """measure(), or what it returned before the run was broken off."""
+        if name not in self.measured:
+            self.measured[name] = report.finite(measure())
+            if self.path is not None:
+                saved = {"command": self.command, "measured": self.measured}
+                self.path.write_text(json.dumps(saved, allow_nan=False))
+        return dict(self.measured[name])
+
+    def clear(self) -> None:
+        """Delete the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -98,6 +139,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder that holds bibtex/; adds Bibtex layers")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=1, help="threads and cores of every library")
+    parser.add_argument("--resume", action="store_true", help="keep the problems already measured")
     parser.add_argument("--out", type=Path, default=Path("bench/out"), help="results folder")
     parser.add_argument(
         "--peers", default=",".join(MODULES), help="libraries to compare, separated by commas"
@@ -117,8 +159,14 @@ def run(
     data: Path | None = None,
     device: torch.device | None = None,
     modules: tuple[str, ...] = MODULES,
+    parts: Parts | None = None,
 ) -> dict[str, Any]:
-    """Train, measure, and return everything that the report shows."""
+    """Train, measure, and return everything that the report shows.
+
+    Args:
+        parts: keeps every problem's result as it comes.
+    """
+    parts = parts or Parts(None)
     device = device or torch.device("cpu")
     started = time.perf_counter()
     torch.manual_seed(0)
@@ -130,10 +178,17 @@ def run(
 
     entries, skipped = load_entries(modules)
     tanh = tanh_cell(size.main_batch, size.tanh_features).to(device)
-    problems = [measure(tanh, size.tanh_batches, entries, size, diagnose=True)]
+    problems = [(tanh, size.tanh_batches)]
     for recipe, layer in zip(recipes, trained, strict=True):
         problem = layer.problem(recipe.split.x_test.to(device), TRAINED_RTOL)
-        problems.append(measure(problem, size.trained_batches, entries, size, diagnose=False))
+        problems.append((problem, size.trained_batches))
+    measured = [
+        parts.once(
+            problem.name,
+            functools.partial(measure, problem, batches, entries, size, diagnose=problem is tanh),
+        )
+        for problem, batches in problems
+    ]
     return {
         "kind": "throughput",
         "skipped": skipped,
@@ -142,8 +197,8 @@ def run(
             for t in trained
         ],
         "training_seconds": training_seconds,
-        "total_seconds": time.perf_counter() - started,
-        "problems": problems,
+        "total_seconds": training_seconds + sum(result["seconds"] for result in measured),
+        "problems": measured,
     }
 
 
@@ -161,6 +216,7 @@ def measure(
         diagnose: also measure contamination and the gradient's dependence on the loss scale, and
             compile the loop even where `size` compiles it in one place only.
     """
+    started = time.perf_counter()
     task = make_task(problem.with_batch(size.main_batch), entries[0].candidates[0])
     chosen: list[Chosen] = []
     failed: dict[str, str] = {}
@@ -197,7 +253,7 @@ def measure(
         checked = [(contamination(item, problem), loss_scale(item, task)) for item in bar]
         result["contamination"] = [moved for moved, _ in checked]
         result["loss_scale"] = [scaled for _, scaled in checked]
-    return result
+    return result | {"seconds": time.perf_counter() - started}
 
 
 def _table(
@@ -205,15 +261,21 @@ def _table(
 ) -> dict[str, Any]:
     if batch == size.main_batch:
         rows = compare(chosen, task.problem, task.v, size.rounds, memory=True)
-        return {"batch": batch, "rows": rows}
+        return {"batch": batch, "rows": rows, "left_out": {}}
     sized = problem.with_batch(batch)
-    kept = [
-        at_batch(item, sized)
-        for item in chosen
-        if size.compile_everywhere or not item.forward.peer.compiles
-    ]
+    kept: list[Chosen] = []
+    left_out: dict[str, str] = {}
+    bar = tqdm(chosen, desc=f"{problem.name} B={batch}: tolerances", unit="row", leave=False)
+    for item in bar:
+        if not size.compile_everywhere and item.forward.peer.compiles:
+            continue
+        try:
+            kept.append(at_batch(item, sized))
+        except Exception as error:
+            left_out[item.label] = reason(error)
     v = task.v[torch.arange(batch, device=task.v.device) % len(task.v)]
-    return {"batch": batch, "rows": compare(kept, sized, v, size.rounds, memory=False)}
+    rows = compare(kept, sized, v, size.rounds, memory=False)
+    return {"batch": batch, "rows": rows, "left_out": left_out}
 
 
 def _steps(chosen: list[Chosen], problem: Problem) -> dict[str, list[int]]:

@@ -38,6 +38,10 @@ class Peer:
         """Where the search for the loosest sufficient tolerance begins; absolute by default."""
         return problem.rtol * max(1.0, float(problem.x0.shape[1]) ** 0.5)
 
+    def first_adjoint_tolerance(self, problem: Problem) -> float:
+        """The same for the backward solve; the forward's by default."""
+        return self.first_tolerance(problem)
+
     def solve(self, problem: Problem, tol: float) -> Tensor:
         """(B, d) the library's fixed point, without gradients."""
         raise NotImplementedError

@@ -68,14 +68,25 @@ class Xitorch(Peer):
         return x.detach(), list(grads)
 
 
+def _best_anderson() -> tuple[Xitorch, ...]:
+    return tuple(
+        Xitorch(f"m={m}, lmbda={ridge:g}", method="anderson_acc", msize=m, lmbda=ridge)
+        for m, ridge in ((5, 1e-10), (8, 1e-10), (5, 1e-4))
+    )
+
+
+def _best_broyden() -> tuple[Xitorch, ...]:
+    # alpha=-1 begins with a Picard step; its own choice of alpha walks away from the fixed point.
+    return (
+        Xitorch("broyden1, alpha=-1", method="broyden1", alpha=-1.0, line_search=False),
+        Xitorch("broyden2, alpha=-1", method="broyden2", alpha=-1.0, line_search=False),
+        Xitorch("broyden1, alpha=-1, line search", method="broyden1", alpha=-1.0),
+    )
+
+
 def entries() -> list[Entry]:
     return [
         Entry("xitorch broyden1 (default)", (Xitorch("default", method="broyden1"),)),
-        Entry(
-            "xitorch Anderson (best)",
-            tuple(
-                Xitorch(f"m={m}, lmbda={ridge:g}", method="anderson_acc", msize=m, lmbda=ridge)
-                for m, ridge in ((5, 1e-4), (5, 1e-10), (8, 1e-10))
-            ),
-        ),
+        Entry("xitorch Anderson (best)", _best_anderson()),
+        Entry("xitorch Broyden (best)", _best_broyden()),
     ]
