@@ -209,25 +209,42 @@ def try_both(forward: Forward, task: Task) -> Both:
     return Both(peer, tol, adjoint, taken)
 
 
-def at_batch(chosen: Chosen, problem: Problem) -> Chosen:
+def at_batch(chosen: Chosen, problem: Problem, v: Tensor) -> Chosen:
     """The same settings on another batch: forward tolerances found anew, adjoint ones kept.
 
+    Args:
+        v: (B, d) gradient of the loss in x.
     Raises:
-        RuntimeError: one solve takes longer than SOLVE_SECONDS.
+        RuntimeError: a solve takes longer than SOLVE_SECONDS, or twice that with the backward.
     """
     peer, tol = chosen.forward.peer, chosen.forward.tol.tol
-    peer.solve(problem, tol)  # compiles, where the peer does
-    taken = seconds(lambda: peer.solve(problem, tol), problem.z.device)
-    if taken > SOLVE_SECONDS:
-        raise RuntimeError(f"one solve takes {taken:.0f} s, more than {SOLVE_SECONDS:.0f}")
+    taken = _taken(lambda: peer.solve(problem, tol), "one solve", SOLVE_SECONDS, problem)
     forward = Forward(peer, forward_tolerance(peer, problem, tol), taken)
     if chosen.both is None:
         return dataclasses.replace(chosen, forward=forward)
-    same = chosen.both.peer is chosen.forward.peer
-    other = chosen.both
-    tol_both = forward.tol if same else forward_tolerance(other.peer, problem, other.tol.tol)
-    both = dataclasses.replace(other, tol=tol_both)
+    other = chosen.both.peer
+    tol_both = (
+        forward.tol if other is peer else forward_tolerance(other, problem, chosen.both.tol.tol)
+    )
+    adjoint_tol = chosen.both.adjoint.tol
+    _taken(
+        lambda: other.solve_and_grad(problem, tol_both.tol, adjoint_tol, v),
+        "one solve with its backward",
+        2 * SOLVE_SECONDS,
+        problem,
+    )
+    both = dataclasses.replace(chosen.both, tol=tol_both)
     return dataclasses.replace(chosen, forward=forward, both=both)
+
+
+def _taken(call: Callable[[], object], what: str, limit: float, problem: Problem) -> float:
+    """Seconds of the call, after one that may compile."""
+    if (first := seconds(call, problem.z.device)) <= limit:
+        return first
+    taken = seconds(call, problem.z.device)
+    if taken > limit:
+        raise RuntimeError(f"{what} takes {taken:.0f} s, more than {limit:.0f}")
+    return taken
 
 
 def screen(peer: Peer, problem: Problem) -> None:

@@ -265,15 +265,15 @@ def _table(
     sized = problem.with_batch(batch)
     kept: list[Chosen] = []
     left_out: dict[str, str] = {}
+    v = task.v[torch.arange(batch, device=task.v.device) % len(task.v)]
     bar = tqdm(chosen, desc=f"{problem.name} B={batch}: tolerances", unit="row", leave=False)
     for item in bar:
         if not size.compile_everywhere and item.forward.peer.compiles:
             continue
         try:
-            kept.append(at_batch(item, sized))
+            kept.append(at_batch(item, sized, v))
         except Exception as error:
             left_out[item.label] = reason(error)
-    v = task.v[torch.arange(batch, device=task.v.device) % len(task.v)]
     rows = compare(kept, sized, v, size.rounds, memory=False)
     return {"batch": batch, "rows": rows, "left_out": left_out}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ for name in ("matplotlib", "sklearn", "torchdeq", "tqdm"):
     pytest.importorskip(name, reason="the bench extra is not installed")
 
 import fpi_cuda as fpi
-from bench import device_loop, report, throughput
+from bench import device_loop, measure, report, settings, throughput
 from bench.contamination import contamination
 from bench.data import BIBTEX_FEATURES, BIBTEX_LABELS, load_bibtex, load_digits, read_sparse_arff
 from bench.loss_scale import loss_scale
@@ -25,7 +26,7 @@ from bench.memory import torch_peak_bytes
 from bench.peers import Entry, Peer, load_entries
 from bench.peers.ours import FpiCuda
 from bench.problems import Problem, reference_solution, tanh_cell
-from bench.settings import Task, choose, make_task, try_forward
+from bench.settings import Task, at_batch, choose, make_task, try_forward
 from bench.training import example_f1
 
 CPU = torch.device("cpu")
@@ -237,6 +238,52 @@ def test_tolerance_that_never_suffices_keeps_the_most_solved() -> None:
     assert found.tol <= 1e-3
 
 
+def test_search_for_a_tolerance_ends_in_time() -> None:
+    tried: list[float] = []
+
+    def error(tol: float) -> Tensor:
+        tried.append(tol)
+        time.sleep(0.02)
+        return torch.tensor([tol])
+
+    found = loosest_tolerance(error, 1e-6, 1e-3, within=0.05)
+    assert len(tried) <= 4
+    assert found.solved == 0.0
+
+
+def test_slow_call_leaves_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LONGEST_ROW", 0.05)
+    calls = {"fast": lambda: None, "slow": lambda: time.sleep(0.03)}
+    times = paired_rounds(calls, 6, CPU)
+    assert {name: len(values) for name, values in times.items()} == {
+        "fast": 6,
+        "slow": measure.FEWEST_ROUNDS,
+    }
+
+
+def test_row_too_slow_for_a_batch_is_left_out_with_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = choose(Entry("ours", (FpiCuda(fpi.Picard()),)), task())
+    monkeypatch.setattr(settings, "SOLVE_SECONDS", -1.0)
+    with pytest.raises(RuntimeError, match="one solve takes 0 s, more than -1"):
+        at_batch(chosen, tanh_cell(16, features=8), torch.ones(16, 8))
+
+
+def test_parts_resume_the_same_command_only(tmp_path: Path) -> None:
+    path = tmp_path / "parts.json"
+    throughput.Parts(path, "bench A").once("tanh", lambda: {"seconds": 1.0})
+    resumed = throughput.Parts(path, "bench A --resume", resume=True)
+    assert resumed.once("tanh", lambda: pytest.fail("measured again")) == {"seconds": 1.0}
+    for other in (
+        throughput.Parts(path, "bench B", resume=True),
+        throughput.Parts(path, "bench A", resume=False),
+    ):
+        assert other.once("tanh", lambda: {"seconds": 2.0}) == {"seconds": 2.0}
+    other.clear()
+    assert not path.exists()
+
+
 def test_rounds_are_interleaved_and_paired() -> None:
     order: list[str] = []
     calls = {name: (lambda name=name: order.append(name)) for name in "AB"}
@@ -321,6 +368,16 @@ def test_terminal_tables_fit_and_name_every_row(results: dict) -> None:
     for row in results["problems"][0]["tables"][0]["rows"]:
         assert text.count(row["label"]) >= 8  # tables, settings, contamination, loss scale
     assert "tanh: B=8, d=8, float32, true residual 1e-06" in text
+
+
+def test_what_is_missing_stands_in_both_reports(results: dict) -> None:
+    problem = results["problems"][0]
+    problem = problem | {"failed": {"a peer": "too slow, 7 s"}}
+    table = problem["tables"][0] | {"left_out": {"another": "one solve takes 9 s"}}
+    partial = results | {"problems": [problem | {"tables": [table, *problem["tables"][1:]]}]}
+    for told in (report.text(partial), report.markdown(partial)):
+        assert "not run: a peer: too slow, 7 s" in told
+        assert "left out: another: one solve takes 9 s" in told
 
 
 def test_plots_are_written(results: dict, tmp_path: Path) -> None:

@@ -14,6 +14,11 @@ from bench.problems import Problem
 
 Block = Callable[..., tuple[Tensor, Tensor]]
 
+# One block is compiled anew for every problem and batch size, on purpose: torch's limit of 8 would
+# leave most of them out.
+torch._dynamo.config.recompile_limit = 256
+torch._dynamo.config.accumulated_recompile_limit = 1024
+
 
 class CompiledLoop(Peer):
     """Picard in compiled blocks of `steps_per_test` steps; the stop test stays outside."""
