@@ -40,9 +40,10 @@ def native_available() -> bool:
 
 
 def build_info() -> dict[str, str]:
-    """How the library was built: compiler, torch_headers, torch_target, and cuda or no_cuda.
+    """How the library was built: compiler, torch_headers, torch_target, and what follows.
 
-    `cuda` holds the architectures, `no_cuda` the reason why there are none.
+    `cuda` holds the architectures, or `no_cuda` the reason why there are none; `activations` the
+    names of those that were added to the fused loop's own.
 
     Raises:
         RuntimeError: the library is not loaded.

@@ -17,7 +17,7 @@ from fpi_cuda.cells.lowering import (
 )
 from fpi_cuda.faithful import rehearsed
 from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
-from fpi_cuda.lowered import NotLowered
+from fpi_cuda.lowered import NotLowered, added_functions
 from fpi_cuda.options import FixedPointSolver, LinearSolver
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
@@ -77,6 +77,9 @@ def fused_map(
     if random:
         raise NotLowered(DRAWN)
     require_shapes(result, layout)
+    for layer in result.layers:
+        if layer.activation in added_functions and not hasattr(engine, "CELL_LOOP_TAKES_ADDED"):
+            raise NotLowered(f"the {engine.name} backend knows no added {layer.activation!r}")
     return FusedMap.of(result, (*g.parameters(), *g.buffers()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,22 @@ from torch import Tensor
 from fpi_cuda.elementwise import FUNCTIONS, identity
 
 ACTIVATIONS = tuple(FUNCTIONS)
-"""Names that kernels know."""
+"""Names that all kernels know, in the order of their numbers."""
+
+added_functions: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {}
+"""Number and function of those that a user has added: see cells.add_activation."""
+
+
+def activation_number(name: str) -> int | None:
+    """What kernels call the activation; None where they do not know it."""
+    if name in added_functions:
+        return added_functions[name][0]
+    return ACTIVATIONS.index(name) if name in ACTIVATIONS else None
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation in torch."""
+    return added_functions[name][1] if name in added_functions else FUNCTIONS[name]
 
 
 class NotLowered(Exception):
@@ -24,7 +40,7 @@ class Layer:
 
     Attributes:
         weight: (outputs, inputs), with any strides.
-        activation: the name of an elementwise function, one of ACTIVATIONS.
+        activation: the name of an elementwise function, one of ACTIVATIONS or an added one.
         bias: (outputs,) or None.
         shift, factor: (B, outputs) or None.
     """
@@ -46,12 +62,12 @@ class Layer:
 
     def finished(self, u: Tensor) -> Tensor:
         """factor * activation(u)."""
-        y = FUNCTIONS[self.activation](u)
+        y = activation_function(self.activation)(u)
         return y if self.factor is None else y * self.factor
 
     def slope(self, u: Tensor) -> Tensor | None:
         """The derivative of `finished` at u; None where it is one everywhere."""
-        function = FUNCTIONS[self.activation]
+        function = activation_function(self.activation)
         if function is identity:
             return self.factor
         with torch.enable_grad():

@@ -10,6 +10,7 @@ from torch import Tensor
 name = "native"
 CELL_LOOP_DTYPES = (torch.float32, torch.float64)
 CELL_LOOP_MAX_DEPTH = 16
+CELL_LOOP_TAKES_ADDED = True
 
 
 def scratch(x: Tensor) -> Tensor | None:

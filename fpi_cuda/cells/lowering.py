@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrize
 
-from fpi_cuda.lowered import ACTIVATIONS, Lowered, NotLowered
+from fpi_cuda.lowered import Lowered, NotLowered, activation_number
 from fpi_cuda.state import Layout
 
 # How a cell may be evaluated otherwise than by what lower() says.
@@ -40,7 +40,7 @@ def lowered(g: object, prepared: object) -> Lowered:
     cell: Any = g
     result: Lowered = cell.lower(prepared)
     for layer in result.layers:
-        if layer.activation not in ACTIVATIONS:
+        if activation_number(layer.activation) is None:
             raise NotLowered(f"no kernel knows the activation {layer.activation!r}")
     return result.detached()
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.lowered import ACTIVATIONS, Layer, Lowered
+from fpi_cuda.lowered import Layer, Lowered, activation_number
 from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver, Picard
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
@@ -151,8 +151,8 @@ def run(
             status,
             num_steps,
             residual,
-            activation1=ACTIVATIONS.index(first.activation),
-            activation2=ACTIVATIONS.index(second.activation),
+            activation1=activation_number(first.activation),
+            activation2=activation_number(second.activation),
             carry=lowered.carry,
             depth=depth,
             rtol=rtol,
