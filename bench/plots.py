@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 COLOURS = {
     "fpi_cuda": "#c1121f",
@@ -36,43 +37,65 @@ def plot(results: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def throughput(results: dict[str, Any], path: Path) -> Path:
-    """Samples converged per second over the batch size, log-log: forward above, both below."""
+    """Samples converged per second over the batch size, log-log: one row of panels a problem."""
     problems = results["problems"]
     figure, grid = plt.subplots(
-        2, len(problems), figsize=(4.2 * len(problems) + 3, 7.5), squeeze=False, sharex="col"
+        len(problems), 2, figsize=(10.5, 3.1 * len(problems) + 1.4), squeeze=False, sharex="row"
     )
     named: dict[str, Any] = {}
     ranks = ranks_of(problems)
-    for column, problem in zip(grid.T, problems, strict=True):
-        for axes, key in zip(column, ("forward", "both"), strict=True):
+    for row, problem in zip(grid, problems, strict=True):
+        for axes, key in zip(row, ("forward", "both"), strict=True):
             for label, style, batches, rates in curves(problem, key, ranks):
                 (named[label],) = axes.loglog(batches, rates, **style)
             axes.grid(True, which="major", alpha=0.3)
             batches = [table["batch"] for table in problem["tables"]]
             axes.set_xticks(batches, [str(batch) for batch in batches])
-            axes.minorticks_off()
-        column[0].set_title(f"{problem['name']}, residual {problem['rtol']:g}")
-        column[1].set_xlabel("batch size")
-    grid[0, 0].set_ylabel("forward: samples converged / s")
-    grid[1, 0].set_ylabel("forward + backward: samples / s")
-    figure.legend(named.values(), named.keys(), loc="center right", fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1 - 2.6 / figure.get_figwidth(), 1))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:,.0f}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+            what = "forward" if key == "forward" else "forward + backward"
+            axes.set_title(f"{problem['name']}, residual {problem['rtol']:g}: {what}", fontsize=9)
+            axes.tick_params(labelsize=8)
+        row[0].set_ylabel("samples converged / s", fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("batch size", fontsize=8)
+    labels = sorted(named, key=lambda label: list(ranks).index(label))
+    legend = figure.legend(
+        [named[label] for label in labels],
+        labels,
+        loc="upper center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
+    figure.canvas.draw()
+    top = legend.get_window_extent().y0 / figure.bbox.height
+    figure.tight_layout(rect=(0, 0, 1, top))
     return saved(figure, path)
+
+
+def is_drawn(label: str, labels: Iterable[str]) -> bool:
+    """A library's defaults are in the tables; the plot has its best settings where it has any."""
+    return label.replace("(default)", "(best)") == label or (
+        label.replace("(default)", "(best)") not in labels
+    )
 
 
 Curve = tuple[str, dict[str, Any], list[int], list[float]]
 
 
 def ranks_of(problems: list[dict[str, Any]]) -> dict[str, int]:
-    """Which row of its library each label is, over all problems: its line style everywhere."""
+    """Which row of its library each drawn label is: its line style everywhere."""
     rows = [row for p in problems for table in p["tables"] for row in table["rows"]]
     libraries = {row["label"]: row["library"] for row in rows}
     seen: dict[str, int] = {}
     ranks = {}
-    for label in sorted(libraries):
-        library = libraries[label]
-        ranks[label] = seen.setdefault(library, 0)
-        seen[library] += 1
+    for label, library in libraries.items():
+        if is_drawn(label, libraries):
+            ranks[label] = seen.setdefault(library, 0)
+            seen[library] += 1
     return ranks
 
 
@@ -81,7 +104,7 @@ def curves(problem: dict[str, Any], key: str, ranks: dict[str, int]) -> list[Cur
     points: dict[str, tuple[str, list[int], list[float]]] = {}
     for table in problem["tables"]:
         for row in table["rows"]:
-            if key in row and row[key]["solved_per_second"] > 0:
+            if row["label"] in ranks and key in row and row[key]["solved_per_second"] > 0:
                 _, batches, rates = points.setdefault(row["label"], (row["library"], [], []))
                 batches.append(table["batch"])
                 rates.append(row[key]["solved_per_second"])
@@ -102,51 +125,81 @@ def curves(problem: dict[str, Any], key: str, ranks: dict[str, int]) -> list[Cur
 def steps(results: dict[str, Any], path: Path) -> Path:
     """Histogram of evaluations per sample, one panel for each problem."""
     problems = results["problems"]
-    figure, row = plt.subplots(1, len(problems), figsize=(4.6 * len(problems), 3.6), squeeze=False)
-    for axes, problem in zip(row[0], problems, strict=True):
+    columns = min(3, len(problems))
+    rows = -(-len(problems) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.3 * rows), squeeze=False)
+    panels = list(grid.flat)
+    for axes, problem in zip(panels, problems, strict=False):
         histogram(axes, problem["steps"])
-        axes.set_title(f"{problem['name']}, residual {problem['rtol']:g}")
-        axes.set_xlabel("evaluations of g per sample")
-    row[0, 0].set_ylabel("samples")
+        axes.set_title(f"{problem['name']}, residual {problem['rtol']:g}", fontsize=10)
+        axes.set_xlabel("evaluations of g per sample", fontsize=9)
+        axes.set_ylabel("samples", fontsize=9)
+    for axes in panels[len(problems) :]:
+        axes.set_axis_off()
     figure.tight_layout()
     return saved(figure, path)
+
+
+WIDE = 20
+"""Evaluations are drawn on a log axis where the most are this many times the fewest."""
 
 
 def histogram(axes: Axes, counts: dict[str, list[int]]) -> None:
     """Bars where samples differ; a line where a library gives all samples the same number."""
     every = [count for values in counts.values() for count in values]
-    width = max(1, (max(every) - min(every)) // 60 + 1)
-    bins = range(min(every), max(every) + 2 * width, width)
+    least, most = min(every), max(every)
+    bins: list[float]
+    if most > WIDE * least:
+        # Between whole numbers, so that no bar stands for none of them.
+        bins = sorted({int(least * (most / least) ** (k / 40)) - 0.5 for k in range(40)})
+        bins.append(most + 0.5)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        width = max(1, (most - least) // 60 + 1)
+        bins = [edge - width / 2 for edge in range(least, most + 2 * width, width)]
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     palette = ("#c1121f", "#f4a6a6", "#1d6fb8", "#2a9d43")
     for colour, (label, values) in zip(palette, counts.items(), strict=False):
         if min(values) == max(values):
             axes.axvline(values[0], color=colour, label=f"{label} (all)")
         else:
-            axes.hist(values, bins=bins, align="left", color=colour, alpha=0.8, label=label)
+            axes.hist(values, bins=bins, color=colour, alpha=0.8, label=label)
     axes.margins(x=0.05)
-    axes.legend(fontsize=8, framealpha=0.9)
+    axes.set_ylim(top=1.45 * axes.get_ylim()[1])  # room for the legend
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=8, framealpha=0.9, loc="upper right")
 
 
 def traces(results: dict[str, Any], path: Path) -> Path:
     """Relative residual of each sample over evaluations: one row a problem, one panel a solver."""
     problems = results["problems"]
-    columns = max(len(problem["traces"]) for problem in problems)
+    labels = list(max((problem["traces"] for problem in problems), key=len))
     figure, grid = plt.subplots(
         len(problems),
-        columns,
-        figsize=(3.6 * columns, 2.7 * len(problems)),
+        len(labels),
+        figsize=(3.6 * len(labels), 2.7 * len(problems)),
         squeeze=False,
         sharey="row",
         sharex="row",
     )
     for row, problem in zip(grid, problems, strict=True):
-        for axes, (label, samples) in zip(row, problem["traces"].items(), strict=False):
-            for sample in samples:
+        lengths = [len(trace) for traces in problem["traces"].values() for trace in traces]
+        for axes, label in zip(row, labels, strict=True):
+            axes.set_title(f"{problem['name']}: {label}", fontsize=8)
+            if label not in problem["traces"]:
+                axes.text(0.5, 0.5, "not run: see the table", ha="center", transform=axes.transAxes)
+                continue
+            for sample in problem["traces"][label]:
                 axes.semilogy(range(1, len(sample) + 1), sample, linewidth=0.8, alpha=0.7)
             axes.axhline(problem["rtol"], color="black", linewidth=0.8, linestyle="--")
-            axes.set_title(f"{problem['name']}: {label}", fontsize=8)
             axes.grid(True, alpha=0.3)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if max(lengths) > WIDE * min(lengths):
+                axes.set_xscale("log")
+            else:
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         row[0].set_ylabel("||g(x) - x|| / ||g(x)||", fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("evaluations of g", fontsize=8)

@@ -82,6 +82,10 @@ LEGEND = (
     "time / ours: the row's time over fpi_cuda Anderson's, median (least-most) of paired rounds, "
     "below 1 is faster than it; MB: peak memory beyond the inputs; -: no backward ran."
 )
+CAPTION = (
+    "The pictures show each library at its best settings. A residual trace ends at the last "
+    "evaluation of g, whose value is what some libraries return: one step beyond the line."
+)
 CONTAMINATION = "Batch contamination: how 32 easy samples fare beside 32 hard or NaN ones"
 LOSS_SCALE = "Largest gradient error of a sample, by loss scale"
 
@@ -270,7 +274,7 @@ def update_readme(readme: Path, folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text())
         if results.get("kind") == "throughput":
-            sections += [markdown(results), *pictures(path, readme.parent)]
+            sections += [markdown(results), CAPTION, *pictures(path, readme.parent)]
         elif "readme" in results:
             told.append(results["readme"].strip())
     body = "\n\n".join(sections + told)

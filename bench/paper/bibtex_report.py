@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import MaxNLocator
+
 from bench.paper.bibtex_scores import RULES
 from bench.paper.experiment import section, stem_of
 from bench.plots import plt, saved
@@ -22,9 +24,9 @@ def interval_text(values: dict[str, float], sign: str = "") -> str:
 def tell(result: dict[str, Any]) -> dict[str, str]:
     """The finding, and the README's section with it."""
     found = finding(result, result["size"])
-    stem = stem_of("bibtex", result["size"])
+    pictures = {stem_of("bibtex", result["size"]): "test F1, training loss and steps"}
     title = "The paper's multi-label text (Bibtex)"
-    return {"finding": found, "readme": section(title, found, table(result), stem)}
+    return {"finding": found, "readme": section(title, found, table(result), pictures)}
 
 
 def solves(trainings: list[dict[str, Any]], key: str) -> float | None:
@@ -150,6 +152,7 @@ def plot(result: dict[str, Any], path: Path) -> Path:
     right.set_ylabel("evaluations of g per sample")
     for axes in (middle, right):
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(fontsize=8, frameon=False)
     for axes in (left, middle, right):
         axes.grid(True, alpha=0.3)

@@ -24,10 +24,14 @@ def tell(result: dict[str, Any]) -> dict[str, str]:
     """The finding, and the README's section with it."""
     size = result["size"]
     found = finding(result, size)
-    stem = stem_of("denoise", size) + f"-sigma{max(result['config']['sigmas'])}"
+    stem = stem_of("denoise", size)
+    pictures = {
+        f"{stem}-sigma{sigma}": f"before and after, sigma {sigma}"
+        for sigma in sorted(result["levels"], key=int)
+    } | {stem: "training PSNR over epochs and seconds, and steps"}
     shown = table(result, size, result["config"])
     title = "The paper's image denoising"
-    return {"finding": found, "readme": section(title, found, shown, stem)}
+    return {"finding": found, "readme": section(title, found, shown, pictures)}
 
 
 def table(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
@@ -122,8 +126,10 @@ def plot(result: dict[str, Any], path: Path) -> Path:
             epochs = range(1, len(history) + 1)
             clock = [sum(entry["seconds"] for entry in history[:k]) for k in epochs]
             quality = [entry["psnr"] for entry in history]
-            row[0].plot(epochs, quality, color=colour, label=method)
-            row[1].plot(clock, quality, color=colour, label=method)
+            # On top: the two feedforward networks begin alike.
+            style = {"color": colour, "label": method, "zorder": 3 if "steps" in method else 2}
+            row[0].plot(epochs, quality, **style)
+            row[1].plot(clock, quality, **style)
             if "steps" in history[0]:
                 steps = [entry["steps"] for entry in history]
                 adjoint = [entry["adjoint_steps"] for entry in history]

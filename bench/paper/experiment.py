@@ -103,9 +103,14 @@ def main(
     return dict(json.loads(text))
 
 
-def section(title: str, finding: str, table: str, picture: str) -> str:
-    """The README's part: markdown with a heading, and a picture below bench/results."""
-    return f"### {title}\n\n{finding}\n\n{table}\n\n![{title}](bench/results/{picture}.png)"
+def section(title: str, finding: str, table: str, pictures: dict[str, str]) -> str:
+    """The README's part: markdown with a heading, and pictures of bench/results.
+
+    Args:
+        pictures: by file name without .png, what they show.
+    """
+    shown = [f"![{title}: {what}](bench/results/{stem}.png)" for stem, what in pictures.items()]
+    return "\n\n".join([f"### {title}", finding, table, *shown])
 
 
 def stem_of(name: str, size: str) -> str:

@@ -30,7 +30,11 @@ def tell(result: dict[str, Any]) -> dict[str, str]:
     found = finding(result, size)
     shown = table(result, size, result["config"])
     title = "The paper's optical flow"
-    return {"finding": found, "readme": section(title, found, shown, stem_of("flow", size))}
+    stem = stem_of("flow", size)
+    pictures = {stem: "aEPE per epoch, and steps"} | {
+        f"{stem}-width{float(width):g}": f"flows at width {width}" for width in result["widths"]
+    }
+    return {"finding": found, "readme": section(title, found, shown, pictures)}
 
 
 def table(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
