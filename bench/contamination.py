@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 
+from bench.measure import time_limit
 from bench.problems import Problem
 from bench.settings import Chosen
 
 WATCHED = 32
 EASY_SCALE = 3.0
 """Inputs this large saturate the tanh cell: those samples converge in a few steps."""
+
+LONGEST = 30.0
+"""Seconds of a solve that is watched."""
 
 SLACK = 2.0
 """Tolerances were found on other inputs: close to rtol counts."""
@@ -39,8 +43,9 @@ def contamination(chosen: Chosen, problem: Problem, seed: int = 2) -> dict[str, 
     for kind, others in neighbours.items():
         batch = problem.with_inputs(torch.cat([watched, others]).to(problem.z))
         try:
-            x = peer.solve(batch, tol)
-            steps = peer.num_steps(batch, tol)
+            with time_limit(LONGEST):
+                x = peer.solve(batch, tol)
+                steps = peer.num_steps(batch, tol)
         except Exception as error:
             result[kind] = {"error": type(error).__name__}
             continue

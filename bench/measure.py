@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import signal
 import statistics
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -53,6 +56,7 @@ def loosest_tolerance(
     *,
     looser: bool = True,
     within: float = math.inf,
+    longest: float = math.inf,
 ) -> Calibration:
     """Search the loosest tolerance at which the true error of every sample meets `target`.
 
@@ -61,16 +65,21 @@ def loosest_tolerance(
         first: where to begin.
         looser: look beyond `first` where it suffices.
         within: seconds after which no other tolerance is tried.
+        longest: seconds of one evaluation of `error`; a tolerance that takes longer is insufficient
+            and ends the search.
     Returns:
         a sufficient tolerance within a factor 2 ** 0.125 of an insufficient one, or 2 where time
         ran out; where none suffices, the loosest of those that solve most samples.
+    Raises:
+        TimeoutError: the very first evaluation took longer than `longest`.
     """
     began = time.perf_counter()
 
     errors: list[torch.Tensor] = []
 
     def attempt(tol: float) -> Calibration:
-        errors.append(error(tol))
+        with time_limit(longest):
+            errors.append(error(tol))
         solved = float((errors[-1] <= target).double().mean())
         return Calibration(tol, solved, float(errors[-1].max()))
 
@@ -81,7 +90,10 @@ def loosest_tolerance(
     for _ in range(MOST_DOUBLINGS):
         if time.perf_counter() - began > within:
             break
-        tried.append(attempt(tried[-1].tol * (2.0 if sufficient else 0.5)))
+        try:
+            tried.append(attempt(tried[-1].tol * (2.0 if sufficient else 0.5)))
+        except TimeoutError:
+            break
         if (tried[-1].solved == 1.0) != sufficient:
             break
         # The step cap ends the solves, not the stop test: the tolerance changes nothing.
@@ -95,12 +107,38 @@ def loosest_tolerance(
     for _ in range(BISECTIONS):
         if time.perf_counter() - began > within:
             break
-        middle = attempt((best.tol * failing) ** 0.5)
+        try:
+            middle = attempt((best.tol * failing) ** 0.5)
+        except TimeoutError:
+            break
         if middle.solved == 1.0:
             best = middle
         else:
             failing = middle.tol
     return best
+
+
+@contextlib.contextmanager
+def time_limit(limit: float) -> Iterator[None]:
+    """Raise a TimeoutError once the block has taken so many seconds, before its next Python line.
+
+    A call into compiled code ends first. No limit outside the main thread, or without SIGALRM.
+    """
+    usable = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    if not usable or math.isinf(limit):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"takes more than {limit:g} s")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    outer = signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *outer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:

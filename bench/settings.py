@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from bench.measure import Calibration, loosest_tolerance, quickest, seconds
+from bench.measure import Calibration, loosest_tolerance, quickest, seconds, time_limit
 from bench.peers import Entry, Peer
 from bench.problems import Problem, Reference, reference_solution
 
@@ -18,8 +19,9 @@ SCREEN_BATCHES = (8, 64, 256)
 SCREEN_SECONDS = 2.0
 """A setting that needs longer than this for so many samples is left out, by name."""
 
-SOLVE_SECONDS = 5.0
-"""A row is left out of a batch, by name, where one solve takes longer than this."""
+SOLVE_SECONDS, BOTH_SECONDS = 5.0, 10.0
+"""A row is left out of a batch, by name, where one solve takes longer than this, alone or with its
+backward. A tolerance whose solve takes longer is not taken."""
 
 SEARCH_SECONDS = 15.0
 """For how long a tolerance is searched."""
@@ -186,6 +188,7 @@ def forward_tolerance(peer: Peer, problem: Problem, first: float) -> Calibration
         first,
         looser=not peer.promises_residual,
         within=SEARCH_SECONDS,
+        longest=math.inf if peer.compiles else SOLVE_SECONDS,
     )
 
 
@@ -202,6 +205,7 @@ def try_both(forward: Forward, task: Task) -> Both:
         task.gradient_rtol,
         peer.first_adjoint_tolerance(problem),
         within=SEARCH_SECONDS,
+        longest=math.inf if peer.compiles else BOTH_SECONDS,
     )
     taken = quickest(
         lambda: peer.solve_and_grad(problem, tol.tol, adjoint.tol, task.v), problem.z.device
@@ -215,10 +219,10 @@ def at_batch(chosen: Chosen, problem: Problem, v: Tensor) -> Chosen:
     Args:
         v: (B, d) gradient of the loss in x.
     Raises:
-        RuntimeError: a solve takes longer than SOLVE_SECONDS, or twice that with the backward.
+        TimeoutError: a solve takes longer than SOLVE_SECONDS, or BOTH_SECONDS with its backward.
     """
     peer, tol = chosen.forward.peer, chosen.forward.tol.tol
-    taken = _taken(lambda: peer.solve(problem, tol), "one solve", SOLVE_SECONDS, problem)
+    taken = _taken(lambda: peer.solve(problem, tol), SOLVE_SECONDS, peer, problem)
     forward = Forward(peer, forward_tolerance(peer, problem, tol), taken)
     if chosen.both is None:
         return dataclasses.replace(chosen, forward=forward)
@@ -229,21 +233,22 @@ def at_batch(chosen: Chosen, problem: Problem, v: Tensor) -> Chosen:
     adjoint_tol = chosen.both.adjoint.tol
     _taken(
         lambda: other.solve_and_grad(problem, tol_both.tol, adjoint_tol, v),
-        "one solve with its backward",
-        2 * SOLVE_SECONDS,
+        BOTH_SECONDS,
+        other,
         problem,
     )
     both = dataclasses.replace(chosen.both, tol=tol_both)
     return dataclasses.replace(chosen, forward=forward, both=both)
 
 
-def _taken(call: Callable[[], object], what: str, limit: float, problem: Problem) -> float:
+def _taken(call: Callable[[], object], limit: float, peer: Peer, problem: Problem) -> float:
     """Seconds of the call, after one that may compile."""
-    if (first := seconds(call, problem.z.device)) <= limit:
-        return first
-    taken = seconds(call, problem.z.device)
+    with time_limit(math.inf if peer.compiles else limit):
+        if (first := seconds(call, problem.z.device)) <= limit:
+            return first
+        taken = seconds(call, problem.z.device)
     if taken > limit:
-        raise RuntimeError(f"{what} takes {taken:.0f} s, more than {limit:.0f}")
+        raise TimeoutError(f"takes {taken:.0f} s, more than {limit:g} s")
     return taken
 
 
@@ -253,8 +258,9 @@ def screen(peer: Peer, problem: Problem) -> None:
         return
     for size in SCREEN_BATCHES:
         few = problem.with_batch(min(size, problem.batch))
-        taken = quickest(partial(peer.solve, few, peer.first_tolerance(few)), problem.z.device, 2)
-        if taken > SCREEN_SECONDS:
+        solve = partial(peer.solve, few, peer.first_tolerance(few))
+        taken = seconds(solve, problem.z.device)  # the first one may warm up
+        if taken > SCREEN_SECONDS and (taken := seconds(solve, problem.z.device)) > SCREEN_SECONDS:
             raise RuntimeError(f"too slow, {taken:.1f} s for {few.batch} samples")
 
 

@@ -135,8 +135,9 @@ def readme(result: dict[str, Any]) -> str:
         "### The full forms of the denoising and the flow: not run",
         "",
         f"On this machine ({on}, {where['threads']} thread(s)) the full forms would need about "
-        f"{needs} of training, so smaller ones stand below. From the first steps of each "
-        "training, when the solves still take few evaluations: an estimate from below.",
+        f"{needs} of training, so smaller ones stand below. Seconds are the processor's on a CPU. "
+        "They are of the first steps of each training, when the solves still take few evaluations: "
+        "an estimate from below.",
         "",
         "| experiment | network | seconds per step | steps | trainings | hours |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

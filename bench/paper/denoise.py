@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from bench.paper.denoise_models import (
     PersistentPenalty,
 )
 from bench.paper.experiment import Run, main
-from bench.paper.fit import fit, once
+from bench.paper.fit import clock, fit, once
 from bench.paper.images import noisy, psnr, random_crops, read_folder
 from bench.paper.statistics import difference, interval
 
@@ -125,14 +124,6 @@ def train(
         name, model, optimizer, epoch, epochs=epochs, seed=seed, checkpoints=run.checkpoints
     )
     return history
-
-
-def clock(device: torch.device) -> float:
-    """Seconds: of the processor on a CPU, where other programs may run, else of the wall."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def cosine(peak: float, progress: float) -> float:

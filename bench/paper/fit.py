@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,14 @@ def fit(
             bar.update()
     model.eval()
     return history, kept
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of the processor on a CPU, where other programs may run, else of the wall."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def once(checkpoints: Checkpoints, name: str, compute: Callable[[], dict[str, Any]]) -> Any:

@@ -11,7 +11,6 @@ real data set is there. The example pairs in flow/chairs_examples are tested on 
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from bench.paper import flow_report
 from bench.paper.account import Account, last_solution
 from bench.paper.experiment import Run, main
-from bench.paper.fit import fit, once
+from bench.paper.fit import clock, fit, once
 from bench.paper.flow_files import Pair, find_pairs, read_pair
 from bench.paper.flow_models import (
     MULTIPLE,
@@ -179,7 +178,7 @@ def train(
     examples = [middle(read_pair(files)) for files in find_pairs(run.data / EXAMPLES)]
 
     def epoch(k: int) -> dict[str, float]:
-        began = time.perf_counter()
+        began = clock(run.device)
         # Halved thrice over the second half, as FlowNet was trained.
         halvings = max(0, int(8 * k / config.epochs) - 3) if config.epochs > 4 else 0
         optimizer.param_groups[0]["lr"] = config.learning_rate * 0.5 ** min(3, halvings)
@@ -193,7 +192,7 @@ def train(
             optimizer.step()
             account.add(solution)
             total += float(loss.detach())
-        spent = time.perf_counter() - began
+        spent = clock(run.device) - began
         return {"loss": total / config.batches, **account.summary(), "seconds": spent}
 
     def evaluate(k: int) -> dict[str, Any]:
