@@ -26,7 +26,10 @@ def tell(result: dict[str, Any]) -> dict[str, str]:
     found = finding(result, result["size"])
     pictures = {stem_of("bibtex", result["size"]): "test F1, training loss and steps"}
     title = "The paper's multi-label text (Bibtex)"
-    return {"finding": found, "readme": section(title, found, table(result), pictures)}
+    return {
+        "finding": found,
+        "readme": section(title, found, table(result), pictures, result["machine"]),
+    }
 
 
 def solves(trainings: list[dict[str, Any]], key: str) -> float | None:
@@ -108,9 +111,9 @@ def finding(result: dict[str, Any], size: str) -> str:
     ]
     if not any(result["minus_feedforward"][method][rule]["low"] > 0 for method in PAPER):
         parts.append(
-            "Not reproduced: that the fixed-point iteration itself gains F1 on this data, once a "
-            "threshold is chosen; tf-idf inputs, the loss and the threshold gain, and the twin has "
-            "them too."
+            "**Not reproduced**: that the fixed-point iteration itself gains F1 on this data, once "
+            "a threshold is chosen; tf-idf inputs, the loss and the threshold gain, and the twin "
+            "has them too."
         )
     if ahead:
         parts.append(f"Ahead of the twin: {'; '.join(ahead)}.")

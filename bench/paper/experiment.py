@@ -103,14 +103,22 @@ def main(
     return dict(json.loads(text))
 
 
-def section(title: str, finding: str, table: str, pictures: dict[str, str]) -> str:
+def section(
+    title: str, finding: str, table: str, pictures: dict[str, str], machine: dict[str, Any]
+) -> str:
     """The README's part: markdown with a heading, and pictures of bench/results.
 
     Args:
         pictures: by file name without .png, what they show.
+        machine: where the figures are from.
     """
     shown = [f"![{title}: {what}](bench/results/{stem}.png)" for stem, what in pictures.items()]
-    return "\n\n".join([f"### {title}", finding, table, *shown])
+    where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+    measured = (
+        f"Measured on {where}, torch {machine['versions']['torch']}, commit {machine['commit']}, "
+        f"{machine['date']}: `{machine['command']}`."
+    )
+    return "\n\n".join([f"### {title}", finding, table, measured, *shown])
 
 
 def stem_of(name: str, size: str) -> str:

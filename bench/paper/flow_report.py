@@ -34,7 +34,7 @@ def tell(result: dict[str, Any]) -> dict[str, str]:
     pictures = {stem: "aEPE per epoch, and steps"} | {
         f"{stem}-width{float(width):g}": f"flows at width {width}" for width in result["widths"]
     }
-    return {"finding": found, "readme": section(title, found, shown, pictures)}
+    return {"finding": found, "readme": section(title, found, shown, pictures, result["machine"])}
 
 
 def table(result: dict[str, Any], size: str, config: dict[str, Any]) -> str:
@@ -76,7 +76,7 @@ def finding(result: dict[str, Any], size: str) -> str:
         best = min(values["mean"] for values in entry["aepe"]["test"].values())
         still = entry["no_motion"]["test"]
         learned = best <= LEARNED * still
-        claim = " (the paper's claim is not reproduced)" if learned else ""
+        claim = " (the paper's claim is **not reproduced**)" if learned else ""
         for key, gap in entry["fpi_minus_plain"].items():
             if gap["high"] < 0:
                 verdict = "lowers the endpoint error"
@@ -91,7 +91,7 @@ def finding(result: dict[str, Any], size: str) -> str:
         if not learned:
             parts.append(
                 f"no network has learned much yet (the best aEPE is {best:.3f}, predicting no "
-                f"motion has {still:.3f}), so this neither confirms nor refutes the paper's claim;"
+                f"motion has {still:.3f}): the paper's claim is **not reproduced**, nor refuted;"
             )
         solved = [item["history"][-1]["solved"] for item in entry["trainings"]["FlowNetS + FPI"]]
         parts.append(
