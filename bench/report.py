@@ -58,10 +58,11 @@ def markdown(results: dict[str, Any]) -> str:
     """The same for README: the main tables, the settings, and where it was measured."""
     where = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    commits = {problem.get("commit", where["commit"]): None for problem in results["problems"]}
     parts = [
         f"Measured on {where['cpu'] if where['device'] == 'cpu' else where['device']}, "
         f"{where['threads']} thread(s), Python {where['python']}, {versions}, commit "
-        f"{where['commit']}, {where['date']}: `{where['command']}`.",
+        f"{' and '.join(commits)}, {where['date']}: `{where['command']}`.",
         LEGEND,
     ]
     for problem in results["problems"]:

@@ -238,6 +238,7 @@ def measure(
     ]
     result = {
         "name": problem.name,
+        "commit": machine.commit(),
         "features": problem.x0.shape[1],
         "dtype": str(problem.x0.dtype).removeprefix("torch."),
         "rtol": problem.rtol,

@@ -264,6 +264,18 @@ def test_tolerance_that_takes_too_long_is_not_taken() -> None:
         loosest_tolerance(error, 1e-6, 1e-5, longest=0.1)
 
 
+def test_tolerance_at_which_a_library_raises_is_not_taken() -> None:
+    def error(tol: float) -> Tensor:
+        if tol < 1e-4:
+            raise ArithmeticError("stagnated")
+        return torch.tensor([tol])
+
+    found = loosest_tolerance(error, 1e-6, 1e-3)
+    assert (found.solved, found.tol >= 1e-4) == (0.0, True)
+    with pytest.raises(ArithmeticError):
+        loosest_tolerance(error, 1e-6, 1e-5)
+
+
 def test_slow_call_leaves_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "LONGEST_ROW", 0.05)
     calls = {"fast": lambda: None, "slow": lambda: time.sleep(0.03)}
