@@ -17,7 +17,9 @@ from bench.plots import plot
 
 WIDTH = 100
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-COLUMNS = ("library", "solved", "steps", "fwd/s", "time / ours", "fwd+bwd/s", "time / ours", "MB")
+COLUMNS = (
+    "library", "solved", "steps", "fwd/s", "time / ours", "grad.", "fwd+bwd/s", "time / ours", "MB",
+)  # fmt: skip
 
 __all__ = ["markdown", "plot", "text", "update_readme"]
 
@@ -41,7 +43,7 @@ def text(results: dict[str, Any]) -> str:
         for table in problem["tables"]:
             lines += ["", title(problem, table["batch"]), *aligned(throughput_table(table))]
             lines += wrapped(left_out(table))
-        lines += wrapped(settings(problem) + not_run(problem))
+        lines += wrapped(settings(problem) + faster(problem) + not_run(problem))
         if "contamination" in problem:
             lines += ["", CONTAMINATION, *aligned(contamination_table(problem))]
             lines += ["", LOSS_SCALE, *aligned(loss_scale_table(problem))]
@@ -68,7 +70,7 @@ def markdown(results: dict[str, Any]) -> str:
     for problem in results["problems"]:
         table = main_table(problem)
         parts += [f"**{title(problem, table['batch'])}**", piped(throughput_table(table))]
-        parts += [*not_run(problem), *beyond(problem)]
+        parts += [*faster(problem), *not_run(problem), *beyond(problem)]
         if "contamination" in problem:
             parts += [f"**{CONTAMINATION}**", piped(contamination_table(problem))]
             parts += [f"**{LOSS_SCALE}**", piped(loss_scale_table(problem))]
@@ -79,9 +81,10 @@ def markdown(results: dict[str, Any]) -> str:
 
 LEGEND = (
     "solved: share of samples whose residual, recomputed in float64, meets the target; steps: "
-    "evaluations of g per sample, mean/most; fwd/s and fwd+bwd/s: samples converged per second; "
-    "time / ours: the row's time over fpi_cuda Anderson's, median (least-most) of paired rounds, "
-    "below 1 is faster than it; MB: peak memory beyond the inputs; -: no backward ran."
+    "evaluations of g per sample, mean/most; grad.: share of samples whose gradient meets the "
+    "gradient error named above the table; fwd/s and fwd+bwd/s: samples per second that do; time / "
+    "ours: the row's time over fpi_cuda Anderson's, median (least-most) of paired rounds, below 1 "
+    "is faster than it; MB: peak memory beyond the inputs; -: no backward ran."
 )
 CAPTION = (
     "The pictures show each library at its best settings. A residual trace ends at the last "
@@ -123,6 +126,7 @@ def throughput_table(table: dict[str, Any]) -> Table:
             share(row["solved"]),
             f"{row['steps_mean']:.0f}/{row['steps_max']:.0f}",
             *_timing(row["forward"]),
+            share(row["gradient_solved"]) if "both" in row else "-",
             *_timing(row.get("both")),
             f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else "",
         )
@@ -199,6 +203,31 @@ def not_run(problem: dict[str, Any]) -> list[str]:
     return [f"not run: {', '.join(labels)}: {why}" for why, labels in reasons.items()]
 
 
+FASTER = 0.95
+"""A row is called faster where its median time over fpi_cuda Anderson's is below this."""
+
+
+def faster(problem: dict[str, Any]) -> list[str]:
+    """Where another library beats fpi_cuda Anderson: the fastest of them at every batch size."""
+    lines = []
+    for key, what in (("forward", "forward"), ("both", "forward+backward")):
+        found: dict[str, list[str]] = {}
+        for table in problem["tables"]:
+            ratios = {
+                row["label"]: row[key]["time_over_baseline"]["median"]
+                for row in table["rows"]
+                if key in row and row["library"] != "fpi_cuda" and row["solved"] == 1.0
+            }
+            label = min(ratios, key=lambda label: ratios[label], default="")
+            if label and ratios[label] < FASTER:
+                found.setdefault(label, []).append(f"{two(ratios[label])} at B={table['batch']}")
+        lines += [
+            f"faster than fpi_cuda Anderson, {what}: {label}: {', '.join(where)} of its time"
+            for label, where in found.items()
+        ]
+    return lines
+
+
 def left_out(table: dict[str, Any]) -> list[str]:
     """The rows that are missing at this batch size only, and why."""
     return [f"left out: {label}: {why}" for label, why in table.get("left_out", {}).items()]
@@ -214,8 +243,10 @@ def beyond(problem: dict[str, Any]) -> list[str]:
 
 
 def rate(value: float) -> str:
-    """At most six characters for anything below 100 million."""
-    return f"{value:,.0f}" if value < 99_999.5 else f"{value / 1000:,.0f}k"
+    """At most five characters for anything below a million."""
+    if value < 9_999.5:
+        return f"{value:,.0f}"
+    return f"{value / 1000:.1f}k" if value < 99_950 else f"{value / 1000:,.0f}k"
 
 
 def two(value: float) -> str:

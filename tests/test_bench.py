@@ -406,6 +406,22 @@ def test_what_is_missing_stands_in_both_reports(results: dict) -> None:
         assert "left out: another: one solve takes 9 s" in told
 
 
+def test_report_names_who_is_faster(results: dict) -> None:
+    problem = json.loads(json.dumps(results["problems"][0]))
+    for table in problem["tables"]:
+        for row in table["rows"]:
+            row["forward"]["time_over_baseline"]["median"] = 1.0
+            row["both"]["time_over_baseline"]["median"] = 1.0
+    quick = problem["tables"][1]["rows"][-1]
+    quick["both"]["time_over_baseline"]["median"] = 0.25
+    assert report.faster(problem) == [
+        f"faster than fpi_cuda Anderson, forward+backward: {quick['label']}: "
+        f"0.25 at B={problem['tables'][1]['batch']} of its time"
+    ]
+    quick["solved"] = 0.5
+    assert report.faster(problem) == []
+
+
 def test_plots_are_written(results: dict, tmp_path: Path) -> None:
     written = report.plot(results, tmp_path)
     assert [path.name for path in written] == ["throughput.png", "steps.png", "traces.png"]
