@@ -105,20 +105,6 @@ struct Tile {
   }
 };
 
-// The tiles that fall to this warp: of those in [first, last), every warp_count()-th.
-struct TileRange {
-  int64_t first;
-  int64_t last;
-};
-
-template <class C, class Visit>
-__device__ __forceinline__ void for_each_tile(const TileRange& range, int64_t dim, bool aligned,
-                                              Visit&& visit) {
-  for (int64_t t = range.first + warp_index(); t < range.last; t += warp_count()) {
-    visit(Tile<C>(t, dim, aligned));
-  }
-}
-
 // This lane's part of <a, b>. Acc is the type in which the short sum runs.
 template <class Acc, class A, class B, int kElements>
 __device__ __forceinline__ double lane_dot(const A (&a)[kElements], const B (&b)[kElements]) {

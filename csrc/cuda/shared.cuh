@@ -1,15 +1,14 @@
-// What the threads of a block share while they work on one sample, and the sums that they take
-// together. All of it is called by every thread of the block.
+// What the threads of a team share while they work on one sample, and the sums that they take
+// together. All of it is called by every thread of the team.
 #pragma once
 
 #include "row.cuh"
-
-extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+#include "team.cuh"
 
 namespace fpi {
 
 template <class Step>
-struct BlockMemory {
+struct TeamMemory {
   typename Step::Sums sums;
   typename Step::Plan plan;
   typename Step::SmallProblem small;
@@ -17,66 +16,68 @@ struct BlockMemory {
   bool last;
 };
 
-template <class Step>
-struct Block {
+template <class Step, class TeamOf>
+struct Shared {
+  using Team = TeamOf;
   using C = typename Step::C;
   static constexpr int kSums = sizeof(typename Step::Sums) / sizeof(double);
 
-  BlockMemory<Step>& memory;
+  TeamMemory<Step>& memory;
   double* gram;  // (depth, depth)
   double* slab;  // (warps, kSums): the sums of each warp
 
-  __device__ explicit Block(int depth)
-      : memory(*reinterpret_cast<BlockMemory<Step>*>(dynamic_shared_memory)),
+  // `room` holds bytes(), in shared memory.
+  __device__ Shared(void* room, int depth)
+      : memory(*static_cast<TeamMemory<Step>*>(room)),
         gram(reinterpret_cast<double*>(&memory + 1)),
         slab(gram + (Step::kUsesGram ? depth * depth : 0)) {}
 
-  static size_t bytes(int depth, int threads) {
-    const size_t doubles = (Step::kUsesGram ? depth * depth : 0) + threads / kWarpThreads * kSums;
-    return sizeof(BlockMemory<Step>) + doubles * sizeof(double);
+  static FPI_HD size_t bytes(int depth, int warps) {
+    const size_t doubles = (Step::kUsesGram ? depth * depth : 0) + warps * kSums;
+    return sizeof(TeamMemory<Step>) + doubles * sizeof(double);
   }
 
   __device__ typename Step::Sums& warp_sums() const {
-    return *reinterpret_cast<typename Step::Sums*>(slab + warp_index() * kSums);
+    return *reinterpret_cast<typename Step::Sums*>(slab + Team::warp() * kSums);
   }
 
   __device__ void clear() const {
-    for (int k = lane_index(); k < kSums; k += kWarpThreads) slab[warp_index() * kSums + k] = 0.0;
+    for (int k = lane_index(); k < kSums; k += kWarpThreads) slab[Team::warp() * kSums + k] = 0.0;
     __syncwarp();
   }
 
   // memory.sums = the warps' sums, added in the order of the warps.
   __device__ void combine() const {
-    __syncthreads();
+    Team::sync();
     double* total = reinterpret_cast<double*>(&memory.sums);
-    for (int k = threadIdx.x; k < kSums; k += blockDim.x) {
+    for (int k = Team::thread(); k < kSums; k += Team::threads()) {
       double sum = 0.0;
-      for (int w = 0; w < warp_count(); ++w) sum += slab[w * kSums + k];
+      for (int w = 0; w < Team::warps(); ++w) sum += slab[w * kSums + k];
       total[k] = sum;
     }
-    __syncthreads();
+    Team::sync();
   }
 
   __device__ void fetch(const StepParams& p, int64_t sample) const {
     double* control = reinterpret_cast<double*>(&memory.control);
-    for (int k = threadIdx.x; k < kControlSize; k += blockDim.x) {
+    for (int k = Team::thread(); k < kControlSize; k += Team::threads()) {
       control[k] = p.control[sample * kControlSize + k];
     }
     if (Step::kUsesGram) {
       const int size = p.depth * p.depth;
-      for (int k = threadIdx.x; k < size; k += blockDim.x) gram[k] = p.gram[sample * size + k];
+      for (int k = Team::thread(); k < size; k += Team::threads()) gram[k] = p.gram[sample * size + k];
     }
-    __syncthreads();
+    Team::sync();
   }
 
   __device__ void write_back(const StepParams& p, int64_t sample) const {
     const double* control = reinterpret_cast<const double*>(&memory.control);
-    for (int k = threadIdx.x; k < kControlSize; k += blockDim.x) {
+    for (int k = Team::thread(); k < kControlSize; k += Team::threads()) {
       p.control[sample * kControlSize + k] = control[k];
     }
     if (Step::kUsesGram) {
       const int size = p.depth * p.depth;
-      for (int k = threadIdx.x; k < size; k += blockDim.x) p.gram[sample * size + k] = gram[k];
+      for (int k = Team::thread(); k < size; k += Team::threads()) p.gram[sample * size + k] = gram[k];
     }
   }
 };
@@ -85,11 +86,12 @@ struct Block {
 enum class Of { kResidual, kImage, kPoint };
 
 // sqrt(sum of squares) without overflow or underflow, for the rare sample that needs it.
-template <class Step, class Row>
-__device__ __noinline__ double scaled_norm(Block<Step> block, Row row, Of of, TileRange range) {
+template <class Step, class Team, class Row>
+__device__ __noinline__ double scaled_norm(Shared<Step, Team> shared, Row row, Of of,
+                                           TileRange range) {
   using C = typename Row::C;
   const auto for_each = [&](auto&& visit) {
-    for_each_tile<C>(range, row.dim, row.aligned, [&](const Tile<C>& tile) {
+    for_each_tile<Team, C>(range, row.dim, row.aligned, [&](const Tile<C>& tile) {
       C x[Tile<C>::kElements], gx[Tile<C>::kElements];
       tile.load(row.x, x);
       tile.load(row.gx, gx);
@@ -111,43 +113,43 @@ __device__ __noinline__ double scaled_norm(Block<Step> block, Row row, Of of, Ti
     const double other = __shfl_xor_sync(kAllLanes, largest, step);
     if (largest == largest) keep(other);
   }
-  __syncthreads();
-  if (lane_index() == 0) block.slab[warp_index()] = largest;
-  __syncthreads();
-  for (int w = 0; w < warp_count(); ++w) {
-    if (largest == largest) keep(block.slab[w]);
+  Team::sync();
+  if (lane_index() == 0) shared.slab[Team::warp()] = largest;
+  Team::sync();
+  for (int w = 0; w < Team::warps(); ++w) {
+    if (largest == largest) keep(shared.slab[w]);
   }
-  __syncthreads();
+  Team::sync();
   if (!is_finite(largest) || largest == 0.0) return largest;
   double sum = 0.0;
   for_each([&](double v) { sum += v / largest * (v / largest); });
-  if (lane_index() == 0) block.slab[warp_index()] = 0.0;
+  if (lane_index() == 0) shared.slab[Team::warp()] = 0.0;
   __syncwarp();
-  add_one(sum, block.slab + warp_index());
-  __syncthreads();
+  add_one(sum, shared.slab + Team::warp());
+  Team::sync();
   sum = 0.0;
-  for (int w = 0; w < warp_count(); ++w) sum += block.slab[w];
-  __syncthreads();
+  for (int w = 0; w < Team::warps(); ++w) sum += shared.slab[w];
+  Team::sync();
   return largest * sqrt(sum);
 }
 
 // The norms behind the sums of squares. Float sums were taken again in double where they left
 // their range; double sums have nothing wider, and are scaled.
-template <class Step, class Row>
-__device__ __forceinline__ Measured measured_from(const Block<Step>& block, const Row& row,
+template <class Step, class Team, class Row>
+__device__ __forceinline__ Measured measured_from(const Shared<Step, Team>& shared, const Row& row,
                                                   bool first, const TileRange& range) {
-  const double ff = block.memory.sums.ff, gg = block.memory.sums.gg;
-  const double xx = first ? block.memory.sums.xx : 0.0;
+  const double ff = shared.memory.sums.ff, gg = shared.memory.sums.gg;
+  const double xx = first ? shared.memory.sums.xx : 0.0;
   Measured at{sqrt(ff), sqrt(gg), sqrt(xx)};
   if constexpr (sizeof(typename Row::C) == 8) {
     if (!trustworthy<double>(ff, row.dim)) {
-      at.residual = scaled_norm(block, row, Of::kResidual, range);
+      at.residual = scaled_norm(shared, row, Of::kResidual, range);
     }
     const bool image = trustworthy<double>(gg, row.dim);
-    if (!image) at.norm_gx = scaled_norm(block, row, Of::kImage, range);
+    if (!image) at.norm_gx = scaled_norm(shared, row, Of::kImage, range);
     // Only the larger of the two is ever used: a point that starts at zero needs no second look.
     if (first && !trustworthy<double>(xx, row.dim) && !(image && xx <= gg)) {
-      at.norm_x = scaled_norm(block, row, Of::kPoint, range);
+      at.norm_x = scaled_norm(shared, row, Of::kPoint, range);
     }
   }
   return at;
