@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -32,20 +36,24 @@ ARRAYS = 16
 
 
 def compile_driver(folder: Path) -> Path:
-    """Build the program that runs the kernels; needs g++ with its sanitizers."""
+    """Build the program that runs the step kernels; needs g++ with its sanitizers."""
+    return build(SOURCES, folder / "driver")
+
+
+def build(sources: list[Path], program: Path) -> Path:
+    """Compile and link a program, its objects beside it."""
     compiler = shutil.which("g++")
     assert compiler is not None
 
     def compile_one(source: Path) -> Path:
-        output = folder / f"{source.stem}.o"
+        output = program.with_name(f"{program.name}-{source.stem}.o")
         run([compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(output)])
         return output
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, SOURCES))
-    driver = folder / "driver"
-    run([compiler, *SANITIZE, *map(str, objects), "-o", str(driver)])
-    return driver
+        objects = list(pool.map(compile_one, sources))
+    run([compiler, *SANITIZE, *map(str, objects), "-o", str(program)])
+    return program
 
 
 def run(command: list[str]) -> None:
@@ -53,7 +61,63 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-class Emulated:
+def compiled_once(
+    factory: pytest.TempPathFactory, name: str, compile_into: Callable[[Path], Path]
+) -> Path:
+    """What compile_into makes in a folder of this name; the first of several workers does."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / name
+    done = folder / "done"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        deadline = time.monotonic() + 300
+        while not done.exists():
+            assert time.monotonic() < deadline, "the other worker did not compile the kernels"
+            time.sleep(0.1)
+    else:
+        begun = folder / "begun"
+        begun.write_text(str(compile_into(folder)))
+        begun.rename(done)
+    return Path(done.read_text())
+
+
+class Pipe:
+    """A program that answers requests on its stdout, under sanitizers."""
+
+    def __init__(self, program: Path) -> None:
+        self.process = subprocess.Popen(
+            [str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def close(self) -> None:
+        """End the program, which then looks for leaks."""
+        _, errors = self.process.communicate()
+        assert self.process.returncode == 0, errors.decode()
+
+    def write(self, message: bytes) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(message)
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            self.fail()
+
+    def receive(self, size: int) -> bytearray:
+        assert self.process.stdout is not None
+        data = self.process.stdout.read(size)
+        if len(data) < size:
+            self.fail()
+        return bytearray(data)
+
+    def fail(self) -> None:
+        """The program has stopped: a sanitizer found something."""
+        _, errors = self.process.communicate()
+        raise AssertionError(f"the emulated kernels failed:\n{errors.decode()}")
+
+
+class Emulated(Pipe):
     """A backend for fpi_cuda.solvers.loop.solve.
 
     Args:
@@ -65,16 +129,9 @@ class Emulated:
     name = "emulated"
 
     def __init__(self, driver: Path, seed: int = 0, offset: int = 0) -> None:
+        super().__init__(driver)
         self.seed = seed
         self.offset = offset
-        self.process = subprocess.Popen(
-            [str(driver)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-
-    def close(self) -> None:
-        """End the driver, which then looks for leaks."""
-        _, errors = self.process.communicate()
-        assert self.process.returncode == 0, errors.decode()
 
     def scratch(self, x: Tensor) -> Tensor | None:
         self.send(SCRATCH_BYTES, x, x, 0, 0, (0.0, 0.0, 0.0), [None] * ARRAYS)
@@ -133,7 +190,6 @@ class Emulated:
         reals: tuple[float, float, float],
         arrays: list[Tensor | None],
     ) -> None:
-        assert self.process.stdin is not None
         rows, dim = x.shape
         words = (op, self.seed, STATES.index(x.dtype), STATES.index(history.dtype))
         message = [struct.pack("9q", *words, rows, dim, depth, max_steps, self.offset)]
@@ -141,23 +197,7 @@ class Emulated:
         for array in arrays:
             data = b"" if array is None else bytes_of(array)
             message += [struct.pack("q", len(data)), data]
-        try:
-            self.process.stdin.write(b"".join(message))
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            self.fail()
-
-    def receive(self, size: int) -> bytearray:
-        assert self.process.stdout is not None
-        data = self.process.stdout.read(size)
-        if len(data) < size:
-            self.fail()
-        return bytearray(data)
-
-    def fail(self) -> None:
-        """The driver has stopped: a sanitizer found something."""
-        _, errors = self.process.communicate()
-        raise AssertionError(f"the emulated kernels failed:\n{errors.decode()}")
+        self.write(b"".join(message))
 
 
 def bytes_of(array: Tensor) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 import mpmath
 import pytest
 import torch
+from lowered_maps import MAPS, adjoint, permuted, two_layers, with_strides
 from torch import Tensor
 
 import fpi_cuda as fpi
@@ -29,47 +30,6 @@ DTYPES = [torch.float32, torch.float64]
 RTOL = {torch.float32: 1e-4, torch.float64: 1e-7}
 VALUES = {torch.float32: 1e-3, torch.float64: 1e-6}
 STEPS = 2
-
-
-def contraction(rows: int, columns: int, dtype: torch.dtype, norm: float = 0.5) -> Tensor:
-    """Of about this norm, which a Gaussian matrix has by its size."""
-    return torch.randn(rows, columns, dtype=dtype) * (norm / (rows**0.5 + columns**0.5))
-
-
-def one_layer(batch: int, dim: int, dtype: torch.dtype, activation: str = "tanh") -> Lowered:
-    """act(A x + p), as Dense lowers to."""
-    shift = torch.randn(batch, dim, dtype=dtype)
-    return Lowered((Layer(contraction(dim, dim, dtype), activation, shift=shift),))
-
-
-def two_layers(batch: int, dim: int, dtype: torch.dtype, hidden: int = 37) -> Lowered:
-    """sigmoid(W relu(A x + p) + c), as MLP lowers to."""
-    first = Layer(
-        contraction(hidden, dim, dtype, 1.0), "relu", shift=torch.randn(batch, hidden, dtype=dtype)
-    )
-    bias = torch.randn(dim, dtype=dtype)
-    return Lowered((first, Layer(contraction(dim, hidden, dtype, 2.0), "sigmoid", bias=bias)))
-
-
-def descent(batch: int, dim: int, dtype: torch.dtype, hidden: int = 37) -> Lowered:
-    """(1 - step) x - step A^T (w act'(A x + p)), as GradientDescent lowers to."""
-    weight = contraction(hidden, dim, dtype, 1.0)
-    first = Layer(weight, "sigmoid", shift=torch.randn(batch, hidden, dtype=dtype))
-    return Lowered((first, Layer(-0.5 * weight.mT)), carry=0.5)
-
-
-def adjoint(batch: int, dim: int, dtype: torch.dtype, hidden: int = 37) -> Lowered:
-    """x_factor, factors, a shift and transposed weights, as an adjoint lowers to."""
-    first = Layer(
-        contraction(dim, hidden, dtype, 0.8).mT, factor=torch.rand(batch, hidden, dtype=dtype)
-    )
-    second = Layer(
-        contraction(hidden, dim, dtype, 0.8).mT, shift=torch.randn(batch, dim, dtype=dtype)
-    )
-    return Lowered((first, second), x_factor=torch.rand(batch, dim, dtype=dtype))
-
-
-MAPS = {f.__name__: f for f in (one_layer, two_layers, descent, adjoint)}
 
 
 def run(lowered: Lowered, x0: Tensor, solver: Any, engine: Any = native, **given: Any) -> Any:
@@ -216,17 +176,6 @@ def test_a_sample_does_not_depend_on_the_others(threads: int) -> None:
                 assert torch.equal(part, full[:13])
 
 
-def permuted(lowered: Lowered, order: Tensor) -> Lowered:
-    def pick(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t[order].contiguous()
-
-    layers = [
-        replace(layer, shift=pick(layer.shift), factor=pick(layer.factor))
-        for layer in lowered.layers
-    ]
-    return Lowered(tuple(layers), pick(lowered.x_factor), lowered.carry)
-
-
 def test_threads_change_no_bit() -> None:
     lowered, x0 = two_layers(400, 65, torch.float32), torch.randn(400, 65)
     before = torch.get_num_threads()
@@ -312,13 +261,7 @@ def test_x0_and_the_map_are_left_alone() -> None:
 def test_weights_of_any_strides() -> None:
     lowered, x0 = two_layers(9, 12, torch.float32), torch.randn(9, 12)
     expected = run(lowered, x0, Anderson())
-    wide = [torch.randn(2 * s.weight.shape[0], 3 * s.weight.shape[1]) for s in lowered.layers]
-    layers = []
-    for layer, room in zip(lowered.layers, wide, strict=True):
-        view = room[::2, ::3]
-        view.copy_(layer.weight)
-        layers.append(replace(layer, weight=view))
-    for part, full in zip(run(Lowered(tuple(layers)), x0, Anderson()), expected, strict=True):
+    for part, full in zip(run(with_strides(lowered), x0, Anderson()), expected, strict=True):
         assert torch.equal(part, full)
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from emulated import Emulated, compile_driver
+from emulated import Emulated, compile_driver, compiled_once
 from stepping import (
     MAPS,
     SOLVERS,
@@ -44,22 +42,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled kernels; the first of several workers compiles for all."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = shared / "emulation"
-    done = folder / "done"
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        deadline = time.monotonic() + 300
-        while not done.exists():
-            assert time.monotonic() < deadline, "the other worker did not compile the kernels"
-            time.sleep(0.1)
-    else:
-        compile_driver(folder)
-        done.touch()
-    return folder / "driver"
+    """The compiled kernels."""
+    return compiled_once(tmp_path_factory, "emulation", compile_driver)
 
 
 Start = Callable[..., Emulated]

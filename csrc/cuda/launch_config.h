@@ -5,14 +5,18 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/macros.h"
+
 namespace fpi {
 
 constexpr int kWarpThreads = 32;
 constexpr int kMostWarps = 8;  // of a block
 
 // A lane holds 32 bytes of a tile in registers, and a float sum runs over no more than that.
-constexpr int lane_elements(size_t compute_bytes) { return static_cast<int>(32 / compute_bytes); }
-constexpr int tile_elements(size_t compute_bytes) {
+FPI_HD constexpr int lane_elements(size_t compute_bytes) {
+  return static_cast<int>(32 / compute_bytes);
+}
+FPI_HD constexpr int tile_elements(size_t compute_bytes) {
   return kWarpThreads * lane_elements(compute_bytes);
 }
 
@@ -33,7 +37,7 @@ constexpr int64_t kMostBlockElements = 16384;  // of a sample that one block can
 constexpr int64_t kLeastTilesPerPart = 32;
 constexpr int64_t kMostParts = 512;  // the last block adds up this many partial sums
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FPI_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr LaunchConfig launch_config(int64_t dim, size_t compute_bytes) {
   const int64_t tiles = ceil_div(dim > 0 ? dim : 1, tile_elements(compute_bytes));

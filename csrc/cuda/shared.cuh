@@ -65,7 +65,8 @@ struct Shared {
     }
     if (Step::kUsesGram) {
       const int size = p.depth * p.depth;
-      for (int k = Team::thread(); k < size; k += Team::threads()) gram[k] = p.gram[sample * size + k];
+      const double* kept = p.gram + sample * size;
+      for (int k = Team::thread(); k < size; k += Team::threads()) gram[k] = kept[k];
     }
     Team::sync();
   }
@@ -77,7 +78,8 @@ struct Shared {
     }
     if (Step::kUsesGram) {
       const int size = p.depth * p.depth;
-      for (int k = Team::thread(); k < size; k += Team::threads()) p.gram[sample * size + k] = gram[k];
+      double* kept = p.gram + sample * size;
+      for (int k = Team::thread(); k < size; k += Team::threads()) kept[k] = gram[k];
     }
   }
 };

@@ -42,6 +42,9 @@ struct alignas(16) double2 {
 struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 namespace emulation {
 
@@ -55,11 +58,27 @@ void wait(Wait what, unsigned mask);
 // passed the barrier; returns the value that lane `from` put there.
 void exchange(const void* value, void* received, size_t bytes, int from, unsigned mask);
 
+// The same by a whole warp, of which each lane receives what all 32 put there.
+void exchange_all(const void* value, void* received, size_t bytes);
+
 // Runs body once per thread of the grid.
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 
 // Order of blocks and of threads; 0 is the plain one.
 void set_seed(unsigned seed);
+
+// What a kernel may ask for of dynamic shared memory, in bytes.
+void allow_shared(const void* kernel, size_t bytes);
+size_t allowed_shared(const void* kernel);
+
+// Copies that this thread asks for are made when it waits for their group, and not before.
+void copy_later(void* to, const void* from, size_t bytes);
+void commit_copies();
+void await_copies(int pending);
+
+// The products of csrc/cuda/mma.cuh, all lanes of a warp together.
+void mma_tf32(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1);
+void mma_bf16(float (&sum)[4], const uint4& a, unsigned b0, unsigned b1);
 
 int lane();
 
@@ -106,11 +125,39 @@ T atomicAdd(T* address, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+  return error == cudaSuccess             ? "no error"
+         : error == cudaErrorInvalidValue ? "invalid argument"
+                                          : "invalid configuration argument";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+// That of an H100, for a block that asks for it.
+constexpr int kMostSharedOfDevice = 227 * 1024;
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrMultiProcessorCount      ? 132
+           : which == cudaDevAttrComputeCapabilityMajor ? 9
+                                                        : kMostSharedOfDevice;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || bytes > kMostSharedOfDevice) return cudaErrorInvalidValue;
+  emulation::allow_shared(kernel, static_cast<size_t>(bytes));
+  return cudaSuccess;
+}
 
 namespace emulation {
 
@@ -131,7 +178,8 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 grid, dim3 block, voi
                              size_t shared_bytes, cudaStream_t) {
   constexpr unsigned kMostThreads = 1024;
   if (grid.x == 0 || grid.y == 0 || block.x == 0 || block.x * block.y * block.z > kMostThreads ||
-      grid.x > 2147483647u || grid.y > 65535u || shared_bytes > 48 * 1024) {
+      grid.x > 2147483647u || grid.y > 65535u ||
+      shared_bytes > emulation::allowed_shared(reinterpret_cast<const void*>(kernel))) {
     return cudaErrorInvalidConfiguration;
   }
   emulation::Call<Args...> call{kernel, pointers};

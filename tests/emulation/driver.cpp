@@ -1,19 +1,15 @@
 // Runs steps of the CUDA kernels under emulation for tests/emulated.py: reads requests on stdin,
-// answers on stdout. Arrays live in blocks of their exact size, so that ASan sees each one's ends.
+// answers on stdout.
 //
 // A request: the int64 words of kWords, the doubles {rtol, beta, ridge}, then every array of
 // kArrays as an int64 of bytes and the bytes themselves. The answer: an int64 of text, the text
 // (what the launcher returned, empty for none), and the arrays likewise; to kScratchBytes, one
 // int64.
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <string>
-#include <vector>
-
 #include "../../csrc/cuda/scratch.h"
 #include "../../csrc/cuda/step.h"
-#include "cuda_runtime.h"
+#include "messages.h"
+
+#include "cuda_runtime.h"  // last: its __noinline__ is another one than the standard library's
 
 namespace {
 
@@ -23,31 +19,6 @@ enum Array {
   kX, kGx, kSampleOf, kBest, kAnchor, kFPrevious, kPartner, kColumnsF, kColumnsG, kGram, kControl,
   kAtol, kStatus, kNumSteps, kResidual, kScratch, kArrays,
 };
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "driver: %s\n", what);
-  std::exit(2);
-}
-
-bool read(void* to, size_t bytes) { return std::fread(to, 1, bytes, stdin) == bytes; }
-void write(const void* from, size_t bytes) {
-  if (std::fwrite(from, 1, bytes, stdout) != bytes) fail("cannot write");
-}
-
-// `offset` bytes into an aligned block that ends where the array does; null where it is empty.
-struct Memory {
-  std::unique_ptr<char[]> block;
-  int64_t bytes = 0;
-  int64_t offset = 0;
-  char* data() const { return bytes ? block.get() + offset : nullptr; }
-};
-
-void read_array(Memory& m, int64_t offset) {
-  if (!read(&m.bytes, sizeof m.bytes)) fail("cut short");
-  m.offset = offset;
-  m.block.reset(new char[m.bytes + offset]);
-  if (!read(m.block.get() + offset, m.bytes)) fail("cut short");
-}
 
 }  // namespace
 
@@ -95,14 +66,8 @@ int main() {
     const auto step =
         words[kOp] == kAnderson ? fpi::anderson_step_cuda : fpi::broyden_step_cuda;
     const char* error = step(p, state, history, arrays[kScratch].data(), nullptr);
-    const std::string text = error ? error : "";
-    const int64_t length = static_cast<int64_t>(text.size());
-    write(&length, sizeof length);
-    write(text.data(), text.size());
-    for (const Memory& m : arrays) {
-      write(&m.bytes, sizeof m.bytes);
-      if (m.bytes) write(m.data(), m.bytes);
-    }
+    write_text(error);
+    write_arrays(arrays);
     std::fflush(stdout);
   }
   return 0;

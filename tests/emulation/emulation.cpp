@@ -1,5 +1,6 @@
 // The scheduler behind cuda_runtime.h: one block at a time, its threads as fibers.
 #include <algorithm>
+#include <map>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -15,7 +16,7 @@
 
 thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-constexpr size_t kMostShared = 48 * 1024;
+constexpr size_t kMostShared = kMostSharedOfDevice;
 alignas(16) thread_local unsigned char dynamic_shared_memory[kMostShared];
 
 namespace emulation {
@@ -23,6 +24,13 @@ namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kWidestShuffle = 16;
+constexpr size_t kWidestExchange = 24;
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 
 struct Fiber {
   ucontext_t context;
@@ -33,10 +41,12 @@ struct Fiber {
   unsigned mask = 0;
   bool done = true;
   int exchanges = 0;  // so far; its parity picks the buffer
+  std::vector<Copy> uncommitted;
+  std::vector<std::vector<Copy>> groups;  // of copies that are on their way
 };
 
 struct Exchange {
-  unsigned char value[2][32][kWidestShuffle];
+  unsigned char value[2][32][kWidestExchange];
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;  // of the block; grown as needed, stacks are used again
@@ -49,6 +59,7 @@ void (*kernel_body)(void*) = nullptr;
 void* kernel_argument = nullptr;
 std::mt19937 order;
 unsigned order_seed = 0;
+std::map<const void*, size_t> shared_limits;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s (block %u, thread %u of %u)\n", what, blockIdx.x,
@@ -69,6 +80,9 @@ void yield() {
 void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   kernel_body(kernel_argument);
+  for (const auto& group : running->groups) {
+    if (!group.empty()) fail("a thread left before its copies arrived");
+  }
   running->done = true;
   yield();
 }
@@ -79,6 +93,8 @@ void start(Fiber& fiber, unsigned number) {
   fiber.waits = Wait::kNothing;
   fiber.exchanges = 0;
   fiber.fake_stack = nullptr;
+  fiber.uncommitted.clear();
+  fiber.groups.clear();
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.data();
   fiber.context.uc_stack.ss_size = fiber.stack.size();
@@ -162,6 +178,33 @@ void set_seed(unsigned seed) {
 
 int lane() { return number_of(*running) % 32; }
 
+void allow_shared(const void* kernel, size_t bytes) { shared_limits[kernel] = bytes; }
+size_t allowed_shared(const void* kernel) {
+  constexpr size_t kUnasked = 48 * 1024;
+  const auto found = shared_limits.find(kernel);
+  return found == shared_limits.end() ? kUnasked : std::max(kUnasked, found->second);
+}
+
+void copy_later(void* to, const void* from, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) {
+    fail("a copy that is not aligned to its size");
+  }
+  running->uncommitted.push_back({to, from, bytes});
+}
+
+void commit_copies() {
+  running->groups.push_back(std::move(running->uncommitted));
+  running->uncommitted.clear();
+}
+
+void await_copies(int pending) {
+  auto& groups = running->groups;
+  while (groups.size() > static_cast<size_t>(pending)) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    groups.erase(groups.begin());
+  }
+}
+
 void wait(Wait what, unsigned mask) {
   running->waits = what;
   running->mask = mask;
@@ -178,6 +221,17 @@ void exchange(const void* value, void* received, size_t bytes, int from, unsigne
   std::memcpy(warp.value[buffer][lane()], value, bytes);
   wait(Wait::kShuffle, mask);
   std::memcpy(received, warp.value[buffer][from], bytes);
+}
+
+void exchange_all(const void* value, void* received, size_t bytes) {
+  if (bytes > kWidestExchange) fail("an exchange wider than 24 bytes");
+  Exchange& warp = exchanges[number_of(*running) / 32];
+  const int buffer = running->exchanges++ & 1;
+  std::memcpy(warp.value[buffer][lane()], value, bytes);
+  wait(Wait::kShuffle, ~0u);
+  for (int l = 0; l < 32; ++l) {
+    std::memcpy(static_cast<unsigned char*>(received) + l * bytes, warp.value[buffer][l], bytes);
+  }
 }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {

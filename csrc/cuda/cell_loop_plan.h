@@ -1,0 +1,51 @@
+// How the fused loop of a cell is laid out on a device: samples per tile, blocks, and where every
+// array lies. Nothing that a sample's result depends on is decided here. Needs no CUDA.
+#pragma once
+
+#include "../common/cell_loop_params.h"
+#include "product_shape.h"
+
+namespace fpi {
+
+struct DeviceLimits {
+  int64_t cores;         // multiprocessors
+  int64_t shared_bytes;  // of shared memory that a block may ask for
+};
+
+constexpr int kChunkStages = 3;  // chunks of weights on their way to one warp
+constexpr int kMostSlots = 32;
+
+// Offsets are in bytes: into shared memory, into the workspace, or into a tile's part of it.
+struct CellLoopPlan {
+  int slots;             // samples of a tile
+  int warps;             // of a block, which holds one tile
+  int blocks;
+  int blocks_per_core;
+  int stride;            // slots from one input of an operand to the next
+  bool resident;         // the weights stay in shared memory
+  bool operands_shared;  // what the products read of a tile is in shared memory
+  LayerShape layers[2];
+
+  int64_t room, room_bytes;  // of each warp, for its step and for the chunks on their way to it
+  int64_t operand[2];        // of each layer, in shared memory or in the tile's part
+  int64_t operand_bytes[2];
+  int64_t resident_weight[2];
+  int64_t shared_bytes;
+
+  int64_t queue;  // the next sample of the batch
+  int64_t weight[2];
+  int64_t tiles, tile_bytes;
+  int64_t x, gx, best, anchor, columns_f, columns_g, gram, control, atol, residual, num_steps,
+      status;
+  int64_t workspace_bytes;
+};
+
+// The plan for this cell and device; `warps` and `slots` are chosen where they are 0.
+CellLoopPlan cell_loop_plan(const CellLoopParams& p, StateType state, const DeviceLimits& limits,
+                            int slots = 0, int warps = 0);
+
+// Why the device would rather run the loop as separate kernels, or null.
+const char* why_not_worth_fusing(const CellLoopPlan& plan, const CellLoopParams& p,
+                                 StateType state, const DeviceLimits& limits);
+
+}  // namespace fpi
