@@ -1,5 +1,4 @@
 // The step ops: schema, checks, and the kernels behind them, on the CPU and on CUDA devices.
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -13,12 +12,8 @@
 #include "cpu/step.h"
 #include "cuda/scratch.h"
 #include "cuda/step.h"
+#include "on_cuda.h"
 #include "require.h"
-
-// In libtorch_cuda: weak, so that the library loads under a torch without it, where no CUDA tensor
-// can reach the ops.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
 
 namespace fpi {
 namespace {
@@ -184,13 +179,8 @@ void run_on_cuda(const char* op, const StepTensors& t, const StepParams& p, Stat
             ": scratch must hold ", needed, " bytes, got ", t.scratch->numel());
     scratch = t.scratch->mutable_data_ptr();
   }
-  const int32_t device = t.x.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  require(aoti_torch_get_current_cuda_stream &&
-              aoti_torch_get_current_cuda_stream(device, &stream) == 0,
-          op, ": torch has no current CUDA stream");
-  const char* error = step(p, state, history, scratch, stream);
+  const OnCuda device(op, t.x);
+  const char* error = step(p, state, history, scratch, device.stream());
   require(error == nullptr, op, ": the CUDA launch failed: ", error ? error : "");
 }
 

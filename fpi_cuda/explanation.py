@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fpi_cuda import backends, device_loop
 from fpi_cuda.adjoint import default_adjoint_solver
 from fpi_cuda.fused import why_declined, why_not_fused
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
+from fpi_cuda.precision import NAMES
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord
 from fpi_cuda.route import HOST_ASKED_FOR, not_taken
@@ -53,7 +56,7 @@ def route_line(
 ) -> str:
     """Who runs the loop: in the latest solve, else as far as it is known before."""
     if record is not None and record.route is not None:
-        return taken(record, options, g, dtype)
+        return taken(record, options, g, device, dtype)
     not_fused = f'route="{options.route}" asks for it'
     if options.route in (None, "fused"):
         engine = backends.resolve(options.backend, device, dtype)
@@ -63,7 +66,7 @@ def route_line(
             reason = why_declined(g, device)
         if reason is None:
             return (
-                f"{fused_loop(options, g, dtype)}. Where x is not (batch, features), under "
+                f"{fused_loop(options, g, device, dtype)}. Where x is not (batch, features), under "
                 "autocast and inside torch.func transforms it is the host loop"
             )
         if options.route == "fused":
@@ -82,12 +85,16 @@ def route_line(
     )
 
 
-def taken(record: AdjointRecord, options: Options, g: object, dtype: torch.dtype) -> str:
+def taken(
+    record: AdjointRecord, options: Options, g: object, device: torch.device, dtype: torch.dtype
+) -> str:
     """The way that the latest solve went."""
     assert record.route is not None
     if record.route.name == "host":
         return f"{HOST_LOOP} ({record.route.reason})"
-    loop = fused_loop(options, g, dtype) if record.route.name == "fused" else DEVICE_LOOP
+    loop = DEVICE_LOOP
+    if record.route.name == "fused":
+        loop = fused_loop(options, g, device, dtype)
     if record.adjoint_route is None:
         return loop
     if record.adjoint_route.name == "host":
@@ -95,17 +102,16 @@ def taken(record: AdjointRecord, options: Options, g: object, dtype: torch.dtype
     return f"{loop}; the adjoint likewise"
 
 
-def fused_loop(options: Options, g: object, dtype: torch.dtype) -> str:
+def fused_loop(options: Options, g: object, device: torch.device, dtype: torch.dtype) -> str:
     """The fused loop, its tile and its precision."""
+    engine: Any = backends.resolve(options.backend, device, dtype)
     depth = options.solver.m if isinstance(options.solver, Anderson) else 0
     hidden = getattr(getattr(g, "energy", g), "hidden_features", 0)
-    plenty = 1 << 30
-    tile = torch.ops.fpi_cuda.cell_loop_tile(
-        plenty, getattr(g, "x_features", None) or 1, hidden, depth, dtype == torch.float64
-    )
+    features = getattr(g, "x_features", None) or 1
+    precision = NAMES.index(options.precision) if dtype == torch.float32 else 0
+    words = engine.cell_loop_words(features, hidden, depth, dtype, precision, device)
     return (
-        f"fused loop: native code evaluates g and steps, up to {tile} samples at a time per "
-        f"thread, {arithmetic(options, dtype)}; one that stops makes room for the next"
+        f"fused loop: {words}, {arithmetic(options, dtype)}; one that stops makes room for the next"
     )
 
 

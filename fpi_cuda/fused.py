@@ -18,7 +18,8 @@ from fpi_cuda.cells.lowering import (
 from fpi_cuda.faithful import rehearsed
 from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
 from fpi_cuda.lowered import NotLowered, added_functions
-from fpi_cuda.options import FixedPointSolver, LinearSolver
+from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver
+from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import Backend
@@ -81,6 +82,27 @@ def fused_map(
         if layer.activation in added_functions and not hasattr(engine, "CELL_LOOP_TAKES_ADDED"):
             raise NotLowered(f"the {engine.name} backend knows no added {layer.activation!r}")
     return FusedMap.of(result, (*g.parameters(), *g.buffers()))
+
+
+def why_not_worth(
+    fused: FusedMap, engine: Any, solver: FixedPointSolver, batch: int, precision: str
+) -> str | None:
+    """Why another way is expected to be faster for so many samples, or None if none is."""
+    if batch == 0 or not hasattr(engine, "cell_loop_plan"):
+        return None
+    first, *rest = fused.lowered.layers
+    weight = first.weight
+    depth = solver.m if isinstance(solver, Anderson) else 0
+    _, reason = engine.cell_loop_plan(
+        batch,
+        weight.shape[1],
+        weight.shape[0] if rest else 0,
+        depth,
+        weight.dtype,
+        NAMES.index(precision) if weight.dtype == torch.float32 else 0,
+        weight.device,
+    )
+    return reason
 
 
 def require_same_as_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> None:

@@ -10,7 +10,7 @@ from fpi_cuda.adjoint import adjoint_method, adjoint_solver
 from fpi_cuda.capturing import being_captured
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.faithful import counting_changes
-from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step
+from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step, why_not_worth
 from fpi_cuda.implicit import Account, DeviceSolve, FlatMap
 from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import Implicit
@@ -117,6 +117,10 @@ class Course:
             raise NotLowered(BEING_CAPTURED)
         rowwise = options.asks_rowwise(flat_map.g)
         fused = fused_map(flat_map, self._engine, options.solver, rowwise=rowwise)
+        if options.route is None:
+            reason = why_not_worth(fused, self._engine, options.solver, len(x0), options.precision)
+            if reason is not None:
+                raise NotLowered(reason)
         result = solve_fused(
             fused.lowered,
             x0,

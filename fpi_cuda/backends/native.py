@@ -31,3 +31,18 @@ def broyden_step_(*args: Any, **kwargs: Any) -> None:
 def cell_loop_(*args: Any, **kwargs: Any) -> None:
     """See fpi_cuda.backends.reference.cell_loop_, its twin."""
     torch.ops.fpi_cuda.cell_loop_.default(*args, **kwargs)
+
+
+def cell_loop_words(
+    dim: int, hidden: int, depth: int, dtype: torch.dtype, precision: int, device: torch.device
+) -> str:
+    """Who runs the loop of a large batch, for explain().
+
+    Args:
+        dim, hidden: features of x and of the layer between, 0 for one layer.
+        depth: of Anderson's history, 0 for Picard.
+        precision: place in fpi_cuda.precision.NAMES.
+    """
+    plenty = 1 << 30
+    tile = torch.ops.fpi_cuda.cell_loop_tile(plenty, dim, hidden, depth, dtype == torch.float64)
+    return f"native code evaluates g and steps, up to {tile} samples at a time per thread"

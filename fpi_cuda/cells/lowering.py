@@ -142,7 +142,8 @@ def require_same_map(g: Any, prepared: Tensor, result: Lowered, x: Tensor) -> No
     if is_lowered_here(g):
         return
     # Not at x itself: zeros, for one, would hide a wrong weight.
-    points = x[:COMPARED_SAMPLES] + torch.linspace(-1, 1, x.shape[1], dtype=x.dtype)
+    away = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype, device=x.device)
+    points = x[:COMPARED_SAMPLES] + away
     expected = g.step(points.clone(), prepared[:COMPARED_SAMPLES].detach())
     given = result.rows(COMPARED_SAMPLES)(points)
     error = (given - expected).abs().nan_to_num(0.0)
