@@ -73,3 +73,16 @@ def permuted(lowered: Lowered, order: Tensor) -> Lowered:
         for layer in lowered.layers
     )
     return Lowered(layers, pick(lowered.x_factor), lowered.carry)
+
+
+def on_device(lowered: Lowered, device: str) -> Lowered:
+    """The same with its tensors there, and its weights transposed where they were."""
+
+    def moved(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.to(device)
+
+    layers = tuple(
+        Layer(layer.weight.to(device), layer.activation, *map(moved, layer.tensors()[1:]))
+        for layer in lowered.layers
+    )
+    return Lowered(layers, moved(lowered.x_factor), lowered.carry)

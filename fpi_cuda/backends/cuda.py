@@ -79,7 +79,7 @@ def cell_loop_plan(
 
 def limits_of(device: torch.device) -> tuple[int, int, tuple[int, int]]:
     """Multiprocessors, bytes of shared memory that a block may ask for, compute capability."""
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     return (
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
