@@ -1,4 +1,4 @@
-"""A few steps of every kernel on a GPU, small enough for compute-sanitizer; see gpu_check.py."""
+"""A little of every kernel on a GPU, small enough for compute-sanitizer; see gpu_check.py."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fpi_cuda as fpi
 from fpi_cuda import backends
 from fpi_cuda.options import Anderson, Broyden, Picard
+from fpi_cuda.precision import FLOORS
 from fpi_cuda.solvers.loop import step
 from fpi_cuda.solvers.workspace import allocate
 
@@ -40,6 +41,28 @@ def steps(backend, solver, dtype, dim):
         step(backend, solver, work, x, gx, None, 1e-9, 50)
 
 
+def loops(backend):
+    """Whole solves of cells and of their adjoints, by a backend that has a loop for them."""
+    # A weight that stays in shared memory, and one that is streamed.
+    cells = [
+        fpi.cells.Dense(5, 33),
+        fpi.cells.MLP(5, 159, 600),
+        fpi.cells.GradientDescent(fpi.cells.MLPEnergy(5, 31, 70), 0.2),
+    ]
+    for cell in cells:
+        for dtype in (torch.float32, torch.float64):
+            cell = cell.to(DEVICE, dtype)
+            z = torch.randn(40, 5, device=DEVICE, dtype=dtype)
+            x0 = torch.zeros(40, cell.x_features, device=DEVICE, dtype=dtype)
+            for precision, floor in FLOORS.items():
+                solution = fpi.fixed_point(
+                    cell, x0, z, solver=Anderson(m=3), rtol=max(floor, 1e-4), max_steps=30,
+                    backend=backend.name, route="fused", precision=precision,
+                )  # fmt: skip
+                solution.value.sum().backward()
+    return f"{len(cells)} cells in {len(FLOORS)} precisions"
+
+
 def main():
     for name in ("cuda", "triton"):
         try:
@@ -53,7 +76,11 @@ def main():
         z, x0 = torch.randn(3, 5, device=DEVICE), torch.zeros(3, 7, device=DEVICE)
         fpi.fixed_point(cell, x0, z, backend=name).value.sum().backward()
         torch.cuda.synchronize()
-        print(f"{name}: {len(CASES)} solves of {STEPS} steps, a fixed point and its gradient")
+        done = loops(backend) if hasattr(backend, "cell_loop_") else "no loop of cells"
+        torch.cuda.synchronize()
+        print(
+            f"{name}: {len(CASES)} solves of {STEPS} steps, a fixed point and its gradient, {done}"
+        )
 
 
 if __name__ == "__main__":
