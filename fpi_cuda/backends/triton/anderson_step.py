@@ -44,6 +44,10 @@ def anderson_step_kernel(
         sample = tl.load(sample_of + row)
     if tl.load(status + sample) != ACTIVE:
         return
+    one = tl.zeros([1], tl.int64)
+    alive = one == 0
+    row += one
+    sample += one
     x += row * dim
     gx += row * dim
     best += sample * dim
@@ -55,17 +59,17 @@ def anderson_step_kernel(
     control += sample * CONTROL_STRIDE
     first_step = tl.load(num_steps + sample) == 0
     ff, gg, xx, with_df, with_f = measure(
-        x, gx, f_previous, g_previous, columns_f, columns_g, control, 0, dim, dim, first_step,
-        DEPTH, M, BLOCK, COMPUTE, IN_SLOT,
+        x, gx, f_previous, g_previous, columns_f, columns_g, control, 0, dim, dim, alive,
+        first_step, 1, DEPTH, M, BLOCK, COMPUTE, IN_SLOT,
     )  # fmt: skip
     move, improved, anchors, mixing, gamma, slot = judge(
         x, gx, gram + sample * DEPTH * DEPTH, control, atol + sample, status + sample,
-        num_steps + sample, residual + sample, ff, gg, xx, with_df, with_f, dim, rtol, max_steps,
-        beta, ridge, EPSILON, STALL_STEPS, DEPTH, M, BLOCK, COMPUTE,
+        num_steps + sample, residual + sample, alive, ff, gg, xx, with_df, with_f, dim, rtol,
+        max_steps, beta, ridge, EPSILON, STALL_STEPS, 1, DEPTH, M, BLOCK, COMPUTE,
     )  # fmt: skip
     # Columns that other threads wrote are read next.
     tl.debug_barrier()
     advance(
-        x, gx, best, anchor, f_previous, g_previous, columns_f, columns_g, 0, dim, dim,
+        x, gx, best, anchor, f_previous, g_previous, columns_f, columns_g, 0, dim, dim, alive,
         move, improved, anchors, mixing, gamma, slot, DEPTH, M, BLOCK, COMPUTE, IN_SLOT,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from fpi_cuda.backends.triton.decide import (
     STOP,
     decide,
 )
-from fpi_cuda.backends.triton.row import go, measured, narrowed, trustworthy
+from fpi_cuda.backends.triton.row import go, measured_alone, narrowed, trustworthy
 
 SMALLEST_COSINE = tl.constexpr(reference.SMALLEST_COSINE)
 
@@ -163,7 +163,7 @@ def judge(
     step = tl.load(num_steps) + 1
     has_previous = tl.load(control + HAS_PREVIOUS) != 0
     head = tl.load(control + HEAD)
-    norm_f, norm_gx, norm_x = measured(x, gx, ff, gg, xx, dim, COMPUTE, BLOCK)
+    norm_f, norm_gx, norm_x = measured_alone(x, gx, ff, gg, xx, dim, COMPUTE, BLOCK)
     move, now, improved, anchors, mixing_scale, best, columns = decide(
         control, norm_f, norm_gx, norm_x, tl.load(atol), rtol, max_steps, step,
         EPSILON, STALL_STEPS, True,
@@ -340,7 +340,7 @@ def advance(
         # In float64: the denominator is a product of two differences, maybe beyond a float's.
         u = narrowed((u.to(tl.float64) * scale).to(COMPUTE), HISTORY)
         h_f += tl.where(renewed, fresh_weight * u.to(COMPUTE), 0.0)
-        go(x, best, anchor, d, inside, here + beta * f - h_f, move, improved, anchors,
+        go(x + d, best + d, anchor + d, inside, here + beta * f - h_f, move, improved, anchors,
            COMPUTE, True)  # fmt: skip
         tl.store(columns_u + fresh + d, u, mask=renewed)
         keeps = tl.where(onward, inside, False)

@@ -33,46 +33,70 @@ def trustworthy(square, dim, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def scaled_norm(x, gx, dim, OF: tl.constexpr, BLOCK: tl.constexpr):
+def scaled_norm(x, gx, dim, alive, OF: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr):
     """sqrt(sum of squares) in float64 without overflow or underflow; OF is "x", "gx" or "f"."""
-    largest = tl.zeros([BLOCK], tl.float64)
+    largest = tl.zeros([S, BLOCK], tl.float64)
     for at in range(0, dim, BLOCK):
-        value = tl.abs(element(x, gx, at, dim, OF, BLOCK))
+        value = tl.abs(elements(x, gx, at, dim, alive, OF, BLOCK))
         largest = tl.where(value > largest, value, largest)
-    scale = tl.max(largest, axis=0)
+    scale = tl.max(largest, axis=1)
     usable = (scale > 0) & (scale - scale == 0)
-    total = tl.zeros([BLOCK], tl.float64)
+    total = tl.zeros([S, BLOCK], tl.float64)
     for at in range(0, dim, BLOCK):
-        ratio = element(x, gx, at, dim, OF, BLOCK) / tl.where(usable, scale, 1.0)
+        value = elements(x, gx, at, dim, alive, OF, BLOCK)
+        ratio = value / tl.where(usable, scale, 1.0)[:, None]
         total += ratio * ratio
-    return tl.where(usable, scale * tl.sqrt(tl.sum(total, axis=0)), scale)
+    return tl.where(usable, scale * tl.sqrt(tl.sum(total, axis=1)), scale)
 
 
 @triton.jit
-def element(x, gx, at, dim, OF: tl.constexpr, BLOCK: tl.constexpr):
-    """(BLOCK,) float64 elements of x, g(x) or f from `at` on, 0 past the end."""
-    d = at + tl.arange(0, BLOCK)
-    inside = d < dim
+def elements(x, gx, at, dim, alive, OF: tl.constexpr, BLOCK: tl.constexpr):
+    """(S, BLOCK) float64 elements of x, g(x) or f from `at` on, 0 past the end."""
+    d = (at + tl.arange(0, BLOCK))[None, :]
+    inside = alive[:, None] & (d < dim)
     if OF == "x":
-        return tl.load(x + d, mask=inside, other=0.0).to(tl.float64)
-    g = tl.load(gx + d, mask=inside, other=0.0).to(tl.float64)
+        return tl.load(x[:, None] + d, mask=inside, other=0.0).to(tl.float64)
+    g = tl.load(gx[:, None] + d, mask=inside, other=0.0).to(tl.float64)
     if OF == "f":
-        g -= tl.load(x + d, mask=inside, other=0.0).to(tl.float64)
+        g -= tl.load(x[:, None] + d, mask=inside, other=0.0).to(tl.float64)
     return g
 
 
 @triton.jit
-def measured(x, gx, ff, gg, xx, dim, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """||f||, ||g(x)|| and ||x|| from their squares; only float64 squares can be beyond range."""
+def untrusted(square, dim, alive, COMPUTE: tl.constexpr):
+    """Whether the sum of squares of any sample that is alive left its range."""
+    lost = alive & (trustworthy(square, dim, COMPUTE) == 0)
+    return tl.sum(lost.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def measured(
+    x, gx, ff, gg, xx, dim, alive, S: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(S,) ||f||, ||g(x)|| and ||x|| from their squares; only float64's can be beyond range."""
     residual, norm_gx, norm_x = tl.sqrt(ff), tl.sqrt(gg), tl.sqrt(xx)
     if COMPUTE == tl.float64:
-        if trustworthy(ff, dim, COMPUTE) == 0:
-            residual = scaled_norm(x, gx, dim, "f", BLOCK)
-        if trustworthy(gg, dim, COMPUTE) == 0:
-            norm_gx = scaled_norm(x, gx, dim, "gx", BLOCK)
-        if trustworthy(xx, dim, COMPUTE) == 0:
-            norm_x = scaled_norm(x, gx, dim, "x", BLOCK)
+        if untrusted(ff, dim, alive, COMPUTE):
+            scaled = scaled_norm(x, gx, dim, alive, "f", S, BLOCK)
+            residual = tl.where(trustworthy(ff, dim, COMPUTE), residual, scaled)
+        if untrusted(gg, dim, alive, COMPUTE):
+            scaled = scaled_norm(x, gx, dim, alive, "gx", S, BLOCK)
+            norm_gx = tl.where(trustworthy(gg, dim, COMPUTE), norm_gx, scaled)
+        if untrusted(xx, dim, alive, COMPUTE):
+            scaled = scaled_norm(x, gx, dim, alive, "x", S, BLOCK)
+            norm_x = tl.where(trustworthy(xx, dim, COMPUTE), norm_x, scaled)
     return residual, norm_gx, norm_x
+
+
+@triton.jit
+def measured_alone(x, gx, ff, gg, xx, dim, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
+    """`measured` of one sample, from and to scalars."""
+    one = tl.zeros([1], tl.int32)
+    zero = tl.zeros([1], tl.float64)
+    residual, norm_gx, norm_x = measured(
+        x + one, gx + one, ff + zero, gg + zero, xx + zero, dim, one == 0, 1, COMPUTE, BLOCK
+    )
+    return tl.sum(residual, axis=0), tl.sum(norm_gx, axis=0), tl.sum(norm_x, axis=0)
 
 
 @triton.jit
@@ -86,7 +110,6 @@ def go(
     x,
     best,
     anchor,
-    d,
     inside,
     stepped,
     move,
@@ -97,13 +120,16 @@ def go(
 ):
     """Move x where the decision says; keep the best point and the anchor.
 
+    x, best and anchor are blocks of pointers to elements; inside and stepped are of their shape,
+    and move, improved and anchors scalars or of shape (S, 1).
+
     The point to return is left in x and in best alike, so that g goes on being evaluated at a
     harmless point where stopped samples stay in the batch.
     """
     STATE: tl.constexpr = x.dtype.element_ty
-    here = tl.load(x + d, mask=inside, other=0.0)
+    here = tl.load(x, mask=inside, other=0.0)
     returns = ((move == STOP) | (move == RETURN)) & (improved == 0)
-    kept = tl.load(best + d, mask=tl.where(returns | (move == REJECT), inside, False), other=0.0)
+    kept = tl.load(best, mask=tl.where(returns | (move == REJECT), inside, False), other=0.0)
     near, far = kept.to(COMPUTE), here.to(COMPUTE)
     middle = near + (far - near) * 0.5
     back = tl.where(middle - middle == 0, middle, near)
@@ -112,13 +138,13 @@ def go(
     to = tl.where(((move == STOP) | (move == RETURN)) & improved, here, to)
     if ANCHORED:
         at_anchor = tl.where(move == ANCHOR, inside, False)
-        to = tl.where(at_anchor, tl.load(anchor + d, mask=at_anchor, other=0.0), to)
+        to = tl.where(at_anchor, tl.load(anchor, mask=at_anchor, other=0.0), to)
     # Other threads may have read these places, and the slots that the caller writes next.
     tl.debug_barrier()
     if ANCHORED:
-        tl.store(anchor + d, here, mask=tl.where(anchors, inside, False))
-    tl.store(best + d, here, mask=tl.where(improved, inside, False))
-    tl.store(x + d, to, mask=inside)
+        tl.store(anchor, here, mask=tl.where(anchors, inside, False))
+    tl.store(best, here, mask=tl.where(improved, inside, False))
+    tl.store(x, to, mask=inside)
 
 
 @triton.jit
