@@ -1,4 +1,4 @@
-"""Compile the Triton kernels ahead of time for sm_90 and hold each to its register budget.
+"""Compile the Triton kernels ahead of time and hold each to its register budget.
 
 .ci/triton_budgets.json names what a kernel may use where it is more than the default; the longest
 key that the name of a variant contains applies:
@@ -49,16 +49,36 @@ BROYDEN = [
     ("fp32", "fp32", 5, 65536),
 ]
 
-ACCOUNT = {"status": "*i8", "num_steps": "*i32", "dim": "i32", "spans": "i32", "max_steps": "i32"}
+# (capability, state, precision, m, layers): a loop's shape depends on nothing else.
+CELL_LOOP = [
+    (90, "fp32", "ieee", 0, 1),
+    (90, "fp32", "ieee", 1, 2),
+    (90, "fp32", "ieee", 5, 2),
+    (90, "fp32", "ieee", 8, 1),
+    (90, "fp32", "tf32x3", 8, 2),
+    (90, "fp32", "tf32", 3, 2),
+    (90, "fp32", "bf16", 0, 2),
+    (90, "fp32", "bf16", 8, 2),
+    (90, "fp64", "ieee", 8, 2),
+    (80, "fp32", "ieee", 8, 2),
+    (80, "fp32", "tf32x3", 5, 2),
+    (80, "fp32", "bf16", 2, 1),
+    (80, "fp64", "ieee", 5, 2),
+]
+
+INTEGERS = {"dim", "spans", "max_steps", "batch", "width"}
+ARRAYS = {"status": "*i8", "num_steps": "*i32", "queue": "*i64"}
 DOUBLES = {"gram", "control", "atol", "residual", "partial", "plan"}
-OPTIONS = {"rtol", "beta", "ridge"}
+OPTIONS = {"rtol", "beta", "ridge", "carry"}
 
 
 def type_of(name, state, history):
     """Triton's name of the type of an argument."""
     compute = "fp64" if state == "fp64" else "fp32"
-    if name in ACCOUNT:
-        return ACCOUNT[name]
+    if name in ARRAYS:
+        return ARRAYS[name]
+    if name in INTEGERS or "_stride" in name:
+        return "i32"
     if name in DOUBLES:
         return "*fp64"
     if name in OPTIONS:
@@ -86,12 +106,15 @@ def name_of(variant):
     return f"{kernel} {state}/{history} m={m} d={dim}"
 
 
-def compile_one(variant):
-    """(registers, spill bytes) of one kernel."""
-    import triton
+def name_of_loop(variant):
+    """Such as "cell_loop_kernel fp32/tf32 m=5 2 layers sm_80"."""
+    capability, state, precision, m, layers = variant
+    return f"cell_loop_kernel {state}/{precision} m={m} {layers} layers sm_{capability}"
+
+
+def compile_step(variant):
+    """(capability, registers, spill bytes) of one kernel."""
     import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from fpi_cuda.backends.triton.shape import ANDERSON_SUMS, BROYDEN_SUMS, SPAN, shape_of
 
@@ -111,6 +134,48 @@ def compile_one(variant):
         "EPSILON": 1.0e-7,
         "STALL_STEPS": 20.0,
     }
+    divisible = {"dim"} if dim % 16 == 0 else set()
+    return built(kernel, constants, state, history, divisible, shape.num_warps, CAPABILITY)
+
+
+def compile_loop(variant):
+    """(capability, registers, spill bytes) of one fused loop, with every term that may be there."""
+    import triton.language as tl
+
+    from fpi_cuda.backends.triton.cell_shape import cell_shape
+    from fpi_cuda.backends.triton.cell_tile import cell_loop_kernel
+    from fpi_cuda.lowered import ACTIVATIONS
+    from fpi_cuda.precision import NAMES
+
+    capability, state, precision, m, layers = variant
+    shape = cell_shape(m, 8 if state == "fp64" else 4)
+    second = dict.fromkeys(("weight2", "bias2", "shift2", "factor2"))
+    constants = {
+        **({} if layers == 2 else second),
+        "ACTIVATION1": ACTIVATIONS.index("softplus"),
+        "ACTIVATION2": ACTIVATIONS.index("gelu_derivative"),
+        "CARRIES": True,
+        "PRECISION": NAMES.index(precision),
+        "BF16_DOT": True,
+        "EPSILON": 1.0e-7,
+        "STALL_STEPS": 20.0,
+        "S": shape.slots,
+        "PANEL": shape.panel,
+        "INNER": shape.inner,
+        "DEPTH": m,
+        "M": shape.tile_rows,
+        "BLOCK": shape.block,
+        "COMPUTE": tl.float64 if state == "fp64" else tl.float32,
+    }
+    return built(cell_loop_kernel, constants, state, state, (), shape.num_warps, capability)
+
+
+def built(kernel, constants, state, history, divisible, num_warps, capability):
+    """(capability, registers, spill bytes) of a kernel compiled for these constants."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     constants = {
         (kernel.arg_names.index(k),): v for k, v in constants.items() if k in kernel.arg_names
     }
@@ -118,12 +183,12 @@ def compile_one(variant):
     for i, name in enumerate(kernel.arg_names):
         kind = "constexpr" if (i,) in constants else type_of(name, state, history)
         signature[name] = kind
-        if kind.startswith("*") or (name == "dim" and dim % 16 == 0):
+        if kind.startswith("*") or name in divisible:
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-    target = GPUTarget("cuda", CAPABILITY, 32)
-    built = triton.compile(source, target=target, options={"num_warps": shape.num_warps})
-    return resources(built.asm["ptx"])
+    target = GPUTarget("cuda", capability, 32)
+    code = triton.compile(source, target=target, options={"num_warps": num_warps})
+    return capability, *resources(code.asm["ptx"])
 
 
 def resources(ptx):
@@ -161,7 +226,9 @@ def main():
     parser.add_argument("only", nargs="?", default="", help="compile the kernels named like this")
     parser.add_argument("--budgets", type=Path, default=BUDGETS)
     arguments = parser.parse_args()
-    chosen = [v for v in variants() if arguments.only in name_of(v)]
+    chosen = [(name_of(v), compile_step, v) for v in variants()]
+    chosen += [(name_of_loop(v), compile_loop, v) for v in CELL_LOOP]
+    chosen = [c for c in chosen if arguments.only in c[0]]
     if not chosen:
         sys.exit(f"triton gate: no kernel is named like {arguments.only!r}")
     if importlib.util.find_spec("triton") is None:
@@ -174,9 +241,10 @@ def main():
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(min(len(chosen), os.cpu_count())) as pool:
-            for variant, used in zip(chosen, pool.map(compile_one, chosen), strict=True):
-                name = name_of(variant)
-                print(f"  sm_{CAPABILITY} {used[0]:3} registers, {used[1]} spill bytes: {name}")
+            waiting = [(name, pool.submit(*task)) for name, *task in chosen]
+            for name, job in waiting:
+                capability, *used = job.result()
+                print(f"  sm_{capability} {used[0]:3} registers, {used[1]} spill bytes: {name}")
                 failures += filter(None, [over_budget(name, *used, budgets)])
     version = importlib.metadata.version("triton")
     print(f"triton gate: {len(chosen)} kernels by Triton {version}, {len(failures)} over budget")

@@ -1,4 +1,4 @@
-"""The step ops in Triton: compiled for CUDA states, interpreted for CPU states in tests.
+"""The step ops and the fused loop in Triton: compiled for CUDA states, interpreted in tests.
 
 Triton is imported when the first step is taken, never with the package.
 """
@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpi_cuda.backends.triton.cell_shape import MAX_DEPTH, SLOTS
+
 name = "triton"
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CELL_LOOP_DTYPES = (torch.float32, torch.float64)
+CELL_LOOP_MAX_DEPTH = MAX_DEPTH
 
 
 def scratch(x: Tensor) -> Tensor | None:
@@ -35,6 +39,20 @@ def broyden_step_(*args: Any, **kwargs: Any) -> None:
     from fpi_cuda.backends.triton import launch
 
     launch.broyden_step_(*args, **kwargs)
+
+
+def cell_loop_(*args: Any, **kwargs: Any) -> None:
+    """See fpi_cuda.backends.reference_loop.cell_loop_, its twin."""
+    from fpi_cuda.backends.triton import cell_loop
+
+    cell_loop.cell_loop_(*args, **kwargs)
+
+
+def cell_loop_words(
+    dim: int, hidden: int, depth: int, dtype: torch.dtype, precision: int, device: torch.device
+) -> str:
+    """Who runs the loop of a large batch; see fpi_cuda.backends.native.cell_loop_words."""
+    return f"one Triton kernel evaluates g and steps, {SLOTS} samples at a time per program"
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

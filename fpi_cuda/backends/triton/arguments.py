@@ -73,11 +73,16 @@ def require_arrays(
             f"{op}: x must hold the whole batch of {batch}, got {rows} rows; pass sample_of to "
             "name those it holds"
         )
+    require_each(op, expected, x.device)
+
+
+def require_each(op: str, expected: Expected, device: torch.device) -> None:
+    """Raise unless each array is contiguous, of its shape and dtype, and on the device."""
     for name, (array, shape, dtype) in expected.items():
-        same = array.shape == shape and array.dtype == dtype and array.device == x.device
+        same = array.shape == shape and array.dtype == dtype and array.device == device
         if not (same and array.is_contiguous()):
             raise RuntimeError(
-                f"{op}: {name} must be contiguous, {shape} {dtype} on {x.device}, got "
+                f"{op}: {name} must be contiguous, {shape} {dtype} on {device}, got "
                 f"{tuple(array.shape)} {array.dtype} on {array.device} with strides "
                 f"{array.stride()}"
             )
