@@ -1,35 +1,42 @@
 """What the fused loop gains over the host loop and over peers, and what early exit saves.
 
-    python -m bench.fused [--device cpu] [--short] [--threads N] [--out DIR]
+    python -m bench.fused [--device cpu|cuda] [--short] [--threads N] [--out DIR]
 
-Times are CPU seconds of this process, so that a shared machine counts as little as it can; they
-say nothing of parallel speed. Results go to DIR/fused.json and a table to the terminal.
+Times on the CPU are CPU seconds of this process, so that a shared machine counts as little as it
+can; they say nothing of parallel speed. On a device they are those of its work and of the host's.
+Results go to DIR/fused.json and a table to the terminal.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import statistics
-import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import fpi_cuda as fpi
 from bench import machine, report
-from bench.measure import loosest_tolerance, use_threads
-from bench.peers import Entry, Peer, load_entries
-from bench.peers.ours import FpiCuda
-from bench.problems import Problem
+from bench.fused_rows import (
+    CLOCKS,
+    FULL,
+    SHORT,
+    Size,
+    early_exit,
+    floor,
+    measure,
+    ours,
+    peak_gflops,
+    precisions,
+    problems,
+)
+from bench.measure import use_threads
+from bench.peers import load_entries
 
-PEERS = ("loop", "compiled", "torchdeq", "jaxopt")
+PEERS = ("loop", "graphed", "compiled", "torchdeq", "jaxopt")
 ROWS = (
     "torch loop, per-sample stop",
+    "torch loop in a CUDA graph",
     "torch.compile'd loop (best)",
     "torchdeq Anderson (best)",
     "torchdeq Picard (best)",
@@ -37,239 +44,6 @@ ROWS = (
     "jaxopt Picard (best)",
 )
 """The peers' rows that are measured, the first setting of each."""
-RTOL = 1e-4
-LIPSCHITZ = 0.9
-LONGEST_CALIBRATION = 20.0
-"""CPU seconds after which a setting that is looked for a tolerance is left out, by name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Batch and features of each problem, and how often it is timed.
-
-    Attributes:
-        peers: on how many of the problems they are measured.
-    """
-
-    bibtex: tuple[int, int, int] = (2515, 159, 600)
-    dense: tuple[tuple[int, int], ...] = ((8192, 512), (64, 2048), (65536, 64))
-    energy: tuple[int, int, int] = (2515, 159, 600)
-    heavy: tuple[int, int] = (4096, 256)
-    rounds: int = 7
-    peers: int = 5
-
-
-FULL = Size()
-SHORT = Size(
-    dense=((512, 512), (64, 1024), (8192, 64)), energy=(512, 159, 600), heavy=(1024, 128),
-    rounds=3, peers=1,
-)  # fmt: skip
-TINY = Size((16, 9, 12), ((16, 8),), (16, 8, 12), (20, 8), 1, 1)
-
-
-class Routed(FpiCuda):
-    """fixed_point by one route."""
-
-    def __init__(self, solver: fpi.Anderson | fpi.Picard, route: str) -> None:
-        super().__init__(solver)
-        self.name = f"{solver}, route={route}"
-        self.route = route
-
-    def _solution(
-        self, problem: Problem, z: Tensor, tol: float, adjoint_tol: float
-    ) -> fpi.Solution:
-        return fpi.fixed_point(
-            problem.cell,
-            problem.x0,
-            z,
-            solver=self.solver,
-            rtol=tol,
-            max_steps=problem.max_steps,
-            adjoint=fpi.Implicit(rtol=adjoint_tol),
-            route=self.route,
-        )
-
-
-def ours() -> list[Entry]:
-    """Both solvers by both routes."""
-    return [
-        Entry(f"fpi_cuda {type(solver).__name__}, {route}", (Routed(solver, route),))
-        for route in ("fused", "host")
-        for solver in (fpi.Anderson(m=5), fpi.Picard())
-    ]
-
-
-def problems(size: Size, device: torch.device) -> list[Problem]:
-    """Cells of Lipschitz constant LIPSCHITZ at their own start, on normal inputs."""
-    torch.manual_seed(0)
-    found = []
-    batch, features, hidden = size.bibtex
-    mlp = fpi.cells.MLP(64, features, hidden)
-    with torch.no_grad():
-        for linear in (mlp.A, mlp.W):
-            linear.weight.mul_((LIPSCHITZ / 0.5) ** 0.5)
-    found.append(problem(f"FPI_NN {size.bibtex}", mlp, batch))
-    for batch, features in size.dense:
-        dense = fpi.cells.Dense(64, features)
-        with torch.no_grad():
-            dense.A.weight.mul_(LIPSCHITZ / 0.5)
-        found.append(problem(f"dense {(batch, features)}", dense, batch))
-    batch, features, hidden = size.energy
-    energy = fpi.cells.MLPEnergy(64, features, hidden)
-    found.append(problem(f"FPI_GD {size.energy}", fpi.cells.GradientDescent(energy, 0.2), batch))
-    return [item.to(device) for item in found]
-
-
-def problem(name: str, cell: Any, batch: int) -> Problem:
-    """A cell on normal inputs, from zero."""
-    return Problem(name, cell, torch.randn(batch, 64), torch.zeros(batch, cell.x_features), RTOL)
-
-
-def cpu_seconds(call: Callable[[], object]) -> float:
-    """CPU seconds of this process in one call."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
-
-
-def rounds(calls: Mapping[str, Callable[[], object]], count: int) -> dict[str, list[float]]:
-    """Each call once per round, after a warm-up."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(count):
-        for name, call in calls.items():
-            times[name].append(cpu_seconds(call))
-    return times
-
-
-class TooSlow(RuntimeError):
-    """A setting that would take the benchmark's time."""
-
-
-def calibrated(peer: Peer, task: Problem) -> float:
-    """The loosest tolerance at which every sample's true residual is RTOL."""
-    start = time.process_time()
-
-    def error(tol: float) -> Tensor:
-        if time.process_time() - start > LONGEST_CALIBRATION:
-            raise TooSlow(f"{peer.name}: no tolerance found in {LONGEST_CALIBRATION:g} s")
-        return task.true_residual(peer.solve(task, tol))
-
-    found = loosest_tolerance(error, task.rtol, peer.first_tolerance(task))
-    if found.solved < 1.0:
-        raise TooSlow(f"{peer.name}: solves {found.solved:.3f} of the samples")
-    return found.tol
-
-
-def measure(task: Problem, entries: list[Entry], count: int) -> dict[str, Any]:
-    """Forward, and forward with backward, at equal true residual."""
-    v = torch.randn(task.x0.shape, generator=torch.Generator().manual_seed(1)).to(task.x0)
-    exact = reference_gradients(task, v)
-    rows: dict[str, dict[str, Any]] = {}
-    forward: dict[str, Callable[[], object]] = {}
-    both: dict[str, Callable[[], object]] = {}
-    left_out: dict[str, str] = {}
-    for entry in entries:
-        peer = entry.candidates[0]
-        try:
-            tol = calibrated(peer, task)
-            steps = peer.num_steps(task, tol).double()
-            _, grads = peer.solve_and_grad(task, tol, tol, v)
-        except Exception as error:
-            left_out[entry.label] = f"{type(error).__name__}: {str(error)[:200]}"
-            continue
-        rows[entry.label] = {
-            "tol": tol,
-            "mean_steps": float(steps.mean()),
-            "max_steps": int(steps.max()),
-            "gradient_error": gradient_error(grads, exact),
-        }
-        forward[entry.label] = lambda peer=peer, tol=tol: peer.solve(task, tol)
-        both[entry.label] = lambda peer=peer, tol=tol: peer.solve_and_grad(task, tol, tol, v)
-    for kind, calls in (("forward", forward), ("both", both)):
-        for label, times in rounds(calls, count).items():
-            rows[label][kind] = {"seconds": times, "median": statistics.median(times)}
-    for row in rows.values():
-        row["iterations_per_second"] = row["mean_steps"] * task.batch / row["forward"]["median"]
-    return {"name": task.name, "rtol": task.rtol, "rows": rows, "left_out": left_out}
-
-
-def reference_gradients(task: Problem, v: Tensor) -> list[Tensor]:
-    """Of the parameters, in float64 by the host loop."""
-    exact = task.double()
-    peer = Routed(fpi.Anderson(m=10), "host")
-    return peer.solve_and_grad(exact, 1e-9, 1e-9, v.double())[1][1:]
-
-
-def gradient_error(grads: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest relative error of a parameter's gradient."""
-    return max(
-        float((given.double() - true).norm() / true.norm().clamp_min(1e-30))
-        for given, true in zip(grads[1:], exact, strict=True)
-    )
-
-
-def flops_per_step(cell: Any) -> int:
-    """Multiplications and additions of one evaluation of g on one sample, products alone."""
-    hidden = getattr(getattr(cell, "energy", cell), "hidden_features", None)
-    return 2 * cell.x_features**2 if hidden is None else 4 * cell.x_features * hidden
-
-
-def floor(task: Problem, row: dict[str, Any], peak: float) -> dict[str, float]:
-    """How far a solve is from its products alone at the speed of torch.mm."""
-    rate = flops_per_step(task.cell) * row["iterations_per_second"] / 1e9
-    return {"gflops": rate, "of_mm": rate / peak}
-
-
-def peak_gflops(device: torch.device, dimension: int = 1024, tries: int = 8) -> float:
-    """The best rate of torch.mm on square matrices, per CPU second."""
-    a = torch.randn(dimension, dimension, device=device)
-    best = min(cpu_seconds(lambda: a @ a) for _ in range(tries))
-    return 2 * dimension**3 / best / 1e9
-
-
-def early_exit(size: Size, device: torch.device, count: int) -> dict[str, Any]:
-    """A batch with 10% hard samples, against the cost of its samples among their like.
-
-    Inputs far from zero saturate the tanh, and the sample is solved in a few steps.
-    """
-    torch.manual_seed(0)
-    batch, features = size.heavy
-    cell = fpi.cells.Dense(64, features).to(device)
-    with torch.no_grad():
-        cell.A.weight.mul_(0.98 / 0.5)
-        cell.B.bias.zero_()
-    hard = torch.rand(batch, device=device) < 0.1
-    directions = torch.randn(batch, 64, device=device)
-    inputs = {
-        "mixed": directions * torch.where(hard, 0.05, 20.0)[:, None],
-        "easy": directions * 20.0,
-        "hard": directions * 0.05,
-    }
-    result: dict[str, Any] = {"batch": batch, "features": features}
-    for solver in (fpi.Picard(), fpi.Anderson(m=5)):
-        row: dict[str, Any] = {"share_hard": float(hard.double().mean())}
-        for route in ("fused", "host"):
-            peer = Routed(solver, route)
-            tasks = {
-                name: Problem(name, cell, z, z.new_zeros(batch, features), RTOL)
-                for name, z in inputs.items()
-            }
-            calls = {
-                n: (lambda task=task, peer=peer: peer.solve(task, RTOL))
-                for n, task in tasks.items()
-            }
-            times = {n: statistics.median(s) for n, s in rounds(calls, count).items()}
-            share = row["share_hard"]
-            ideal = share * times["hard"] + (1 - share) * times["easy"]
-            row[route] = {"seconds": times, "ideal": ideal, "of_ideal": times["mixed"] / ideal}
-            if route == "fused":
-                row["mean_steps"] = {
-                    n: float(peer.num_steps(t, RTOL).double().mean()) for n, t in tasks.items()
-                }
-        result[type(solver).__name__] = row
-    return result
 
 
 def run(size: Size, device: torch.device, modules: tuple[str, ...] = PEERS) -> dict[str, Any]:
@@ -277,20 +51,26 @@ def run(size: Size, device: torch.device, modules: tuple[str, ...] = PEERS) -> d
     entries, skipped = load_entries(modules)
     peak = peak_gflops(device)
     tables = []
-    for number, task in enumerate(problems(size, device)):
+    tasks = problems(size, device)
+    for number, task in enumerate(tasks):
         peers = [entry for entry in entries if entry.label in ROWS and number < size.peers]
-        table = measure(task, [*ours(), *peers], size.rounds)
+        table = measure(task, [*ours(device), *peers], size.rounds)
         for row in table["rows"].values():
             row.update(floor(task, row, peak))
         tables.append(table)
         print("\n".join(text(table)), flush=True)
-    return {
-        "clock": "CPU seconds of the process",
+    results = {
+        "clock": CLOCKS[device.type],
         "mm_gflops": peak,
         "skipped": skipped,
         "problems": tables,
         "early_exit": early_exit(size, device, size.rounds),
     }
+    if device.type == "cuda":
+        results["precisions"] = {
+            task.name: precisions(task, size.rounds) for task in tasks[: size.peers]
+        }
+    return results
 
 
 def text(table: dict[str, Any]) -> list[str]:
@@ -307,11 +87,13 @@ def text(table: dict[str, Any]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu",))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--short", action="store_true", help="smaller batches, fewer rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA device here")
     use_threads(given.threads)
     device = torch.device(given.device)
     results = run(SHORT if given.short else FULL, device)

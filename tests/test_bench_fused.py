@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import fpi_cuda as fpi
-from bench import fused
-from bench.peers import load_entries
+from bench import fused, fused_rows
+from bench.peers import graphed, load_entries, loop
 
 
 def test_the_benchmark_of_the_fused_loop() -> None:
-    results = fused.run(fused.TINY, torch.device("cpu"), modules=("loop",))
+    results = fused.run(fused_rows.TINY, torch.device("cpu"), modules=("loop",))
     assert [table["name"].split()[0] for table in results["problems"]] == [
         "FPI_NN",
         "dense",
@@ -33,12 +33,36 @@ def test_the_benchmark_of_the_fused_loop() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_rows_are_those_of_peers() -> None:
     entries, skipped = load_entries(fused.PEERS)
+    graphed = set() if torch.cuda.is_available() else {"torch loop in a CUDA graph"}
     if not skipped:
-        assert set(fused.ROWS) <= {entry.label for entry in entries}
+        assert set(fused.ROWS) - graphed <= {entry.label for entry in entries}
+
+
+def test_what_the_graph_holds_is_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphed.GraphedLoop, "_replayed", lambda self, body, *key: body())
+    peer, plain = graphed.GraphedLoop("eager"), loop.TorchLoop("plain", stop="every_sample")
+    for task in fused_rows.problems(fused_rows.TINY, torch.device("cpu")):
+        v = torch.randn(task.x0.shape)
+        torch.testing.assert_close(peer.solve(task, 1e-5), plain.solve(task, 1e-5))
+        assert int(peer.num_steps(task, 1e-5)[0]) == int(plain.num_steps(task, 1e-5)[0])
+        x, grads = peer.solve_and_grad(task, 1e-5, 1e-6, v)
+        expected, exact = plain.solve_and_grad(task, 1e-5, 1e-6, v)
+        for one, other in zip([x, *grads], [expected, *exact], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+def test_the_benchmark_on_a_device() -> None:
+    results = fused.run(fused_rows.TINY, torch.device("cuda"), modules=("loop", "graphed"))
+    for table in results["problems"]:
+        assert not table["left_out"]
+        assert "torch loop in a CUDA graph" in table["rows"]
+    for rows in results["precisions"].values():
+        assert all(row["worst_residual"] <= 1.01 * row["rtol"] for row in rows.values())
 
 
 def test_products_are_counted() -> None:
-    assert fused.flops_per_step(fpi.cells.Dense(3, 5)) == 50
-    assert fused.flops_per_step(fpi.cells.MLP(3, 5, 7)) == 140
+    assert fused_rows.flops_per_step(fpi.cells.Dense(3, 5)) == 50
+    assert fused_rows.flops_per_step(fpi.cells.MLP(3, 5, 7)) == 140
     energy = fpi.cells.MLPEnergy(3, 5, 7)
-    assert fused.flops_per_step(fpi.cells.GradientDescent(energy, 0.1)) == 140
+    assert fused_rows.flops_per_step(fpi.cells.GradientDescent(energy, 0.1)) == 140

@@ -220,6 +220,15 @@ def test_bad_samples_hurt_nobody(start: Start, solver: Any, dtype: torch.dtype) 
         assert torch.equal(part[kept], full[kept])
 
 
+@pytest.mark.parametrize("precision", NAMES[1:])
+def test_a_nan_with_low_bits_alone_stays_one(start: Start, precision: str) -> None:
+    """Cut to fewer bits it would be an infinity, of which relu makes 0."""
+    lowered = Lowered((Layer(-torch.eye(3), "relu"), Layer(torch.eye(3))))
+    bits = torch.tensor([[0x7F800001, 0, 0], [0, 0, 0]], dtype=torch.int32)
+    result = run(start(), lowered, bits.view(torch.float32), precision=precision)
+    assert result.status.tolist() == [Status.NONFINITE, Status.CONVERGED]
+
+
 @pytest.mark.parametrize("solver", [Picard(), Anderson(m=2)], ids=str)
 def test_every_way_to_end(start: Start, solver: Any) -> None:
     dim, dtype = 5, torch.float64

@@ -73,7 +73,7 @@ SIZES = {
     # of train400 that those trainings did not see. The rate was the best of three for the
     # feedforward network, too.
     "medium": Config(
-        sigmas=(25, 15, 20), channels=16, depth=1, patch=32, batch=16, batches=100, epochs=16,
+        sigmas=(25, 15, 20), channels=16, depth=1, patch=32, batch=16, batches=100, epochs=12,
         learning_rate=5e-3, norm=2.0,
     ),
     "small": Config(

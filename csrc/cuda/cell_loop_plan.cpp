@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "../common/anderson_judge.h"
 #include "launch_config.h"
 
 namespace fpi {
@@ -29,9 +28,8 @@ struct Offsets {
 };
 
 int64_t step_bytes(int depth) {
-  constexpr int64_t kFixed = 2 * sizeof(AndersonSums) + sizeof(AndersonPlan) + sizeof(SmallSolve) +
-                             sizeof(Control) + 2 * sizeof(double);
-  return kFixed + depth * depth * static_cast<int64_t>(sizeof(double));
+  return kStepFixedBytes + static_cast<int64_t>(sizeof(AndersonSums)) +
+         depth * depth * static_cast<int64_t>(sizeof(double));
 }
 
 // With the given slots and blocks per core; what does not fit shared memory goes elsewhere.
@@ -55,7 +53,7 @@ CellLoopPlan laid_out(const CellLoopParams& p, StateType state, const DeviceLimi
         static_cast<int64_t>(cut.chunks) * shape.chunk_inputs * plan.stride * shape.operand_bytes;
     operand_bytes += plan.operand_bytes[l];
   }
-  constexpr int64_t kHeader = 1024;  // of the tile, and what alignment takes
+  constexpr int64_t kHeader = 2 * kHeaderBytes;  // with what alignment takes
   const int64_t most =
       per_core == 1 ? limits.shared_bytes : (limits.shared_bytes - kCoreReserve) / per_core;
   const int64_t step = step_bytes(p.depth);
@@ -65,7 +63,7 @@ CellLoopPlan laid_out(const CellLoopParams& p, StateType state, const DeviceLimi
   plan.operands_shared = plan.resident || kHeader + warps * plan.room_bytes + operand_bytes <= most;
 
   Offsets shared, workspace, tile;
-  shared.take(kHeader / 2);
+  shared.take(kHeaderBytes);
   plan.room_bytes = ceil_div(plan.room_bytes, 128) * 128;
   plan.room = shared.take(warps * plan.room_bytes);
   plan.queue = workspace.take(sizeof(int64_t));

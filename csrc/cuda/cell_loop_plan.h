@@ -2,6 +2,7 @@
 // array lies. Nothing that a sample's result depends on is decided here. Needs no CUDA.
 #pragma once
 
+#include "../common/anderson_judge.h"
 #include "../common/cell_loop_params.h"
 #include "product_shape.h"
 
@@ -14,6 +15,12 @@ struct DeviceLimits {
 
 constexpr int kChunkStages = 3;  // chunks of weights on their way to one warp
 constexpr int kMostSlots = 32;
+
+// Of shared memory: what a block keeps of its slots, and what a warp keeps of a step but its sums
+// and its Gram matrix.
+constexpr int64_t kHeaderBytes = 512;
+constexpr int64_t kStepFixedBytes = sizeof(AndersonSums) + sizeof(AndersonPlan) +
+                                    sizeof(SmallSolve) + sizeof(Control) + 2 * sizeof(double);
 
 // Offsets are in bytes: into shared memory, into the workspace, or into a tile's part of it.
 struct CellLoopPlan {

@@ -18,6 +18,8 @@ struct TileHeader {
   int64_t samples[kMostSlots];
 };
 
+static_assert(sizeof(TileHeader) <= kHeaderBytes);
+
 // Sets up the step's view of the tile's part of the workspace; by one thread.
 inline __device__ void describe_step(const CellLoopParams& p, const CellLoopPlan& plan,
                                      unsigned char* part, StepParams& step) {
@@ -95,6 +97,7 @@ template <class T>
 __device__ __noinline__ void take_steps(const CellLoopParams& p, TileHeader& tile, int slots,
                                         unsigned char* room, unsigned long long* queue) {
   using Step = AndersonStep<T, T>;
+  static_assert(sizeof(TeamMemory<Step>) <= kStepFixedBytes);
   const Shared<Step, OneWarp> shared(room, p.depth);
   const int64_t tiles = ceil_div(p.dim, tile_elements(sizeof(T)));
   for (int slot = warp_index(); slot < slots; slot += warp_count()) {
@@ -201,6 +204,7 @@ struct CellTile {
                                   Product::kShape.operand_bytes;
     ChunkStream<kChunkBytes> stream(weights(l), cut, plan.resident, room());
     for (int panel = warp_index(); panel < cut.panels; panel += warp_count()) {
+      __syncwarp();  // tensor cores want the lanes together
       typename Product::template Sums<kSlots> sums;
       const unsigned char* inputs = operand(l);
       for (int chunk = 0; chunk < cut.chunks; ++chunk, inputs += kOperandChunk) {

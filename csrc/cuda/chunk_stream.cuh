@@ -41,7 +41,7 @@ class ChunkStream {
  private:
   // The chunk that is next to be read or copied; null past the last one.
   __device__ __forceinline__ const unsigned char* advance() {
-    if (ahead_ >= shape_.panels) return nullptr;
+    if (ahead_ >= shape_.panels || shape_.chunks == 0) return nullptr;
     const int64_t number = static_cast<int64_t>(ahead_) * shape_.chunks + chunk_;
     if (++chunk_ == shape_.chunks) {
       chunk_ = 0;

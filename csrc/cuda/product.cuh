@@ -87,6 +87,12 @@ struct TensorSums {
   }
 };
 
+// What tensor cores read of a NaN may be the bits of an infinity.
+__device__ __forceinline__ float readable(float value) {
+  return value == value ? value : float_of(0x7fffe000u);
+}
+__device__ __forceinline__ float to_tf32(float value) { return readable(round_tf32(value)); }
+
 constexpr int kTf32Inputs = 8;   // of one product on tensor cores
 constexpr int kBf16Inputs = 16;
 constexpr int kTensorWords = 4 * kWarpThreads;  // registers that hold its weights, 32 bits each
@@ -102,11 +108,11 @@ struct Tf32Product {
   static constexpr ProductShape kShape = product_shape(StateType::kFloat32, Precision::kTf32);
 
   static __device__ void put_weight(unsigned char* chunk, int output, int input, float value) {
-    reinterpret_cast<float*>(chunk)[tf32_word(output, input)] = round_tf32(value);
+    reinterpret_cast<float*>(chunk)[tf32_word(output, input)] = to_tf32(value);
   }
   static __device__ __forceinline__ void put(unsigned char* operand, int64_t input, int stride,
                                              int slot, float value) {
-    reinterpret_cast<float*>(operand)[input * stride + slot] = round_tf32(value);
+    reinterpret_cast<float*>(operand)[input * stride + slot] = to_tf32(value);
   }
 
   template <int kSlots>
@@ -138,15 +144,15 @@ struct Tf32x3Product {
 
   static __device__ void put_weight(unsigned char* chunk, int output, int input, float value) {
     float* words = reinterpret_cast<float*>(chunk) + tf32_word(output, input);
-    const float high = round_tf32(value);
+    const float high = to_tf32(value);
     words[0] = high;
-    words[kPart / sizeof(float)] = round_tf32(value - high);
+    words[kPart / sizeof(float)] = to_tf32(value - high);
   }
   static __device__ __forceinline__ void put(unsigned char* operand, int64_t input, int stride,
                                              int slot, float value) {
-    const float high = round_tf32(value);
+    const float high = to_tf32(value);
     reinterpret_cast<Run<float, 2>*>(operand)[input * stride + slot] = {
-        {high, round_tf32(value - high)}};
+        {high, to_tf32(value - high)}};
   }
 
   template <int kSlots>
@@ -180,7 +186,7 @@ struct Bf16Product {
   static constexpr ProductShape kShape = product_shape(StateType::kFloat32, Precision::kBf16);
 
   static __device__ __forceinline__ uint16_t upper_half(float value) {
-    return static_cast<uint16_t>(bits_of(round_bf16(value)) >> 16);
+    return static_cast<uint16_t>(bits_of(readable(round_bf16(value))) >> 16);
   }
   static __device__ void put_weight(unsigned char* chunk, int output, int input, float value) {
     const int inner = input % kBf16Inputs;
