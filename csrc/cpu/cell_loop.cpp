@@ -7,19 +7,22 @@
 #include <vector>
 
 #include "cell_tile.h"
+#include "panels.h"
 
 namespace fpi {
 namespace {
 
 // Of the caches of one core, for the slots of a tile; the weights want the rest.
 constexpr int64_t kTileBytes = 512 * 1024;
-constexpr int64_t kMostBlocks = 16;  // of rows in a tile
+// Blocks of rows in a tile. With few, the weights are read too often; a long history, which is
+// read once per step, may rather lie further away.
+constexpr int64_t kFewestBlocks = 4, kMostBlocks = 16;
 
 template <class T>
 int64_t tile_slots(const PackedMap<T>& map, int64_t threads) {
   const int64_t block = map.shape.block_rows;
   const int64_t block_bytes = Tile<T>::bytes(map, block);
-  const int64_t fitting = std::max<int64_t>(1, std::min(kTileBytes / block_bytes, kMostBlocks));
+  const int64_t fitting = std::clamp(kTileBytes / block_bytes, kFewestBlocks, kMostBlocks);
   const int64_t share = (map.p.batch + threads - 1) / threads;
   return std::max<int64_t>(1, std::min(fitting * block, share));
 }
@@ -45,24 +48,13 @@ void run_tile(Tile<T>& tile, StateType state, std::atomic<int64_t>& queue, int64
 template <class T>
 void solve(const CellLoopParams& p, StateType state, int64_t threads, ParallelFor run) {
   PackedMap<T> map{p, panel_shape(sizeof(T)), {nullptr, nullptr}};
-  int64_t sizes[2] = {0, 0};
-  for (int l = 0; l < p.num_layers; ++l) {
-    sizes[l] = packed_size(map.shape, p.layers[l].outputs, p.layers[l].inputs);
-  }
-  Arena weights(Arena::size_of<T>(sizes[0]) + Arena::size_of<T>(sizes[1]));
+  std::vector<std::unique_ptr<Panels<T>>> weights;
   for (int l = 0; l < p.num_layers; ++l) {
     const CellLayer& layer = p.layers[l];
-    T* packed = weights.take<T>(sizes[l]);
-    map.weight[l] = packed;
-    const int64_t panels =
-        round_up(layer.outputs, map.shape.panel_columns) / map.shape.panel_columns;
-    run(0, panels, grain_for(map.shape.panel_columns * layer.inputs),
-        [&](int64_t first, int64_t last) {
-          pack_panels(map.shape, static_cast<const T*>(layer.weight), layer.outputs, layer.inputs,
-                      layer.output_stride, layer.input_stride, first, last, packed);
-          round_operands(p.precision, packed + first * map.shape.panel_columns * layer.inputs,
-                         (last - first) * map.shape.panel_columns * layer.inputs);
-        });
+    weights.push_back(std::make_unique<Panels<T>>(map.shape, layer.outputs, layer.inputs));
+    weights[l]->pack(static_cast<const T*>(layer.weight), layer.inputs, layer.output_stride,
+                     layer.input_stride, p.precision, run);
+    map.weight[l] = weights[l]->data();
   }
   const int64_t slots = tile_slots(map, threads);
   const int64_t tiles = std::min(threads, (p.batch + slots - 1) / slots);

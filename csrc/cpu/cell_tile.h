@@ -8,7 +8,6 @@
 #include "../common/control.h"
 #include "../common/status.h"
 #include "../common/step_params.h"
-#include "activation.h"
 #include "aligned.h"
 #include "panel_product.h"
 
@@ -22,26 +21,6 @@ struct PackedMap {
   const T* weight[2];
 };
 
-// Adds what a layer adds to its sums, and applies its activation, for elements [k, k + n).
-template <class T>
-FPI_CLONES void finish_layer(const CellLayer& layer, int64_t sample, const T* sums, int64_t k,
-                             int64_t n, T* out) {
-  std::copy(sums + k, sums + k + n, out);
-  if (layer.bias) {
-    const T* bias = static_cast<const T*>(layer.bias) + k;
-    for (int64_t j = 0; j < n; ++j) out[j] += bias[j];
-  }
-  if (layer.shift) {
-    const T* shift = static_cast<const T*>(layer.shift) + sample * layer.outputs + k;
-    for (int64_t j = 0; j < n; ++j) out[j] += shift[j];
-  }
-  activate(layer.activation, out, n);
-  if (layer.factor) {
-    const T* factor = static_cast<const T*>(layer.factor) + sample * layer.outputs + k;
-    for (int64_t j = 0; j < n; ++j) out[j] *= factor[j];
-  }
-}
-
 // Slots hold samples; a slot that is let go of takes the next sample of the batch. What a step
 // needs of a sample lies in its slot, so that the memory in use does not grow with the batch.
 template <class T>
@@ -52,9 +31,16 @@ class Tile {
     const int64_t state = slots * p.dim;
     samples_ = arena.take<int64_t>(slots);
     active_ = arena.take<int64_t>(slots);
+    row_samples_ = arena.take<int64_t>(slots);
+    x_rows_ = arena.take<const T*>(slots);
+    gx_rows_ = arena.take<T*>(slots);
+    hidden_rows_ = arena.take<T*>(slots);
     gx_ = arena.take<T>(state);
-    blocked_ = arena.take<T>(blocked_size(map.shape, slots, widest_input(p)));
-    sums_ = arena.take<T>(slots * sum_stride(map));
+    blocked_ = arena.take<T>(blocked_size(map.shape, slots, p.dim));
+    hidden_ = arena.take<T>(blocked_size(map.shape, slots, hidden_width(p)));
+    for (int64_t i = 0; i < slots; ++i) {
+      hidden_rows_[i] = hidden_ + row_offset(map.shape, hidden_width(p), i);
+    }
     step_ = StepParams{};
     step_.x = arena.take<T>(state);
     step_.gx = gx_;
@@ -83,9 +69,9 @@ class Tile {
   static int64_t bytes(const PackedMap<T>& map, int64_t slots) {
     const CellLoopParams& p = map.p;
     const int64_t state = slots * p.dim;
-    return 2 * Arena::size_of<int64_t>(slots) + 3 * Arena::size_of<T>(state) +
-           Arena::size_of<T>(blocked_size(map.shape, slots, widest_input(p))) +
-           Arena::size_of<T>(slots * sum_stride(map)) +
+    return 3 * Arena::size_of<int64_t>(slots) + 3 * Arena::size_of<T*>(slots) +
+           3 * Arena::size_of<T>(state) + Arena::size_of<T>(blocked_size(map.shape, slots, p.dim)) +
+           Arena::size_of<T>(blocked_size(map.shape, slots, hidden_width(p))) +
            Arena::size_of<T>(p.depth ? state : 0) + 2 * Arena::size_of<T>(p.depth * state) +
            Arena::size_of<double>(slots * p.depth * p.depth) +
            Arena::size_of<double>(slots * kControlSize) + 2 * Arena::size_of<double>(slots) +
@@ -135,37 +121,30 @@ class Tile {
   void evaluate() {
     const CellLoopParams& p = map_.p;
     gather();
+    const T* rows = blocked_;
     for (int l = 0; l < p.num_layers; ++l) {
       const CellLayer& layer = p.layers[l];
       const bool last = l + 1 == p.num_layers;
-      multiply_rows(blocked_, num_active_, layer.inputs, map_.weight[l], layer.outputs, sums_,
-                    sum_stride(map_));
-      for (int64_t a = 0; a < num_active_; ++a) {
-        const int64_t slot = active_[a];
-        const T* sums = sums_ + a * sum_stride(map_);
-        if (last) {
-          finish_layer(layer, samples_[slot], sums, 0, p.dim, gx_ + slot * p.dim);
-          if (p.carry != 0.0) add_carry(slot);
-          continue;
-        }
-        for (int64_t k = 0; k < layer.outputs; k += kRowChunk) {
-          const int64_t n = std::min(kRowChunk, layer.outputs - k);
-          T* target = blocked_ + chunk_offset(map_.shape, layer.outputs, a, k);
-          finish_layer(layer, samples_[slot], sums, k, n, target);
-          round_operands(p.precision, target, n);
-        }
-      }
+      LayerRows<T> to{};
+      to.outputs = layer.outputs;
+      to.activation = layer.activation;
+      to.bias = static_cast<const T*>(layer.bias);
+      to.shift = static_cast<const T*>(layer.shift);
+      to.factor = static_cast<const T*>(layer.factor);
+      to.samples = row_samples_;
+      to.carry = last ? static_cast<T>(p.carry) : T(0);
+      to.x = x_rows_;
+      to.precision = last ? Precision::kIeee : p.precision;
+      to.out = last ? gx_rows_ : hidden_rows_;
+      to.chunk_stride = last ? kRowChunk : chunk_stride(map_.shape);
+      multiply_rows(rows, num_active_, layer.inputs, map_.weight[l], to);
+      rows = hidden_;
     }
   }
 
  private:
-  static int64_t widest_input(const CellLoopParams& p) {
-    return std::max(p.dim, p.num_layers == 2 ? p.layers[1].inputs : 0);
-  }
-  static int64_t sum_stride(const PackedMap<T>& map) {
-    const CellLoopParams& p = map.p;
-    const int64_t most = std::max(p.dim, p.layers[0].outputs);
-    return round_up(most, map.shape.panel_columns);
+  static int64_t hidden_width(const CellLoopParams& p) {
+    return p.num_layers == 2 ? p.layers[1].inputs : 0;
   }
   T* state(void* array, int64_t slot) const { return static_cast<T*>(array) + slot * map_.p.dim; }
 
@@ -185,10 +164,13 @@ class Tile {
     for (int64_t a = 0; a < num_active_; ++a) {
       const int64_t slot = active_[a];
       const T* x = state(step_.x, slot);
+      row_samples_[a] = samples_[slot];
+      x_rows_[a] = x;
+      gx_rows_[a] = gx_ + slot * p.dim;
       const T* factor = static_cast<const T*>(p.x_factor);
       if (factor) factor += samples_[slot] * p.dim;
-      for (int64_t k = 0; k < p.dim; k += kRowChunk) {
-        T* target = blocked_ + chunk_offset(map_.shape, p.dim, a, k);
+      T* target = blocked_ + row_offset(map_.shape, p.dim, a);
+      for (int64_t k = 0; k < p.dim; k += kRowChunk, target += chunk_stride(map_.shape)) {
         const int64_t n = std::min(kRowChunk, p.dim - k);
         if (factor) {
           for (int64_t j = 0; j < n; ++j) target[j] = factor[k + j] * x[k + j];
@@ -200,13 +182,6 @@ class Tile {
     }
   }
 
-  void add_carry(int64_t slot) {
-    const T carry = static_cast<T>(map_.p.carry);
-    const T* x = state(step_.x, slot);
-    T* gx = gx_ + slot * map_.p.dim;
-    for (int64_t j = 0; j < map_.p.dim; ++j) gx[j] += carry * x[j];
-  }
-
   const PackedMap<T>& map_;
   int64_t slots_;
   int64_t num_active_ = 0;
@@ -214,8 +189,12 @@ class Tile {
   int64_t* active_;   // (num_active,) the slots that hold one
   double* atol_;
   T* gx_;
-  T* blocked_;  // what the next layer reads, in blocks of rows
-  T* sums_;     // (slots, sum_stride) what multiply_rows wrote
+  int64_t* row_samples_;  // of what is evaluated together, by row: the sample,
+  const T** x_rows_;      // where its x and gx lie,
+  T** gx_rows_;
+  T** hidden_rows_;       // and what the first of two layers makes of it
+  T* blocked_;            // what the first layer reads, in blocks of rows
+  T* hidden_;             // what the second reads
   StepParams step_;
 };
 

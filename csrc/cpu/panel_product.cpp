@@ -16,8 +16,7 @@ struct Kernel {
   static constexpr int kPanel = 2 * kLanes;
 
   template <int Rows>
-  static FPI_INLINE void tile(const T* rows, int64_t inputs, const T* panel, T* out,
-                              int64_t out_stride) {
+  static FPI_INLINE void tile(const T* rows, int64_t inputs, const T* panel, T* out) {
     Vector sum[Rows][2] = {};
     for (int64_t begin = 0; begin < inputs; begin += kRowChunk) {
       const int64_t n = std::min(kRowChunk, inputs - begin);
@@ -36,33 +35,33 @@ struct Kernel {
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      *reinterpret_cast<Vector*>(out + r * out_stride) = sum[r][0];
-      *reinterpret_cast<Vector*>(out + r * out_stride + kLanes) = sum[r][1];
+      *reinterpret_cast<Vector*>(out + r * kPanel) = sum[r][0];
+      *reinterpret_cast<Vector*>(out + r * kPanel + kLanes) = sum[r][1];
     }
   }
 
   static FPI_INLINE void multiply(const T* blocked, int64_t count, int64_t inputs,
-                                  const T* packed, int64_t outputs, T* out, int64_t out_stride) {
+                                  const T* packed, const LayerRows<T>& to) {
     constexpr int kSmall = BlockRows / 3;
     const int64_t block_size = round_up(inputs, kRowChunk) * BlockRows;
+    alignas(64) T sums[BlockRows * kPanel];
     // A panel at a time, so that it is read from far away once for all rows.
-    for (int64_t column = 0; column < outputs; column += kPanel) {
+    for (int64_t column = 0; column < to.outputs; column += kPanel) {
       const T* panel = packed + column * inputs;
       for (int64_t first = 0; first < count; first += BlockRows) {
         const T* rows = blocked + first / BlockRows * block_size;
-        T* target = out + first * out_stride + column;
         const int64_t n = std::min<int64_t>(BlockRows, count - first);
-        int64_t r = 0;
+        prefetch_rows<T, kPanel>(to, first, n, column);
         if (n == BlockRows) {
-          tile<BlockRows>(rows, inputs, panel, target, out_stride);
-          continue;
+          tile<BlockRows>(rows, inputs, panel, sums);
+        } else {
+          int64_t r = 0;
+          for (; r + kSmall <= n; r += kSmall) {
+            tile<kSmall>(rows + r * kRowChunk, inputs, panel, sums + r * kPanel);
+          }
+          for (; r < n; ++r) tile<1>(rows + r * kRowChunk, inputs, panel, sums + r * kPanel);
         }
-        for (; r + kSmall <= n; r += kSmall) {
-          tile<kSmall>(rows + r * kRowChunk, inputs, panel, target + r * out_stride, out_stride);
-        }
-        for (; r < n; ++r) {
-          tile<1>(rows + r * kRowChunk, inputs, panel, target + r * out_stride, out_stride);
-        }
+        finish_rows<T, kPanel>(to, first, n, column, sums);
       }
     }
   }
@@ -71,14 +70,14 @@ struct Kernel {
 template <class T>
 struct Choice {
   PanelShape shape;
-  void (*multiply)(const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+  void (*multiply)(const T*, int64_t, int64_t, const T*, const LayerRows<T>&);
 };
 
-#define FPI_MULTIPLY(name, target, bytes, block_rows)                                             \
-  template <class T>                                                                              \
-  target void name(const T* rows, int64_t count, int64_t inputs, const T* packed,                 \
-                   int64_t outputs, T* out, int64_t out_stride) {                                 \
-    Kernel<T, bytes, block_rows>::multiply(rows, count, inputs, packed, outputs, out, out_stride); \
+#define FPI_MULTIPLY(name, target, bytes, block_rows)                                 \
+  template <class T>                                                                  \
+  target void name(const T* rows, int64_t count, int64_t inputs, const T* packed,     \
+                   const LayerRows<T>& to) {                                          \
+    Kernel<T, bytes, block_rows>::multiply(rows, count, inputs, packed, to);          \
   }
 #define FPI_CHOICE(name, bytes, block_rows) \
   Choice<T> { {block_rows, Kernel<T, bytes, block_rows>::kPanel}, &name<T> }
@@ -118,11 +117,7 @@ PanelShape panel_shape(int64_t element_bytes) {
 }
 
 FPI_CLONES void round_operands(Precision precision, float* values, int64_t n) {
-  if (precision == Precision::kTf32) {
-    for (int64_t j = 0; j < n; ++j) values[j] = round_tf32(values[j]);
-  } else if (precision == Precision::kBf16) {
-    for (int64_t j = 0; j < n; ++j) values[j] = round_bf16(values[j]);
-  }
+  round_run(precision, values, n);
 }
 
 template <class T>
@@ -132,6 +127,15 @@ void pack_panels(const PanelShape& shape, const T* weight, int64_t outputs, int6
   const int64_t columns = shape.panel_columns;
   for (int64_t panel = first; panel < last; ++panel) {
     T* target = packed + panel * columns * inputs;
+    const int64_t present = std::min(columns, outputs - panel * columns);
+    if (output_stride == 1) {
+      for (int64_t k = 0; k < inputs; ++k, target += columns) {
+        const T* source = weight + k * input_stride + panel * columns;
+        std::copy(source, source + present, target);
+        std::fill(target + present, target + columns, T(0));
+      }
+      continue;
+    }
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t j = panel * columns + c;
       const T* source = weight + j * output_stride;
@@ -144,14 +148,14 @@ void pack_panels(const PanelShape& shape, const T* weight, int64_t outputs, int6
 
 template <class T>
 void multiply_rows(const T* blocked_rows, int64_t count, int64_t inputs, const T* packed,
-                   int64_t outputs, T* out, int64_t out_stride) {
-  choice<T>().multiply(blocked_rows, count, inputs, packed, outputs, out, out_stride);
+                   const LayerRows<T>& to) {
+  choice<T>().multiply(blocked_rows, count, inputs, packed, to);
 }
 
-#define FPI_INSTANTIATE(T)                                                                     \
-  template void pack_panels<T>(const PanelShape&, const T*, int64_t, int64_t, int64_t,         \
-                               int64_t, int64_t, int64_t, T*);                                 \
-  template void multiply_rows<T>(const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
+#define FPI_INSTANTIATE(T)                                                             \
+  template void pack_panels<T>(const PanelShape&, const T*, int64_t, int64_t, int64_t, \
+                               int64_t, int64_t, int64_t, T*);                         \
+  template void multiply_rows<T>(const T*, int64_t, int64_t, const T*, const LayerRows<T>&);
 FPI_INSTANTIATE(float)
 FPI_INSTANTIATE(double)
 
