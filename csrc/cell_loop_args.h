@@ -1,21 +1,12 @@
 // What the cell loop op was given, checked, as its kernels take it.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-
-#include "common/cell_loop_params.h"
+#include "array_checker.h"
 #include "common/state_type.h"
 
 namespace fpi {
 
 constexpr const char* kCellLoop = "cell_loop_";
-
-struct CellLayerTensors {
-  std::optional<torch::stable::Tensor> weight, bias, shift, factor;
-  int64_t activation;
-};
 
 // By the names of the schema.
 struct CellLoopTensors {

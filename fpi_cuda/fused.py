@@ -16,6 +16,7 @@ from fpi_cuda.cells.lowering import (
     require_shapes,
 )
 from fpi_cuda.faithful import rehearsed
+from fpi_cuda.fused_evaluation import FusedEvaluation
 from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
 from fpi_cuda.lowered import NotLowered, added_functions
 from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver
@@ -118,6 +119,7 @@ class FusedAdjoint:
         solver, max_steps, engine, precision: of the adjoint solve.
         hopeless: (B,) bool, samples without a fixed point to differentiate; None if there are
             none.
+        evaluation: what g was evaluated by at the fixed point, if by that.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class FusedAdjoint:
         engine: Backend,
         precision: str,
         hopeless: Tensor | None,
+        evaluation: FusedEvaluation | None,
     ) -> None:
         self._fused = fused
         self._solver = solver
@@ -135,6 +138,7 @@ class FusedAdjoint:
         self._engine = engine
         self._precision = precision
         self._hopeless = hopeless
+        self._evaluation = evaluation
 
     def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
         """c (B, D) with ||J^T c + b - c|| <= atol (B,); None where the host has to do it.
@@ -144,8 +148,9 @@ class FusedAdjoint:
         """
         if type(matrix) is not Linearization or not self._fused.unchanged():
             return None
+        known = None if self._evaluation is None else self._evaluation.slopes
         return solve_fused(
-            self._fused.lowered.adjoint(matrix.x.detach(), b, without=self._hopeless),
+            self._fused.lowered.adjoint(matrix.x.detach(), b, self._hopeless, known),
             b,
             self._solver,
             rtol=0.0,

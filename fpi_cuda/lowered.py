@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,24 +135,38 @@ class Lowered:
         )
         return Lowered(layers, first(self.x_factor), self.carry)
 
-    def adjoint(self, x: Tensor, v: Tensor, without: Tensor | None = None) -> Lowered:
+    def slopes(self, x: Tensor) -> list[Tensor | None]:
+        """The derivative of each layer in its sums at x, (B, outputs); None for ones."""
+        h, slopes = x, []
+        for layer in self.layers:
+            u = layer.sums(h)
+            h = layer.finished(u)
+            slopes.append(layer.slope(u))
+        return slopes
+
+    def adjoint(
+        self,
+        x: Tensor,
+        v: Tensor,
+        without: Tensor | None = None,
+        known: Sequence[Tensor | None] | None = None,
+    ) -> Lowered:
         """c -> J^T c + v, J the Jacobian at x (B, D), from weights that are not copied.
 
         Args:
             without: (B,) bool, samples whose J is replaced by carry times the identity.
+            known: the slopes of the layers at x, if somebody has them.
         """
         if self.x_factor is not None:
             raise NotLowered("the adjoint of a map with an x_factor is none of these maps")
-        h = x
-        slopes = []
-        for layer in self.layers:
-            u = layer.sums(h)
-            h = layer.finished(u)
-            slope = layer.slope(u)
-            if without is not None:
-                slope = torch.ones_like(u) if slope is None else slope
-                slope = torch.where(without[:, None], 0.0, slope)
-            slopes.append(slope)
+        slopes = self.slopes(x) if known is None else list(known)
+        if without is not None:
+            slopes = [
+                torch.where(without[:, None], 0.0, x.new_ones(len(x), width) if s is None else s)
+                for s, width in zip(
+                    slopes, (len(layer.weight) for layer in self.layers), strict=True
+                )
+            ]
         backwards = [
             Layer(layer.weight.mT, factor=slope)
             for layer, slope in zip(self.layers, [None, *slopes], strict=False)

@@ -11,6 +11,7 @@ from fpi_cuda.capturing import being_captured
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.faithful import counting_changes
 from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step, why_not_worth
+from fpi_cuda.fused_evaluation import FusedEvaluation
 from fpi_cuda.implicit import Account, DeviceSolve, FlatMap
 from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import Implicit
@@ -46,6 +47,7 @@ class Course:
         self._adjoint: DeviceAdjoint | None = None
         self._fused: FusedMap | None = None
         self._fused_adjoint: FusedAdjoint | None = None
+        self._evaluation: FusedEvaluation | None = None
 
     @property
     def leaves_the_host_alone(self) -> bool:
@@ -152,6 +154,8 @@ class Course:
             require_host_allowed(options, "the adjoint", reason)
             self._record.adjoint_route = Route("host", reason)
             return
+        if account.hopeless is None:
+            self._evaluation = FusedEvaluation(self._flat_map, self._engine)
         self._fused_adjoint = FusedAdjoint(
             self._fused,
             solver,
@@ -159,11 +163,14 @@ class Course:
             self._engine,
             options.precision,
             account.hopeless,
+            self._evaluation,
         )
         self._record.adjoint_route = Route("fused")
 
     def for_adjoint(self, flat_map: FlatMap) -> FlatMap:
-        """`flat_map`, recorded if its adjoint is to be solved on the device."""
+        """`flat_map`, recorded if its adjoint is to be fused or solved on the device."""
+        if self._evaluation is not None:
+            return flat_map.recorded(self._evaluation.record)
         if self._graphs is None:
             return flat_map
         try:

@@ -21,6 +21,7 @@ LEVELS = [
     {"adjoint"},
     {"request"},
     {"device_loop", "fused"},
+    {"fused_evaluation"},
     {"implicit", "solvers", "cells", "backends"},
     {
         "options",

@@ -46,3 +46,13 @@ def cell_loop_words(
     plenty = 1 << 30
     tile = torch.ops.fpi_cuda.cell_loop_tile(plenty, dim, hidden, depth, dtype == torch.float64)
     return f"native code evaluates g and steps, up to {tile} samples at a time per thread"
+
+
+def cell_layer_(*args: Any, **kwargs: Any) -> None:
+    """See fpi_cuda.backends.reference_loop.cell_layer_, its twin."""
+    torch.ops.fpi_cuda.cell_layer_.default(*args, **kwargs)
+
+
+def weight_gradient_(out: Tensor, delta: Tensor, h: Tensor) -> None:
+    """See fpi_cuda.backends.reference_loop.weight_gradient_, its twin."""
+    torch.ops.fpi_cuda.weight_gradient_.default(out, delta, h)

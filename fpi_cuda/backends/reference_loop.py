@@ -115,3 +115,33 @@ def cell_loop_(
             rtol=rtol, max_steps=max_steps, beta=beta, ridge=ridge,
         )  # fmt: skip
     x.copy_(best)
+
+
+def cell_layer_(
+    out: Tensor,
+    slope: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    factor: Tensor | None,
+    *,
+    activation: int,
+    derivative: int,
+) -> None:
+    """out = factor * activation(u) and slope = factor * derivative(u), u = weight h + bias + shift.
+
+    Args:
+        out, slope: (B, outputs), overwritten.
+        h: (B, inputs). weight: (outputs, inputs), with any strides. bias: (outputs,).
+        shift, factor: (B, outputs).
+        activation, derivative: places in fpi_cuda.lowered.ACTIVATIONS.
+    """
+    out.copy_(layer(h, weight, bias, shift, factor, activation, 0))
+    if slope is not None:
+        slope.copy_(layer(h, weight, bias, shift, factor, derivative, 0))
+
+
+def weight_gradient_(out: Tensor, delta: Tensor, h: Tensor) -> None:
+    """out (outputs, inputs) = the sum over samples of delta (B, outputs) times h (B, inputs)."""
+    torch.mm(delta.mT, h, out=out)

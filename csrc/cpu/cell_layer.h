@@ -1,0 +1,19 @@
+// One layer of a lowered cell for the whole batch, and the gradient of its weight, on the CPU.
+#pragma once
+
+#include "../common/cell_layer_params.h"
+#include "parallel.h"
+#include "../common/state_type.h"
+
+namespace fpi {
+
+// In float32 or float64, as every array of it.
+void cell_layer_cpu(const CellLayerParams& p, StateType state, int64_t threads, ParallelFor run);
+
+// Sums of this many samples are added up: no sum of rounded terms grows longer.
+constexpr int64_t kSamplesPerSum = 256;
+
+void weight_gradient_cpu(const WeightGradientParams& p, StateType state, int64_t threads,
+                         ParallelFor run);
+
+}  // namespace fpi
