@@ -54,7 +54,8 @@ def test_launches_cover_every_sample_and_fit_the_device(launch_config: Path, num
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("faults") / "faults"
-    sources = [str(EMULATION / "faults.cpp"), str(EMULATION / "emulation.cpp")]
+    names = ("faults.cpp", "emulation.cpp", "mma.cpp")
+    sources = [str(EMULATION / name) for name in names]
     run(["g++", *FLAGS, *SANITIZE, *sources, "-o", str(program)])
     return program
 
@@ -72,6 +73,9 @@ def outcome(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("lane has left", "names a lane that does not exist or has left"),
         ("crooked vector", "misaligned address"),
         ("too many threads", "the launch was refused"),
+        ("copy never awaited", "a thread left before its copies arrived"),
+        ("crooked copy", "a copy that is not aligned to its size"),
+        ("not in tf32", "an operand that was not rounded to tf32"),
     ],
 )
 def test_the_emulation_stops_at_a_fault(faults: Path, fault: str, message: str) -> None:
@@ -89,6 +93,20 @@ def test_a_missing_barrier_shows_in_the_results(faults: Path) -> None:
 
 def test_shared_memory_that_nobody_wrote_is_nan(faults: Path) -> None:
     assert outcome(faults, "never written").stdout.split()[0] in ("nan", "-nan")
+
+
+def test_a_copy_arrives_once_it_is_awaited(faults: Path) -> None:
+    expected = [str((i + 1) % 32) for i in range(32)]
+    for seed in ("0", "1"):
+        assert outcome(faults, "copy awaited", seed).stdout.split()[:32] == expected
+        assert "nan" in outcome(faults, "copy read too early", seed).stdout
+
+
+@pytest.mark.parametrize(("product", "depth"), [("tf32 product", 8), ("bf16 product", 16)])
+def test_products_of_a_warp(faults: Path, product: str, depth: int) -> None:
+    """Rows of ones by columns of n: every row of sums is 0, depth, 2 depth, ..."""
+    found = list(map(float, outcome(faults, product, "2").stdout.split()[:64]))
+    assert found == [depth * float(n) for _ in range(8) for n in range(8)]
 
 
 def test_shuffles_add_up(faults: Path) -> None:
