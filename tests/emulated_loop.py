@@ -35,7 +35,8 @@ class Laid:
     slots: int
     blocks: int
     resident: bool
-    operands_shared: bool
+    operand_shared: bool
+    history_shared: bool
 
 
 class EmulatedLoop(Pipe):
@@ -91,8 +92,8 @@ class EmulatedLoop(Pipe):
             data = self.receive(size)
             if size and place not in (2, 6):
                 array.copy_(torch.frombuffer(data, dtype=array.dtype).view(array.shape))
-        answers = struct.unpack("4q", self.receive(32))
-        self.laid = Laid(answers[0], answers[1], bool(answers[2]), bool(answers[3]))
+        slots, blocks, *places = struct.unpack("5q", self.receive(40))
+        self.laid = Laid(slots, blocks, *map(bool, places))
         if error:
             raise RuntimeError(error)
 

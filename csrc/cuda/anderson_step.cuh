@@ -39,7 +39,7 @@ struct AndersonStep {
 
   // Writes the fresh difference of f and takes every sum, in one reading of the tile. A second
   // measurement (`again`) finds the difference written, and its slot without f_previous.
-  template <int, class Acc>
+  template <int, class Acc, class Team>
   static __device__ __forceinline__ void measure(const R& row, const Control& c, const Plan&,
                                                  bool first, bool again, const Tile<C>& tile,
                                                  Sums& out) {
@@ -64,7 +64,7 @@ struct AndersonStep {
     if (differs) {
       const int fresh = fresh_slot(c, row.depth);
       if (again) {
-        tile.load_written(row.column_f(fresh), df);
+        Team::load(tile, row.column_f(fresh), df);
       } else {
         tile.load(f_previous(row, fresh), df);
 #pragma unroll

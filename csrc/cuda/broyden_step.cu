@@ -27,7 +27,7 @@ struct BroydenStep {
   static constexpr bool kUsesGram = false;
   static constexpr int kElements = Tile<C>::kElements;
 
-  template <int kPass, class Acc>
+  template <int kPass, class Acc, class Team>
   static __device__ __forceinline__ void measure(const R& row, const Control& c, const Plan& plan,
                                                  bool first, bool, const Tile<C>& tile,
                                                  Sums& out) {

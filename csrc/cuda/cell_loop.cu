@@ -105,8 +105,13 @@ const char* run(const CellLoopParams& p, const CellLoopPlan& plan, unsigned char
   switch (plan.slots) {
     case 8: return run_tiles<Product, 8>(p, plan, workspace, stream);
     case 16: return run_tiles<Product, 16>(p, plan, workspace, stream);
-    default: return run_tiles<Product, 32>(p, plan, workspace, stream);
+    case 32: return run_tiles<Product, 32>(p, plan, workspace, stream);
+    default: break;
   }
+  if constexpr (sizeof(typename Product::Number) == 4) {
+    return run_tiles<Product, 64>(p, plan, workspace, stream);
+  }
+  return "no kernel has tiles of this size";
 }
 
 const char* attribute(cudaDeviceAttr which, int& value) {

@@ -8,8 +8,7 @@ namespace fpi {
 namespace {
 
 // Chosen by arithmetic from the data sheets of an A100 and an H100, not measured.
-constexpr double kStreamedSlots = 20;   // whose products take as long as streaming the weights
-constexpr double kResidentSlots = 8;    // likewise, where they lie in shared memory
+constexpr double kResidentSlots = 8;    // whose products take as long as reading resident weights
 constexpr double kMeetings = 4;         // likewise, what the threads of a block wait for each other
 constexpr double kSharing = 0.9;        // of the time of two tiles in turn, for two on one core
 constexpr double kFarOperands = 3;      // times the time, where operands are not in shared memory
@@ -17,12 +16,31 @@ constexpr int64_t kCoreReserve = 1024;  // bytes of shared memory that the syste
 constexpr int64_t kStreamable = 1 << 20;  // bytes of weights that a lone block streams as fast as
                                           // separate kernels start
 
+int64_t aligned(int64_t bytes) {
+  constexpr int64_t kAlignment = 128;
+  return ceil_div(bytes, kAlignment) * kAlignment;
+}
+
+// Slots whose products take as long as streaming the weights of a layer.
+double streamed_slots(Precision precision) {
+  switch (precision) {
+    case Precision::kTf32x3: return 40;
+    case Precision::kTf32:
+    case Precision::kBf16: return 100;
+    default: return 20;
+  }
+}
+
+// A lane has no registers for more.
+int most_slots(StateType state) {
+  return state == StateType::kFloat64 ? kMostSlots / 2 : kMostSlots;
+}
+
 struct Offsets {
   int64_t end = 0;
   int64_t take(int64_t bytes) {
-    constexpr int64_t kAlignment = 128;
     const int64_t at = end;
-    end += ceil_div(bytes, kAlignment) * kAlignment;
+    end += aligned(bytes);
     return at;
   }
 };
@@ -53,40 +71,43 @@ CellLoopPlan laid_out(const CellLoopParams& p, StateType state, const DeviceLimi
         static_cast<int64_t>(cut.chunks) * shape.chunk_inputs * plan.stride * shape.operand_bytes;
     operand_bytes += plan.operand_bytes[l];
   }
-  constexpr int64_t kHeader = 2 * kHeaderBytes;  // with what alignment takes
+  constexpr int64_t kHeader = kHeaderBytes + 512;  // with what alignment takes
   const int64_t most =
       per_core == 1 ? limits.shared_bytes : (limits.shared_bytes - kCoreReserve) / per_core;
   const int64_t step = step_bytes(p.depth);
   const int64_t ring = kChunkStages * shape.chunk_bytes;
   plan.resident = kHeader + warps * step + operand_bytes + weight_bytes <= most;
-  plan.room_bytes = plan.resident ? step : std::max(step, ring);
-  plan.operands_shared = plan.resident || kHeader + warps * plan.room_bytes + operand_bytes <= most;
+  plan.room_bytes = aligned(plan.resident ? step : std::max(step, ring));
 
   Offsets shared, workspace, tile;
   shared.take(kHeaderBytes);
-  plan.room_bytes = ceil_div(plan.room_bytes, 128) * 128;
   plan.room = shared.take(warps * plan.room_bytes);
   plan.queue = workspace.take(sizeof(int64_t));
   for (int l = 0; l < p.num_layers; ++l) {
-    plan.operand[l] = (plan.operands_shared ? shared : tile).take(plan.operand_bytes[l]);
     const int64_t bytes = plan.layers[l].weight_bytes(shape.chunk_bytes);
     if (plan.resident) plan.resident_weight[l] = shared.take(bytes);
     plan.weight[l] = workspace.take(bytes);
   }
-  plan.shared_bytes = shared.end;
+  // In shared memory as far as it goes: what is used most for its size comes first.
+  const auto place = [&](Place& array, int64_t bytes) {
+    array.shared = shared.end + aligned(bytes) <= most;
+    array.at = (array.shared ? shared : tile).take(bytes);
+  };
   const int64_t points = slots * p.dim * number;
-  plan.x = tile.take(points);
-  plan.gx = tile.take(points);
-  plan.best = tile.take(points);
-  plan.anchor = tile.take(p.depth ? points : 0);
-  plan.columns_f = tile.take(p.depth * points);
-  plan.columns_g = tile.take(p.depth * points);
-  plan.gram = tile.take(slots * p.depth * p.depth * sizeof(double));
-  plan.control = tile.take(slots * sizeof(Control));
-  plan.atol = tile.take(slots * sizeof(double));
-  plan.residual = tile.take(slots * sizeof(double));
-  plan.num_steps = tile.take(slots * sizeof(int32_t));
-  plan.status = tile.take(slots * sizeof(int8_t));
+  for (int l = 0; l < p.num_layers; ++l) place(plan.operand[l], plan.operand_bytes[l]);
+  place(plan.status, slots * sizeof(int8_t));
+  place(plan.num_steps, slots * sizeof(int32_t));
+  place(plan.atol, slots * sizeof(double));
+  place(plan.residual, slots * sizeof(double));
+  place(plan.control, slots * sizeof(Control));
+  place(plan.gram, slots * p.depth * p.depth * sizeof(double));
+  place(plan.x, points);
+  place(plan.gx, points);
+  place(plan.columns_f, p.depth * points);
+  place(plan.columns_g, p.depth * points);
+  place(plan.best, points);
+  place(plan.anchor, p.depth ? points : 0);
+  plan.shared_bytes = shared.end;
   plan.tile_bytes = tile.end;
   plan.tiles = workspace.end;
   const int64_t wanted = ceil_div(p.batch, slots);
@@ -95,14 +116,18 @@ CellLoopPlan laid_out(const CellLoopParams& p, StateType state, const DeviceLimi
   return plan;
 }
 
+bool operands_shared(const CellLoopPlan& plan) {
+  return plan.operand[0].shared && (plan.operand_bytes[1] == 0 || plan.operand[1].shared);
+}
+
 // Time of the whole solve, in units that cancel.
 double cost(const CellLoopPlan& plan, const CellLoopParams& p) {
   const double at_once = static_cast<double>(plan.slots) * plan.blocks;
   const double rounds = std::max(1.0, static_cast<double>(p.batch) / at_once);
-  const double least = plan.resident ? kResidentSlots : kStreamedSlots;
+  const double least = plan.resident ? kResidentSlots : streamed_slots(p.precision);
   const double sharing = plan.blocks_per_core == 1 ? 1.0 : plan.blocks_per_core * kSharing;
   return rounds * sharing * (std::max<double>(plan.slots, least) + kMeetings) *
-         (plan.operands_shared ? 1.0 : kFarOperands);
+         (operands_shared(plan) ? 1.0 : kFarOperands);
 }
 
 }  // namespace
@@ -112,7 +137,7 @@ CellLoopPlan cell_loop_plan(const CellLoopParams& p, StateType state, const Devi
   const int width = warps ? warps : kMostWarps;
   CellLoopPlan best{};
   bool any = false;
-  for (int candidate = kSlotGroup; candidate <= kMostSlots; candidate *= 2) {
+  for (int candidate = kSlotGroup; candidate <= most_slots(state); candidate *= 2) {
     if (slots && candidate != slots) continue;
     for (int per_core = 1; per_core <= 2; ++per_core) {
       const CellLoopPlan plan = laid_out(p, state, limits, candidate, width, per_core);
@@ -126,7 +151,7 @@ CellLoopPlan cell_loop_plan(const CellLoopParams& p, StateType state, const Devi
 
 const char* why_not_worth_fusing(const CellLoopPlan& plan, const CellLoopParams& p,
                                  StateType state, const DeviceLimits& limits) {
-  if (!plan.operands_shared) {
+  if (!operands_shared(plan)) {
     return "what a tile of samples reads of x does not fit into shared memory";
   }
   const int64_t chunk = product_shape(state, p.precision).chunk_bytes;

@@ -14,15 +14,21 @@ struct DeviceLimits {
 };
 
 constexpr int kChunkStages = 3;  // chunks of weights on their way to one warp
-constexpr int kMostSlots = 32;
+constexpr int kMostSlots = 64;
 
 // Of shared memory: what a block keeps of its slots, and what a warp keeps of a step but its sums
 // and its Gram matrix.
-constexpr int64_t kHeaderBytes = 512;
+constexpr int64_t kHeaderBytes = 768;
 constexpr int64_t kStepFixedBytes = sizeof(AndersonSums) + sizeof(AndersonPlan) +
                                     sizeof(SmallSolve) + sizeof(Control) + 2 * sizeof(double);
 
-// Offsets are in bytes: into shared memory, into the workspace, or into a tile's part of it.
+// An array of a tile: bytes into shared memory, or into the tile's part of the workspace.
+struct Place {
+  int64_t at;
+  bool shared;
+};
+
+// Offsets are in bytes: into shared memory, or into the workspace.
 struct CellLoopPlan {
   int slots;             // samples of a tile
   int warps;             // of a block, which holds one tile
@@ -30,21 +36,21 @@ struct CellLoopPlan {
   int blocks_per_core;
   int stride;            // slots from one input of an operand to the next
   bool resident;         // the weights stay in shared memory
-  bool operands_shared;  // what the products read of a tile is in shared memory
   LayerShape layers[2];
 
   int64_t room, room_bytes;  // of each warp, for its step and for the chunks on their way to it
-  int64_t operand[2];        // of each layer, in shared memory or in the tile's part
-  int64_t operand_bytes[2];
   int64_t resident_weight[2];
   int64_t shared_bytes;
 
   int64_t queue;  // the next sample of the batch
   int64_t weight[2];
   int64_t tiles, tile_bytes;
-  int64_t x, gx, best, anchor, columns_f, columns_g, gram, control, atol, residual, num_steps,
-      status;
   int64_t workspace_bytes;
+
+  Place operand[2];  // of each layer
+  int64_t operand_bytes[2];
+  Place status, num_steps, atol, residual, control, gram, x, gx, columns_f, columns_g, best,
+      anchor;  // of every slot
 };
 
 // The plan for this cell and device; `warps` and `slots` are chosen where they are 0.

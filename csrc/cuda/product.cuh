@@ -136,17 +136,19 @@ struct Tf32Product {
 };
 
 // Every number in two parts of 10 bits each. Of the four products of parts, the smallest is
-// below the rounding of float32 and is left out.
+// below the rounding of float32 and is left out. Weights are parted when they are read: half as
+// many bytes are on their way then.
 struct Tf32x3Product {
   using Number = float;
   static constexpr ProductShape kShape = product_shape(StateType::kFloat32, Precision::kTf32x3);
-  static constexpr int kPart = kShape.chunk_bytes / 2;
 
   static __device__ void put_weight(unsigned char* chunk, int output, int input, float value) {
-    float* words = reinterpret_cast<float*>(chunk) + tf32_word(output, input);
-    const float high = to_tf32(value);
-    words[0] = high;
-    words[kPart / sizeof(float)] = to_tf32(value - high);
+    reinterpret_cast<float*>(chunk)[tf32_word(output, input)] = value;
+  }
+  static __device__ __forceinline__ void part(uint32_t weight, uint32_t& high, uint32_t& low) {
+    const float value = float_of(weight), rounded = to_tf32(value);
+    high = bits_of(rounded);
+    low = bits_of(to_tf32(value - rounded));
   }
   static __device__ __forceinline__ void put(unsigned char* operand, int64_t input, int stride,
                                              int slot, float value) {
@@ -159,22 +161,25 @@ struct Tf32x3Product {
   struct Sums : TensorSums<kSlots> {
     __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand) {
       constexpr int kStride = slot_stride(kShape, kSlots);
-      const uint4* high = reinterpret_cast<const uint4*>(chunk) + lane_index();
-      const uint4* low = reinterpret_cast<const uint4*>(chunk + kPart) + lane_index();
+      const uint4* weights = reinterpret_cast<const uint4*>(chunk) + lane_index();
       const uint2* inputs = reinterpret_cast<const uint2*>(operand) +
                             lane_index() % 4 * kStride + lane_index() / 4;
 #pragma unroll
       for (int k = 0; k < kShape.chunk_inputs; k += kTf32Inputs) {
-        const uint4 w_high = high[k / kTf32Inputs * kWarpThreads];
-        const uint4 w_low = low[k / kTf32Inputs * kWarpThreads];
+        const uint4 w = weights[k / kTf32Inputs * kWarpThreads];
+        uint4 high, low;
+        part(w.x, high.x, low.x);
+        part(w.y, high.y, low.y);
+        part(w.z, high.z, low.z);
+        part(w.w, high.w, low.w);
 #pragma unroll
         for (int n = 0; n < this->kGroups; ++n) {
           const uint2* x = inputs + k * kStride + n * kSlotGroup;
           const uint2 first = x[0], second = x[4 * kStride];
           // The small ones first: they lose least there.
-          mma_tf32(this->sum[n], w_low, first.x, second.x);
-          mma_tf32(this->sum[n], w_high, first.y, second.y);
-          mma_tf32(this->sum[n], w_high, first.x, second.x);
+          mma_tf32(this->sum[n], low, first.x, second.x);
+          mma_tf32(this->sum[n], high, first.y, second.y);
+          mma_tf32(this->sum[n], high, first.x, second.x);
         }
       }
     }

@@ -23,7 +23,7 @@ struct ProductShape {
 FPI_HD constexpr ProductShape product_shape(StateType state, Precision precision) {
   if (state == StateType::kFloat64) return {16, 2048, 8, 0};
   switch (precision) {
-    case Precision::kTf32x3: return {16, 2048, 8, 4};
+    case Precision::kTf32x3: return {32, 2048, 8, 4};
     case Precision::kTf32: return {32, 2048, 4, 8};
     case Precision::kBf16: return {32, 1024, 2, 8};
     default: return {32, 2048, 4, 0};

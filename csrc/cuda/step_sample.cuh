@@ -15,8 +15,8 @@ __device__ __forceinline__ void take_sums(const Shared<Step, Team>& shared,
   using C = typename Step::C;
   shared.clear();
   for_each_tile<Team, C>(range, row.dim, row.aligned, [&](const Tile<C>& tile) {
-    Step::template measure<kPass, Acc>(row, shared.memory.control, shared.memory.plan, first, again,
-                                       tile, shared.warp_sums());
+    Step::template measure<kPass, Acc, Team>(row, shared.memory.control, shared.memory.plan, first,
+                                             again, tile, shared.warp_sums());
   });
   shared.combine();
 }

@@ -12,6 +12,13 @@ struct WholeBlock {
   static __device__ __forceinline__ int threads() { return static_cast<int>(blockDim.x); }
   static __device__ __forceinline__ int warp() { return warp_index(); }
   static __device__ __forceinline__ int warps() { return warp_count(); }
+
+  // What this kernel wrote, maybe in another block: such samples are shared by several.
+  template <class C, class S>
+  static __device__ __forceinline__ void load(const Tile<C>& tile, const S* sample,
+                                              C (&v)[Tile<C>::kElements]) {
+    tile.load_written(sample, v);
+  }
 };
 
 struct OneWarp {
@@ -20,6 +27,13 @@ struct OneWarp {
   static __device__ __forceinline__ int threads() { return kWarpThreads; }
   static __device__ __forceinline__ int warp() { return 0; }
   static __device__ __forceinline__ int warps() { return 1; }
+
+  // Maybe in shared memory.
+  template <class C, class S>
+  static __device__ __forceinline__ void load(const Tile<C>& tile, const S* sample,
+                                              C (&v)[Tile<C>::kElements]) {
+    tile.load(sample, v);
+  }
 };
 
 // The tiles that fall to this warp: of those in [first, last), every Team::warps()-th.

@@ -24,7 +24,7 @@ enum Array {
   kX, kXFactor, kLayer1, kLayer2 = kLayer1 + 4, kAtol = kLayer2 + 4, kStatus, kNumSteps, kResidual,
   kArrays,
 };
-enum Answer { kTile, kBlocks, kResident, kOperandsShared, kAnswers };
+enum Answer { kTile, kBlocks, kResident, kOperandShared, kHistoryShared, kAnswers };
 
 // weight, bias, shift and factor from arrays `first` on.
 fpi::CellLayer layer_from(const std::vector<Memory>& arrays, int first, int64_t outputs,
@@ -88,7 +88,7 @@ int main() {
     write_text(fpi::cell_loop_cuda(p, state, plan, workspace.get(), nullptr));
     write_arrays(arrays);
     const int64_t answers[kAnswers] = {plan.slots, plan.blocks, plan.resident,
-                                       plan.operands_shared};
+                                       plan.operand[0].shared, plan.columns_g.shared};
     write(answers, sizeof answers);
     std::fflush(stdout);
   }
