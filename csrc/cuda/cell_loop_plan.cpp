@@ -11,7 +11,7 @@ namespace {
 constexpr double kResidentSlots = 8;    // whose products take as long as reading resident weights
 constexpr double kMeetings = 4;         // likewise, what the threads of a block wait for each other
 constexpr double kSharing = 0.9;        // of the time of two tiles in turn, for two on one core
-constexpr double kFarOperands = 3;      // times the time, where operands are not in shared memory
+constexpr double kFarOperands = 1000;   // times the time: none such while there is another
 constexpr int64_t kCoreReserve = 1024;  // bytes of shared memory that the system takes per block
 constexpr int64_t kStreamable = 1 << 20;  // bytes of weights that a lone block streams as fast as
                                           // separate kernels start
@@ -60,24 +60,23 @@ CellLoopPlan laid_out(const CellLoopParams& p, StateType state, const DeviceLimi
   plan.warps = warps;
   plan.blocks_per_core = per_core;
   plan.stride = slot_stride(shape, slots);
-  int64_t weight_bytes = 0, operand_bytes = 0;
+  int64_t needed = kHeaderBytes;  // to keep weights and operands in shared memory
   for (int l = 0; l < p.num_layers; ++l) {
     const CellLayer& layer = p.layers[l];
     LayerShape& cut = plan.layers[l];
     cut.panels = static_cast<int>(ceil_div(layer.outputs, kPanelOutputs));
     cut.chunks = static_cast<int>(ceil_div(layer.inputs, shape.chunk_inputs));
-    weight_bytes += cut.weight_bytes(shape.chunk_bytes);
+    needed += aligned(cut.weight_bytes(shape.chunk_bytes));
     plan.operand_bytes[l] =
         static_cast<int64_t>(cut.chunks) * shape.chunk_inputs * plan.stride * shape.operand_bytes;
-    operand_bytes += plan.operand_bytes[l];
+    needed += aligned(plan.operand_bytes[l]);
   }
-  constexpr int64_t kHeader = kHeaderBytes + 512;  // with what alignment takes
   const int64_t most =
       per_core == 1 ? limits.shared_bytes : (limits.shared_bytes - kCoreReserve) / per_core;
-  const int64_t step = step_bytes(p.depth);
-  const int64_t ring = kChunkStages * shape.chunk_bytes;
-  plan.resident = kHeader + warps * step + operand_bytes + weight_bytes <= most;
-  plan.room_bytes = aligned(plan.resident ? step : std::max(step, ring));
+  const int64_t step = aligned(step_bytes(p.depth));
+  const int64_t ring = aligned(kChunkStages * shape.chunk_bytes);
+  plan.resident = needed + warps * step <= most;
+  plan.room_bytes = plan.resident ? step : std::max(step, ring);
 
   Offsets shared, workspace, tile;
   shared.take(kHeaderBytes);

@@ -79,6 +79,7 @@ int main() {
     const fpi::CellLoopPlan plan = fpi::cell_loop_plan(
         p, state, {words[kCores], words[kSharedBytes]}, static_cast<int>(words[kSlots]),
         static_cast<int>(words[kWarps]));
+    if (plan.shared_bytes > words[kSharedBytes]) fail("more shared memory than the device has");
     // NaNs, so that what nobody wrote is seen in the results.
     const auto bytes = static_cast<size_t>(plan.workspace_bytes);
     const std::unique_ptr<void, void (*)(void*)> workspace(std::aligned_alloc(128, bytes),
