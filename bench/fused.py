@@ -1,6 +1,6 @@
 """What the fused loop gains over the host loop and over peers, and what early exit saves.
 
-    python -m bench.fused [--device cpu|cuda] [--short] [--threads N] [--out DIR]
+    python -m bench.fused [--device cpu|cuda] [--short] [--threads N] [--rounds N] [--out DIR]
 
 Times on the CPU are CPU seconds of this process, so that a shared machine counts as little as it
 can; they say nothing of parallel speed. On a device they are those of its work and of the host's.
@@ -10,6 +10,7 @@ Results go to DIR/fused.json and a table to the terminal.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 
 from bench import machine, report
+from bench.fma_peak import fma_gflops
+from bench.fused_report import readme, text
 from bench.fused_rows import (
     CLOCKS,
     FULL,
@@ -25,10 +28,11 @@ from bench.fused_rows import (
     early_exit,
     floor,
     measure,
+    mm_gflops,
     ours,
-    peak_gflops,
     precisions,
     problems,
+    two_threads,
 )
 from bench.measure import use_threads
 from bench.peers import load_entries
@@ -49,40 +53,31 @@ ROWS = (
 def run(size: Size, device: torch.device, modules: tuple[str, ...] = PEERS) -> dict[str, Any]:
     """Everything, as it goes into the JSON file."""
     entries, skipped = load_entries(modules)
-    peak = peak_gflops(device)
+    roof = fma_gflops() if device.type == "cpu" else None
     tables = []
     tasks = problems(size, device)
     for number, task in enumerate(tasks):
         peers = [entry for entry in entries if entry.label in ROWS and number < size.peers]
         table = measure(task, [*ours(device), *peers], size.rounds)
         for row in table["rows"].values():
-            row.update(floor(task, row, peak))
+            row.update(floor(task, row, roof))
         tables.append(table)
         print("\n".join(text(table)), flush=True)
     results = {
         "clock": CLOCKS[device.type],
-        "mm_gflops": peak,
+        "mm_gflops": mm_gflops(device),
+        "fma_gflops": roof,
         "skipped": skipped,
         "problems": tables,
         "early_exit": early_exit(size, device, size.rounds),
     }
-    if device.type == "cuda":
+    if device.type == "cpu":
+        results["two_threads"] = two_threads(tasks[0], size.rounds)
+    else:
         results["precisions"] = {
             task.name: precisions(task, size.rounds) for task in tasks[: size.peers]
         }
     return results
-
-
-def text(table: dict[str, Any]) -> list[str]:
-    """One problem's table for the terminal."""
-    lines = [table["name"], "  s fwd   s fwd+bwd  steps  GFLOP/s  grad err"]
-    for label, row in table["rows"].items():
-        lines.append(
-            f"  {row['forward']['median']:7.3f} {row['both']['median']:7.3f} "
-            f"{row['mean_steps']:8.1f} {row['gflops']:8.1f} {row['gradient_error']:9.1e}  {label}"
-        )
-    lines += [f"  left out: {label}: {why}" for label, why in table["left_out"].items()]
-    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -91,13 +86,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--short", action="store_true", help="smaller batches, fewer rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--rounds", type=int, help="how often each call is timed")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
     use_threads(given.threads)
     device = torch.device(given.device)
-    results = run(SHORT if given.short else FULL, device)
+    size = SHORT if given.short else FULL
+    size = dataclasses.replace(size, rounds=given.rounds or size.rounds)
+    results = run(size, device)
     results["machine"] = machine.describe(device, given.threads, machine.command_line())
+    if device.type == "cpu":
+        results["readme"] = readme(report.finite(results))
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "fused.json"
     path.write_text(json.dumps(report.finite(results), indent=1) + "\n")

@@ -222,13 +222,40 @@ def flops_per_step(cell: Any) -> int:
     return 2 * cell.x_features**2 if hidden is None else 4 * cell.x_features * hidden
 
 
-def floor(task: Problem, row: dict[str, Any], peak: float) -> dict[str, float]:
-    """How far a solve is from its products alone at the speed of torch.mm."""
+def floor(task: Problem, row: dict[str, Any], roof: float | None) -> dict[str, float | None]:
+    """The rate of a solve's products, and its share of what the core can do."""
     rate = flops_per_step(task.cell) * row["iterations_per_second"] / 1e9
-    return {"gflops": rate, "of_mm": rate / peak}
+    return {"gflops": rate, "of_roof": None if roof is None else rate / roof}
 
 
-def peak_gflops(device: torch.device, tries: int = 8) -> float:
+def two_threads(task: Problem, count: int) -> dict[str, dict[str, float]]:
+    """CPU seconds of the fused loop on two threads over those on one."""
+    v = torch.ones_like(task.x0)
+    kept = torch.get_num_threads()
+    seconds: dict[int, dict[str, list[float]]] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for solver in (fpi.Picard(), fpi.Anderson(m=5)):
+        peer = Routed(solver, "fused")
+        name = type(solver).__name__
+        calls[f"{name} forward"] = lambda peer=peer: peer.solve(task, RTOL)
+        calls[f"{name} both"] = lambda peer=peer: peer.solve_and_grad(task, RTOL, RTOL, v)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            seconds[threads] = rounds(calls, count, task.x0.device)
+    finally:
+        torch.set_num_threads(kept)
+    return {
+        name: {
+            kind: statistics.median(seconds[2][f"{name} {kind}"])
+            / statistics.median(seconds[1][f"{name} {kind}"])
+            for kind in ("forward", "both")
+        }
+        for name in ("Picard", "Anderson")
+    }
+
+
+def mm_gflops(device: torch.device, tries: int = 8) -> float:
     """The best rate of torch.mm on square matrices in IEEE float32, by the device's clock."""
     dimension = 1024 if device.type == "cpu" else 8192
     a = torch.randn(dimension, dimension, device=device)

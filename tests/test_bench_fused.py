@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fpi_cuda as fpi
-from bench import fused, fused_rows
+from bench import fused, fused_rows, machine, report
+from bench.fused_report import FAMILIES, readme
 from bench.peers import graphed, load_entries, loop
 
 
@@ -26,6 +27,17 @@ def test_the_benchmark_of_the_fused_loop() -> None:
         for row in table["rows"].values():
             assert row["gradient_error"] < 1e-2
             assert row["forward"]["median"] > 0
+    results["machine"] = machine.describe(torch.device("cpu"), 1, ["python"])
+    section = readme(report.finite(results))
+    for table in results["problems"]:
+        lines = [line for line in section.splitlines() if line.startswith(f"| {table['name']} |")]
+        forward, both = (line.strip("| ").split(" | ") for line in lines)
+        assert len(both) == 1 + len(FAMILIES)
+        assert len(forward) == 3 + len(FAMILIES)
+        known = both[1:4] if table is first else both[1:3]
+        assert all(float(cell) > 0 for cell in known)
+        assert both[-1] == "-"
+    assert set(results["two_threads"]) == {"Picard", "Anderson"}
     exits = results["early_exit"]["Picard"]
     assert exits["mean_steps"]["easy"] < exits["mean_steps"]["mixed"] < exits["mean_steps"]["hard"]
 

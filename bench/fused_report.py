@@ -1,0 +1,113 @@
+"""Tables of bench.fused, for the terminal and for README."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.report import Table, piped, two
+
+FAMILIES = {
+    "fused": ("fpi_cuda Anderson, fused", "fpi_cuda Picard, fused"),
+    "host loop": ("fpi_cuda Anderson, host", "fpi_cuda Picard, host"),
+    "torch loop": ("torch loop, per-sample stop",),
+    "torch.compile": ("torch.compile'd loop (best)",),
+    "torchdeq": ("torchdeq Anderson (best)", "torchdeq Picard (best)"),
+    "jaxopt": ("jaxopt Anderson (best)", "jaxopt Picard (best)"),
+}
+"""Columns, and the rows that each is the fastest of."""
+
+
+def text(table: dict[str, Any]) -> list[str]:
+    """One problem's table for the terminal."""
+    lines = [table["name"], "  s fwd   s fwd+bwd  steps  GFLOP/s  grad err"]
+    for label, row in table["rows"].items():
+        lines.append(
+            f"  {row['forward']['median']:7.3f} {row['both']['median']:7.3f} "
+            f"{row['mean_steps']:8.1f} {row['gflops']:8.1f} {row['gradient_error']:9.1e}  {label}"
+        )
+    lines += [f"  left out: {label}: {why}" for label, why in table["left_out"].items()]
+    return lines
+
+
+def readme(results: dict[str, Any]) -> str:
+    """The section on the CPU: seconds of every contender, and what early exit saves."""
+    where = results["machine"]
+    roof = results["fma_gflops"]
+    told = "" if roof is None else f", whose roof is {roof:.0f} GFLOP/s per core"
+    parts = [
+        "### The fused loop on the CPU",
+        f"Milliseconds of CPU to a true residual of {results['problems'][0]['rtol']:g} in every "
+        f"sample, the faster of Picard and Anderson in each column, {where['threads']} thread(s) "
+        f"of {where['cpu']}{told}. Steps are evaluations of g per sample; of roof is the share "
+        "of the core's multiply-add rate that the products of those steps come to over the whole "
+        "forward call. Peers get the loosest tolerance that reaches the residual, and what they "
+        "return may be one step beyond the last that they tested.",
+        "**Forward**",
+        piped(times(results, "forward")),
+        "**Forward and backward**",
+        piped(times(results, "both")),
+        *missing(results),
+        early_exit(results["early_exit"]),
+    ]
+    if "two_threads" in results:
+        parts.append(two_threads(results["two_threads"]))
+    parts.append(f"Commit {where['commit']}, {where['date']}: `{where['command']}`.")
+    return "\n\n".join(parts)
+
+
+def times(results: dict[str, Any], kind: str) -> Table:
+    """A row per problem, a column per contender."""
+    forward = kind == "forward"
+    rows: Table = [("cell", *FAMILIES, *(("steps/s, fused", "of roof") if forward else ()))]
+    for table in results["problems"]:
+        cells = [fastest(table, labels, kind) for labels in FAMILIES.values()]
+        shown = tuple("-" if row is None else two(1000 * row[kind]["median"]) for row in cells)
+        fused = cells[0]
+        more: tuple[str, ...] = ()
+        if forward and fused is not None:
+            share = fused["of_roof"]
+            rate = fused["iterations_per_second"]
+            more = (f"{rate / 1e6:.2g}M", "-" if share is None else f"{share:.0%}")
+        rows.append((table["name"], *shown, *more))
+    return rows
+
+
+def fastest(table: dict[str, Any], labels: tuple[str, ...], kind: str) -> dict[str, Any] | None:
+    """The row of the least time among these; None where none was measured."""
+    rows = [table["rows"][label] for label in labels if label in table["rows"]]
+    return min(rows, key=lambda row: row[kind]["median"], default=None)
+
+
+def missing(results: dict[str, Any]) -> list[str]:
+    """What could not be measured, and why."""
+    lines = [
+        f"{table['name']}, not measured: {label}: {why}"
+        for table in results["problems"]
+        for label, why in table["left_out"].items()
+    ]
+    lines += [f"Skipped: {name}: {why}" for name, why in results["skipped"].items()]
+    return lines
+
+
+def early_exit(exits: dict[str, Any]) -> str:
+    """What a batch with a few hard samples costs."""
+    ratios = [
+        f"{exits[solver][route]['of_ideal']:.2f} ({solver}, {name})"
+        for solver in ("Picard", "Anderson")
+        for route, name in (("fused", "fused"), ("host", "host loop"))
+    ]
+    steps = exits["Picard"]["mean_steps"]
+    return (
+        f"A batch of {exits['batch']} tanh cells of {exits['features']} features with 10% hard "
+        f"samples ({steps['hard']:.0f} Picard steps; the others take {steps['easy']:.1f}) costs, "
+        f"over the same samples solved among their like: {', '.join(ratios)}."
+    )
+
+
+def two_threads(rows: dict[str, Any]) -> str:
+    """CPU seconds that a second thread adds."""
+    told = [
+        f"{label} {row['forward']:.2f} forward, {row['both']:.2f} with backward"
+        for label, row in rows.items()
+    ]
+    return f"CPU time on two threads over that on one, on the first of them: {'; '.join(told)}."
