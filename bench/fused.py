@@ -1,6 +1,6 @@
 """What the fused loop gains over the host loop and over peers, and what early exit saves.
 
-    python -m bench.fused [--device cpu|cuda] [--short] [--threads N] [--rounds N] [--out DIR]
+    python -m bench.fused [--device cpu|cuda] [--short | --quarter] [--threads N] [--out DIR]
 
 Times on the CPU are CPU seconds of this process, so that a shared machine counts as little as it
 can; they say nothing of parallel speed. On a device they are those of its work and of the host's.
@@ -10,7 +10,6 @@ Results go to DIR/fused.json and a table to the terminal.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from bench.fused_report import readme, text
 from bench.fused_rows import (
     CLOCKS,
     FULL,
+    QUARTER,
     SHORT,
     Size,
     early_exit,
@@ -86,14 +86,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--short", action="store_true", help="smaller batches, fewer rounds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--rounds", type=int, help="how often each call is timed")
+    parser.add_argument("--quarter", action="store_true", help="a quarter of the large batches")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA device here")
     use_threads(given.threads)
     device = torch.device(given.device)
-    size = SHORT if given.short else FULL
-    size = dataclasses.replace(size, rounds=given.rounds or size.rounds)
+    size = SHORT if given.short else QUARTER if given.quarter else FULL
     results = run(size, device)
     results["machine"] = machine.describe(device, given.threads, machine.command_line())
     if device.type == "cpu":

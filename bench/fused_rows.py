@@ -45,6 +45,8 @@ SHORT = Size(
     dense=((512, 512), (64, 1024), (8192, 64)), energy=(512, 159, 600), heavy=(1024, 128),
     rounds=3, peers=1,
 )  # fmt: skip
+QUARTER = Size(dense=((2048, 512), (64, 2048), (16384, 64)), rounds=3)
+"""The large batches cut to a quarter, for a CPU that others use too."""
 TINY = Size((16, 9, 12), ((16, 8),), (16, 8, 12), (20, 8), 1, 1)
 
 
