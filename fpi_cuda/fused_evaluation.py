@@ -101,7 +101,7 @@ class CellLayer(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*nothing, *differentiated(ctx.activation, (h, weight, bias, shift), needed, v))
         delta = v if slope is None else v * slope
-        if transforms.is_legacy_batched(v):
+        if transforms.is_legacy_batched(v) or transforms.active() or len(h) == 0:
             by_h, by_weight = delta @ weight, delta.mT @ h
         else:
             delta = delta.contiguous()

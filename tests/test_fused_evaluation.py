@@ -205,11 +205,22 @@ def test_many_cotangents_at_once() -> None:
     v = torch.randn(3, 4, 7, dtype=torch.float64)
     inputs = [z, *cell.parameters()]
     at_once = torch.autograd.grad(x, inputs, v, is_grads_batched=True, retain_graph=True)
+    by_vmap = torch.func.vmap(lambda w: torch.autograd.grad(x, inputs, w, retain_graph=True))(v)
     for i in range(3):
-        for batched, alone in zip(
-            at_once, torch.autograd.grad(x, inputs, v[i], retain_graph=True), strict=True
+        for batched, mapped, alone in zip(
+            at_once, by_vmap, torch.autograd.grad(x, inputs, v[i], retain_graph=True), strict=True
         ):
             torch.testing.assert_close(batched[i], alone, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(mapped[i], alone, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_no_samples_have_no_gradient(name: str) -> None:
+    cell = CELLS[name]()
+    z = torch.empty(0, 3, requires_grad=True)
+    x = fpi.fixed_point(cell, torch.empty(0, 7), z).value
+    for gradient in torch.autograd.grad(x.sum(), [z, *cell.parameters()]):
+        assert not bool(gradient.any())
 
 
 def test_a_weight_written_to_in_between_is_noticed() -> None:
