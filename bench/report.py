@@ -199,8 +199,24 @@ def not_run(problem: dict[str, Any]) -> list[str]:
     """Which rows there are not, and why; labels with the same reason share a line."""
     reasons: dict[str, list[str]] = {}
     for label, why in problem["failed"].items():
-        reasons.setdefault(why, []).append(label)
+        reasons.setdefault(grouped(why), []).append(label)
     return [f"not run: {', '.join(labels)}: {why}" for why, labels in reasons.items()]
+
+
+def grouped(why: str) -> str:
+    """ "setting: reason; setting: reason" with the settings counted where a reason comes again."""
+    settings: dict[str, list[str]] = {}
+    for part in why.split("; "):
+        setting, colon, reason = part.partition(": ")
+        settings.setdefault(reason if colon else part, []).append(setting)
+    return (
+        "; ".join(
+            f"{len(names)} settings: {reason}" if len(names) > 1 else f"{names[0]}: {reason}"
+            for reason, names in settings.items()
+            if names[0] != reason
+        )
+        or why
+    )
 
 
 FASTER = 0.95

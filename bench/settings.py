@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -265,6 +266,9 @@ def screen(peer: Peer, problem: Problem) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The kind of an error and the first line of its message."""
+    """The kind of an error and the first line of its message; of a traceback in it, the last."""
     text = str(error).strip().splitlines()
+    raised = [line for line in text if re.match(r"\w*(Error|Exception): ", line)]
+    if raised and "Traceback" in text[0]:
+        return raised[-1][:160]
     return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__

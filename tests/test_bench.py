@@ -212,6 +212,18 @@ def test_broken_peer_is_reported_by_name() -> None:
         choose(Entry("broken", (Broken("setting A"),)), task())
 
 
+def test_reason_of_a_traceback_is_its_last_error() -> None:
+    inner = "Traceback (most recent call last):\n  ...\n_EquinoxRuntimeError: A stagnation.\n\n---"
+    text = f"INTERNAL: error calling callback: {inner}"
+    assert settings.reason(ValueError(text)) == "_EquinoxRuntimeError: A stagnation."
+    assert settings.reason(ValueError("one\ntwo")) == "ValueError: one"
+
+
+def test_settings_with_one_reason_are_counted() -> None:
+    assert report.grouped("a: X: no; b: X: no; c: Y") == "2 settings: X: no; c: Y"
+    assert report.grouped("too slow") == "too slow"
+
+
 def test_missing_library_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "bench.peers.loop", None)
     entries, skipped = load_entries(("loop", "ours"))
