@@ -41,7 +41,7 @@ def text(results: dict[str, Any]) -> str:
     lines += ["", *wrapped([LEGEND])]
     for problem in results["problems"]:
         for table in problem["tables"]:
-            lines += ["", title(problem, table["batch"]), *aligned(throughput_table(table))]
+            lines += ["", title(problem, table["batch"]), *aligned(fitting_table(table))]
             lines += wrapped(left_out(table))
         lines += wrapped(settings(problem) + faster(problem) + not_run(problem))
         if "contamination" in problem:
@@ -117,7 +117,14 @@ def title(problem: dict[str, Any], batch: int) -> str:
     )
 
 
-def throughput_table(table: dict[str, Any]) -> Table:
+def fitting_table(table: dict[str, Any]) -> Table:
+    """The same without the ranges where they would make it too wide for the terminal."""
+    full = throughput_table(table)
+    fits = max(map(len, aligned(full))) <= WIDTH
+    return full if fits else throughput_table(table, ranges=False)
+
+
+def throughput_table(table: dict[str, Any], *, ranges: bool = True) -> Table:
     """Rows of COLUMNS: samples converged per second, and time over fpi_cuda Anderson's."""
     rows: Table = [COLUMNS]
     rows += [
@@ -125,9 +132,9 @@ def throughput_table(table: dict[str, Any]) -> Table:
             row["label"],
             share(row["solved"]),
             f"{row['steps_mean']:.0f}/{row['steps_max']:.0f}",
-            *_timing(row["forward"]),
+            *_timing(row["forward"], ranges),
             share(row["gradient_solved"]) if "both" in row else "-",
-            *_timing(row.get("both")),
+            *_timing(row.get("both"), ranges),
             f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else "",
         )
         for row in table["rows"]
@@ -135,11 +142,13 @@ def throughput_table(table: dict[str, Any]) -> Table:
     return rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]
 
 
-def _timing(timing: dict[str, Any] | None) -> tuple[str, str]:
+def _timing(timing: dict[str, Any] | None, ranges: bool) -> tuple[str, str]:
     if timing is None:
         return "-", "-"
     ratio = timing.get("time_over_baseline")
-    shown = f"{two(ratio['median'])} ({two(ratio['min'])}-{two(ratio['max'])})" if ratio else ""
+    shown = two(ratio["median"]) if ratio else ""
+    if ratio and ranges:
+        shown += f" ({two(ratio['min'])}-{two(ratio['max'])})"
     return rate(timing["solved_per_second"]), shown
 
 

@@ -408,6 +408,17 @@ def test_terminal_tables_fit_and_name_every_row(results: dict) -> None:
     assert "tanh: B=8, d=8, float32, true residual 1e-06" in text
 
 
+def test_ranges_give_way_where_a_table_is_too_wide(results: dict) -> None:
+    table = json.loads(json.dumps(results["problems"][0]["tables"][1]))
+    for row in table["rows"]:
+        for key in ("forward", "both"):
+            row[key]["time_over_baseline"] = {"min": 123456.0, "median": 234567.0, "max": 3456789.0}
+            row[key]["solved_per_second"] = 123456.0
+    lines = report.aligned(report.fitting_table(table))
+    assert max(map(len, lines)) <= report.WIDTH
+    assert "234567" in lines[1]
+
+
 def test_what_is_missing_stands_in_both_reports(results: dict) -> None:
     problem = results["problems"][0]
     problem = problem | {"failed": {"a peer": "too slow, 7 s"}}
