@@ -17,6 +17,7 @@ for name in ("matplotlib", "numpy", "tqdm"):
 from PIL import Image
 
 from bench.paper import denoise, denoise_report
+from bench.paper.checkpoints import Unfinished
 from bench.paper.denoise_models import (
     ConvolutionalMap,
     FeedforwardDenoiser,
@@ -66,6 +67,41 @@ def test_smoke_form_runs_on_made_up_images(tmp_path: Path) -> None:
         assert 19.5 < level["before"][folder] < 22
         assert trained[denoise.FPI]["sets"][folder]["solves"]["solved"] == 1
         assert f"| 25 | {folder} | {denoise.FPI} |" in result["readme"]
+
+
+def test_a_run_that_was_cut_off_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("train400", *denoise.TEST_SETS):
+        write_images(tmp_path / "denoise" / folder, 2, 48)
+    config = dataclasses.replace(
+        denoise.SIZES["smoke"], sigmas=(25, 15, 20), epochs=1, batches=1, test_images=1
+    )
+    given = ["--data", str(tmp_path), "--out", str(tmp_path)]
+    given += ["--checkpoints", str(tmp_path / "checkpoints")]
+
+    def run(*more: str) -> dict:
+        sizes = {"full": config, "smoke": config}
+        return main("denoise", denoise.experiment, denoise_report.tell, sizes, [*given, *more])
+
+    with pytest.raises(Unfinished, match="no noise level is finished"):
+        run("--finished")
+    train = denoise.train
+
+    def cut_off(name: str, *args: object, **options: object) -> object:
+        if "sigma 20" in name:
+            raise KeyboardInterrupt
+        return train(name, *args, **options)
+
+    monkeypatch.setattr(denoise, "train", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    result = run("--finished")
+    assert list(result["levels"]) == ["15", "25"]
+    assert result["unfinished"] == [20]
+    assert "**Not run to its end**: sigma 20" in result["readme"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
 
 
 def test_psnr_of_a_known_error() -> None:

@@ -12,6 +12,10 @@ import torch
 CONFIG = "config.json"
 
 
+class Unfinished(Exception):
+    """A training that is not finished, where none may be trained."""
+
+
 class Checkpoints:
     """A folder of checkpoints that belong to one configuration.
 
@@ -19,16 +23,25 @@ class Checkpoints:
         folder: made where it is missing.
         fingerprint: what the checkpoints depend on.
         resume: keep what is there; False starts afresh.
+        finished_only: report what is there and train nothing; keeps it, too.
     Raises:
         ValueError: the folder is to be resumed but belongs to another configuration.
     """
 
-    def __init__(self, folder: Path, fingerprint: dict[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: dict[str, Any],
+        *,
+        resume: bool,
+        finished_only: bool = False,
+    ) -> None:
         self.folder = folder
+        self.finished_only = finished_only
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(fingerprint, sort_keys=True, default=str)
         path = folder / CONFIG
-        if not resume:
+        if not (resume or finished_only):
             self.clear()
         elif path.exists() and path.read_text() != text:
             raise ValueError(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from bench.paper import denoise_report
 from bench.paper.account import Account, last_solution
+from bench.paper.checkpoints import Unfinished
 from bench.paper.denoise_models import (
     FeedforwardDenoiser,
     FixedPointDenoiser,
@@ -259,11 +260,19 @@ def experiment(run: Run, config: Config) -> dict[str, Any]:
     """All of it."""
     images = read_folder(run.data / "denoise" / "train400")
     levels: dict[str, Any] = {}
+    unfinished: list[int] = []
     for sigma in config.sigmas:
-        by_seed = [compare(run, config, images, sigma, seed) for seed in range(config.seeds)]
+        try:
+            by_seed = [compare(run, config, images, sigma, seed) for seed in range(config.seeds)]
+        except Unfinished:
+            unfinished.append(sigma)
+            continue
         levels[str(sigma)] = summarize(by_seed)
         denoise_report.show(restored(run, config, by_seed[0], sigma), run.picture(f"-sigma{sigma}"))
-    result = {"levels": levels}
+    if not levels:
+        raise Unfinished("denoise: no noise level is finished")
+    levels = {sigma: levels[sigma] for sigma in sorted(levels, key=int)}
+    result = {"levels": levels, "unfinished": unfinished}
     denoise_report.plot(result, run.picture())
     return result
 

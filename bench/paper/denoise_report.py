@@ -91,6 +91,8 @@ def finding(result: dict[str, Any], size: str) -> str:
             + "."
         )
         parts.append(verdict(sigma, level))
+    for sigma in result.get("unfinished", []):
+        parts.append(f"**Not run to its end**: sigma {sigma}, for want of time.")
     return " ".join(parts)
 
 

@@ -81,7 +81,7 @@ def main(
         device,
         size,
         OUT if options.out is None else options.out,
-        Checkpoints(folder, fingerprint, resume=options.resume),
+        Checkpoints(folder, fingerprint, resume=options.resume, finished_only=options.finished),
     )
     run.out.mkdir(parents=True, exist_ok=True)
     command = ["python", "-m", f"bench.paper.{name}", *given]
@@ -98,7 +98,8 @@ def main(
     path = run.out / f"{run.stem}.json"
     text = json.dumps(result, indent=1)
     path.write_text(text + "\n")
-    run.checkpoints.clear()
+    if not options.finished:
+        run.checkpoints.clear()
     print(f"\n{result['readme']}\n\nWritten: {path}")
     return dict(json.loads(text))
 
@@ -136,6 +137,9 @@ def parser(name: str, sizes: dict[str, Any]) -> argparse.ArgumentParser:
     options.add_argument("--smoke", action="store_true", help="a few minutes on a CPU at most")
     options.add_argument("--size", choices=sorted(sizes), default="full")
     options.add_argument("--resume", action="store_true", help="go on where a run was broken off")
+    options.add_argument(
+        "--finished", action="store_true", help="train nothing; report what a run has finished"
+    )
     options.add_argument("--out", type=Path, help="folder for the result; default bench/out")
     options.add_argument("--checkpoints", type=Path, help="folder; default below bench/out")
     return options

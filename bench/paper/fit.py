@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bench.paper.checkpoints import Checkpoints
+from bench.paper.checkpoints import Checkpoints, Unfinished
 
 Entry = dict[str, float]
 
@@ -72,10 +72,15 @@ def once(checkpoints: Checkpoints, name: str, compute: Callable[[], dict[str, An
     """compute(), or what it returned before the run was broken off.
 
     Its own checkpoint, under the same name, is then of no more use and deleted.
+
+    Raises:
+        Unfinished: there is no such result, and the checkpoints are `finished_only`.
     """
     finished = f"{name}, finished"
     result = checkpoints.load(finished)
     if result is None:
+        if checkpoints.finished_only:
+            raise Unfinished(f"{name} is not finished: run without --finished to train it")
         result = compute()
         checkpoints.save(finished, result)
         checkpoints.delete(name)
