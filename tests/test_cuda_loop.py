@@ -16,6 +16,8 @@ from emulated_loop import H100_SHARED, EmulatedLoop, compile_loop
 from lowered_maps import MAPS, adjoint, contraction, one_layer, permuted, two_layers, with_strides
 from torch import Tensor
 
+import fpi_cuda as fpi
+from fpi_cuda import backends
 from fpi_cuda.backends import reference_loop
 from fpi_cuda.lowered import ACTIVATIONS, Layer, Lowered
 from fpi_cuda.options import Anderson, Picard
@@ -296,3 +298,42 @@ def test_steps_out_of_float32_range_are_taken_in_double(start: Start) -> None:
         other = run(reference_loop, lowered, x0, Anderson(m=2), max_steps=6)
         torch.testing.assert_close(one.x / scale, other.x / scale, rtol=1e-4, atol=1e-4)
         assert one.num_steps.tolist() == other.num_steps.tolist()
+
+
+Z, X, HIDDEN = 5, 7, 11
+CELLS: dict[str, Callable[[], Any]] = {
+    "dense": lambda: fpi.cells.Dense(Z, X),
+    "mlp": lambda: fpi.cells.MLP(Z, X, HIDDEN, "softplus"),
+    "descent": lambda: fpi.cells.GradientDescent(fpi.cells.MLPEnergy(Z, X, HIDDEN), 0.5),
+}
+
+
+@pytest.mark.skipif(not fpi.native_available(), reason="no native library")
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
+@pytest.mark.parametrize("name", list(CELLS))
+def test_cells_and_their_adjoints_go_through_it(
+    start: Start, monkeypatch: pytest.MonkeyPatch, name: str, precision: str
+) -> None:
+    """A layer's value and gradients, with the loop of a device as the backend."""
+    cell, z, v = CELLS[name](), torch.randn(9, Z), torch.randn(9, X)
+    exact = gradients(cell.double(), z.double(), v.double(), rtol=1e-10, route="host")
+    engine = start(cores=1)
+    calls: list[str] = []
+
+    def counted(*args: Any, **kwargs: Any) -> None:
+        calls.append(NAMES[kwargs["precision"]])
+        EmulatedLoop.cell_loop_(engine, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "cell_loop_", counted)
+    monkeypatch.setattr(backends, "resolve", lambda *_: engine)
+    found = gradients(cell.float(), z, v, rtol=1e-5, route="fused", precision=precision)
+    assert calls == [precision] * 2
+    for one, other in zip(found, exact, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-3
+
+
+def gradients(cell: Any, z: Tensor, v: Tensor, **given: Any) -> list[Tensor]:
+    """The fixed point, and the gradients of sum(v x) in z and in the parameters."""
+    z = z.clone().requires_grad_()
+    value = fpi.FPILayer(cell, max_steps=300, **given)(z)
+    return [value.detach(), *torch.autograd.grad((value * v).sum(), [z, *cell.parameters()])]

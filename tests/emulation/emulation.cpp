@@ -23,6 +23,7 @@ namespace emulation {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kMostRoundsHeld = 200;
 constexpr size_t kWidestShuffle = 16;
 constexpr size_t kWidestExchange = 24;
 
@@ -153,19 +154,28 @@ void run_block(int threads) {
   for (int t = 0; t < threads; ++t) start(*fibers[t], static_cast<unsigned>(t));
   std::vector<int> turn(threads);
   std::iota(turn.begin(), turn.end(), 0);
+  // With a seed, one warp after another sits still for a while: the others run as far ahead of it
+  // as the barriers let them.
+  int held = -1, rounds_held = 0;
   while (true) {
     if (order_seed) std::shuffle(turn.begin(), turn.end(), order);
+    if (order_seed && --rounds_held < 0) {
+      held = static_cast<int>(order() % ((threads + 31) / 32 + 1)) - 1;
+      rounds_held = static_cast<int>(order() % kMostRoundsHeld);
+    }
     bool ran = false, left = false;
     for (const int t : turn) {
       Fiber& fiber = *fibers[t];
-      if (!fiber.done && fiber.waits == Wait::kNothing) {
+      if (!fiber.done && fiber.waits == Wait::kNothing && t / 32 != held) {
         resume(fiber);
         ran = true;
       }
       left = left || !fiber.done;
     }
     if (!left) return;
-    if (!release(threads) && !ran) fail("some threads wait for others that never come");
+    if (release(threads) || ran) continue;
+    if (held < 0) fail("some threads wait for others that never come");
+    held = -1;
   }
 }
 
