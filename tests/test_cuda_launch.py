@@ -91,6 +91,13 @@ def test_a_missing_barrier_shows_in_the_results(faults: Path) -> None:
         assert "-nan" in outcome(faults, "without barrier", seed).stdout
 
 
+def test_a_warp_may_fall_behind_the_others(faults: Path) -> None:
+    expected = [str((i + 32) % 64) for i in range(64)]
+    found = [outcome(faults, "warps apart", str(seed)).stdout for seed in range(8)]
+    assert found[0].split() == expected  # without a seed all go in step
+    assert any("nan" in text for text in found)
+
+
 def test_shared_memory_that_nobody_wrote_is_nan(faults: Path) -> None:
     assert outcome(faults, "never written").stdout.split()[0] in ("nan", "-nan")
 

@@ -20,6 +20,13 @@ __global__ void neighbour(float* out, bool waits) {
   out[threadIdx.x] = shared()[(threadIdx.x + 1) % blockDim.x];
 }
 
+// Each thread reads what the other warp wrote, after a barrier of its own warp alone.
+__global__ void other_warp(float* out) {
+  shared()[threadIdx.x] = static_cast<float>(threadIdx.x);
+  __syncwarp();
+  out[threadIdx.x] = shared()[(threadIdx.x + 32) % blockDim.x];
+}
+
 __global__ void past_the_end(float* out, int index) { out[index] = shared()[0]; }
 __global__ void past_shared(float* out, int index) { out[0] = shared()[index]; }
 __global__ void some_wait(bool) {
@@ -91,6 +98,7 @@ int main(int count, char** arguments) {
   emulation::set_seed(count > 2 ? std::atoi(arguments[2]) : 0);
   if (is("with barrier")) go(neighbour, kThreads, out, true);
   if (is("without barrier")) go(neighbour, kThreads, out, false);
+  if (is("warps apart")) go(other_warp, kThreads, out);
   if (is("butterfly")) go(butterfly, 32, out);
   if (is("past the end")) go(past_the_end, 1, out, kThreads);
   if (is("past shared memory")) go(past_shared, kThreads, out, 4 * kThreads + 1);
