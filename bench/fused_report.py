@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.report import Table, piped, two
+from bench.report import Table, piped, rate, two
 
 FAMILIES = {
     "fused": ("fpi_cuda Anderson, fused", "fpi_cuda Picard, fused"),
@@ -49,9 +49,10 @@ def readme(results: dict[str, Any]) -> str:
         *missing(results),
         early_exit(results["early_exit"]),
     ]
-    if "two_threads" in results:
-        parts.append(two_threads(results["two_threads"]))
-    parts.append(f"Commit {where['commit']}, {where['date']}: `{where['command']}`.")
+    command = f"`{where['command']}`"
+    if "--quarter" in command:
+        command += ", which cuts the full form's (8192, 512) and (65536, 64) to a quarter"
+    parts.append(f"Commit {where['commit']}, {where['date']}: {command}.")
     return "\n\n".join(parts)
 
 
@@ -66,8 +67,8 @@ def times(results: dict[str, Any], kind: str) -> Table:
         more: tuple[str, ...] = ()
         if forward and fused is not None:
             share = fused["of_roof"]
-            rate = fused["iterations_per_second"]
-            more = (f"{rate / 1e6:.2g}M", "-" if share is None else f"{share:.0%}")
+            per_second = rate(fused["iterations_per_second"])
+            more = (per_second, "-" if share is None else f"{share:.0%}")
         rows.append((table["name"], *shown, *more))
     return rows
 
@@ -81,7 +82,7 @@ def fastest(table: dict[str, Any], labels: tuple[str, ...], kind: str) -> dict[s
 def missing(results: dict[str, Any]) -> list[str]:
     """What could not be measured, and why."""
     lines = [
-        f"{table['name']}, not measured: {label}: {why}"
+        f"{table['name']}, not measured: {label.removesuffix(' (best)')}: {why}"
         for table in results["problems"]
         for label, why in table["left_out"].items()
     ]
@@ -102,12 +103,3 @@ def early_exit(exits: dict[str, Any]) -> str:
         f"samples ({steps['hard']:.0f} Picard steps; the others take {steps['easy']:.1f}) costs, "
         f"over the same samples solved among their like: {', '.join(ratios)}."
     )
-
-
-def two_threads(rows: dict[str, Any]) -> str:
-    """CPU seconds that a second thread adds."""
-    told = [
-        f"{label} {row['forward']:.2f} forward, {row['both']:.2f} with backward"
-        for label, row in rows.items()
-    ]
-    return f"CPU time on two threads over that on one, on the first of them: {'; '.join(told)}."

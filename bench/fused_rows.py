@@ -231,7 +231,10 @@ def floor(task: Problem, row: dict[str, Any], roof: float | None) -> dict[str, f
 
 
 def two_threads(task: Problem, count: int) -> dict[str, dict[str, float]]:
-    """CPU seconds of the fused loop on two threads over those on one."""
+    """CPU seconds of the fused loop on two threads over those on one.
+
+    A thread that waits spins, and counts: only on an idle machine does this say anything.
+    """
     v = torch.ones_like(task.x0)
     kept = torch.get_num_threads()
     seconds: dict[int, dict[str, list[float]]] = {}
