@@ -62,6 +62,7 @@ def markdown(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     commits = {problem.get("commit", where["commit"]): None for problem in results["problems"]}
     parts = [
+        f"### Throughput against other libraries on {where['device']}",
         f"Measured on {where['cpu'] if where['device'] == 'cpu' else where['device']}, "
         f"{where['threads']} thread(s), Python {where['python']}, {versions}, commit "
         f"{' and '.join(commits)}, {where['date']}: `{where['command']}`.",
