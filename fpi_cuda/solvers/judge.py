@@ -39,7 +39,8 @@ def judged(
     if rtol:
         start = torch.maximum(row_norm(x0), row_norm(lowered(x0)))
         tolerance = torch.minimum(rtol * row_norm(value), LARGEST_TOLERANCE * start)
-    passes = residual <= tolerance + atol
+    # A tolerance may be infinite too, where g overflows.
+    passes = (residual <= tolerance + atol) & residual.isfinite()
     status = result.status
     lost = (status == Status.NONFINITE) | (status == Status.DIVERGED)
     failed = torch.where(status == Status.CONVERGED, int(Status.STALLED), status)
