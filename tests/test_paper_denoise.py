@@ -100,7 +100,7 @@ def test_a_run_that_was_cut_off_is_reported(
     result = run("--finished")
     assert list(result["levels"]) == ["15", "25"]
     assert result["unfinished"] == [20]
-    assert "**Not run to its end**: sigma 20" in result["readme"]
+    assert "**Not run to its end**, for want of time: sigma 20." in result["readme"]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
 
 

@@ -96,8 +96,9 @@ def finding(result: dict[str, Any], size: str) -> str:
             + "."
         )
         parts.append(verdict(sigma, level))
-    for sigma in result.get("unfinished", []):
-        parts.append(f"**Not run to its end**: sigma {sigma}, for want of time.")
+    if result.get("unfinished"):
+        missing = " and ".join(str(sigma) for sigma in sorted(result["unfinished"]))
+        parts.append(f"**Not run to its end**, for want of time: sigma {missing}.")
     return " ".join(parts)
 
 
