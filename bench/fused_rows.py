@@ -51,15 +51,20 @@ TINY = Size((16, 9, 12), ((16, 8),), (16, 8, 12), (20, 8), 1, 1)
 
 
 class Routed(FpiCuda):
-    """fixed_point by one route, and in one precision."""
+    """fixed_point by one route, in one precision, by a backend or the best there is."""
 
     def __init__(
-        self, solver: fpi.Anderson | fpi.Picard, route: str, precision: str = "ieee"
+        self,
+        solver: fpi.Anderson | fpi.Picard,
+        route: str,
+        precision: str = "ieee",
+        backend: str | None = None,
     ) -> None:
         super().__init__(solver)
-        self.name = f"{solver}, route={route}, precision={precision}"
+        self.name = f"{solver}, route={route}, precision={precision}, backend={backend}"
         self.route = route
         self.precision = precision
+        self.backend = backend
 
     def _solution(
         self, problem: Problem, z: Tensor, tol: float, adjoint_tol: float
@@ -74,21 +79,28 @@ class Routed(FpiCuda):
             adjoint=fpi.Implicit(rtol=adjoint_tol),
             route=self.route,
             precision=self.precision,
+            backend=self.backend,
         )
 
 
 def ours(device: torch.device) -> list[Entry]:
     """Both solvers by every route, and what tensor cores do to the same tolerance."""
-    ways = [("fused", "ieee"), ("host", "ieee")]
+    ways = [("fused", "ieee", None), ("host", "ieee", None)]
     if device.type == "cuda":
-        ways[1:1] = [("fused", "tf32x3"), ("device", "ieee")]
+        ways[1:1] = [
+            ("fused", "tf32x3", None),
+            ("fused", "ieee", "triton"),
+            ("fused", "tf32x3", "triton"),
+            ("device", "ieee", None),
+        ]
     return [
         Entry(
             f"fpi_cuda {type(solver).__name__}, {route}"
+            + ("" if backend is None else f" by {backend}")
             + ("" if precision == "ieee" else f" in {precision}"),
-            (Routed(solver, route, precision),),
+            (Routed(solver, route, precision, backend),),
         )
-        for route, precision in ways
+        for route, precision, backend in ways
         for solver in (fpi.Anderson(m=5), fpi.Picard())
     ]
 
