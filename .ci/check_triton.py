@@ -135,7 +135,8 @@ def compile_step(variant):
         "STALL_STEPS": 20.0,
     }
     divisible = {"dim"} if dim % 16 == 0 else set()
-    return built(kernel, constants, state, history, divisible, shape.num_warps, CAPABILITY)
+    options = {"num_warps": shape.num_warps}
+    return built(kernel, constants, state, history, divisible, options, CAPABILITY)
 
 
 def compile_loop(variant):
@@ -167,10 +168,11 @@ def compile_loop(variant):
         "BLOCK": shape.block,
         "COMPUTE": tl.float64 if state == "fp64" else tl.float32,
     }
-    return built(cell_loop_kernel, constants, state, state, (), shape.num_warps, capability)
+    options = {"num_warps": shape.num_warps, "maxnreg": shape.registers}
+    return built(cell_loop_kernel, constants, state, state, (), options, capability)
 
 
-def built(kernel, constants, state, history, divisible, num_warps, capability):
+def built(kernel, constants, state, history, divisible, options, capability):
     """(capability, registers, spill bytes) of a kernel compiled for these constants."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -187,7 +189,7 @@ def built(kernel, constants, state, history, divisible, num_warps, capability):
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     target = GPUTarget("cuda", capability, 32)
-    code = triton.compile(source, target=target, options={"num_warps": num_warps})
+    code = triton.compile(source, target=target, options=options)
     return capability, *resources(code.asm["ptx"])
 
 

@@ -85,6 +85,7 @@ def cell_loop_(
             BLOCK=shape.block,
             COMPUTE=tl.float64 if x.dtype == torch.float64 else tl.float32,
             num_warps=shape.num_warps,
+            maxnreg=shape.registers,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How the fused loop is cut into tiles: by depth, dtype and precision alone.
+"""How the fused loop is cut into tiles: by depth and dtype alone.
 
 So the order of every sum, and with it each bit of a sample's result, is the same in any batch.
 """
@@ -24,6 +24,7 @@ class CellShape:
     block: int
     tile_rows: int
     num_warps: int
+    registers: int
 
 
 def cell_shape(depth: int, compute_bytes: int) -> CellShape:
@@ -31,11 +32,14 @@ def cell_shape(depth: int, compute_bytes: int) -> CellShape:
     rows = power_of_two(depth)
     return CellShape(
         slots=SLOTS,
+        # Larger ones spill: plain products hold both operands in registers.
         panel=64,
         inner=16,
         block=128 // compute_bytes,
         tile_rows=rows,
         num_warps=8,
+        # All that there are: left to choose, the assembler takes half of them and spills kilobytes.
+        registers=255,
     )
 
 
