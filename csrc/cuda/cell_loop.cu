@@ -52,31 +52,39 @@ __global__ void __launch_bounds__(kMostThreads) pack_kernel(
   }
 }
 
-template <class Product, int kSlots>
+template <class Product>
 __global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) cell_loop_kernel(
     const __grid_constant__ CellLoopParams p, const __grid_constant__ CellLoopPlan plan,
     unsigned char* workspace) {
-  using Tile = CellTile<Product, kSlots>;
-  const Tile tile(p, plan, dynamic_shared_memory, workspace);
+  const CellTile<Product> tile(p, plan, dynamic_shared_memory, workspace);
   auto* queue = reinterpret_cast<unsigned long long*>(workspace + plan.queue);
   tile.begin();
   while (true) {
     __syncthreads();
-    if (!tile.anybody()) return;
-    tile.gather();
+    const uint64_t seats = tile.line_up();
+    if (seats == 0) return;
+    tile.gather(seats);
     __syncthreads();
     for (int l = 0; l < p.num_layers; ++l) {
-      tile.apply(l);
+      tile.apply(l, __popcll(seats));
       __syncthreads();
     }
-    take_steps<typename Product::Number>(p, tile.header, kSlots, tile.room(), queue);
+    take_steps<typename Product::Number>(p, tile.header, plan.slots, tile.room(), queue);
   }
 }
 
-template <class Product, int kSlots>
-const char* run_tiles(const CellLoopParams& p, const CellLoopPlan& plan, unsigned char* workspace,
-                      void* stream) {
-  const auto kernel = cell_loop_kernel<Product, kSlots>;
+template <class Product>
+const char* run(const CellLoopParams& p, const CellLoopPlan& plan, unsigned char* workspace,
+                void* stream) {
+  constexpr int64_t kMostPackers = 1024;  // blocks
+  int64_t chunks = 1;
+  for (int l = 0; l < p.num_layers; ++l) {
+    chunks += static_cast<int64_t>(plan.layers[l].panels) * plan.layers[l].chunks;
+  }
+  const char* packed = launch(pack_kernel<Product>, chunks < kMostPackers ? chunks : kMostPackers,
+                              kMostThreads, 0, stream, p, plan, workspace);
+  if (packed) return packed;
+  const auto kernel = cell_loop_kernel<Product>;
   constexpr int64_t kUnasked = 48 * 1024;  // bytes of shared memory
   if (plan.shared_bytes > kUnasked) {
     const cudaError_t error = cudaFuncSetAttribute(
@@ -89,29 +97,6 @@ const char* run_tiles(const CellLoopParams& p, const CellLoopPlan& plan, unsigne
   }
   return launch(kernel, plan.blocks, plan.warps * kWarpThreads, plan.shared_bytes, stream, p, plan,
                 workspace);
-}
-
-template <class Product>
-const char* run(const CellLoopParams& p, const CellLoopPlan& plan, unsigned char* workspace,
-                void* stream) {
-  constexpr int64_t kMostPackers = 1024;  // blocks
-  int64_t chunks = 1;
-  for (int l = 0; l < p.num_layers; ++l) {
-    chunks += static_cast<int64_t>(plan.layers[l].panels) * plan.layers[l].chunks;
-  }
-  const char* error = launch(pack_kernel<Product>, chunks < kMostPackers ? chunks : kMostPackers,
-                             kMostThreads, 0, stream, p, plan, workspace);
-  if (error) return error;
-  switch (plan.slots) {
-    case 8: return run_tiles<Product, 8>(p, plan, workspace, stream);
-    case 16: return run_tiles<Product, 16>(p, plan, workspace, stream);
-    case 32: return run_tiles<Product, 32>(p, plan, workspace, stream);
-    default: break;
-  }
-  if constexpr (sizeof(typename Product::Number) == 4) {
-    return run_tiles<Product, 64>(p, plan, workspace, stream);
-  }
-  return "no kernel has tiles of this size";
 }
 
 const char* attribute(cudaDeviceAttr which, int& value) {

@@ -18,7 +18,7 @@ constexpr int kMostSlots = 64;
 
 // Of shared memory: what a block keeps of its slots, and what a warp keeps of a step but its sums
 // and its Gram matrix.
-constexpr int64_t kHeaderBytes = 768;
+constexpr int64_t kHeaderBytes = 1024;
 constexpr int64_t kStepFixedBytes = sizeof(AndersonSums) + sizeof(AndersonPlan) +
                                     sizeof(SmallSolve) + sizeof(Control) + 2 * sizeof(double);
 

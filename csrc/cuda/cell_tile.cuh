@@ -8,11 +8,10 @@
 
 namespace fpi {
 
-template <class Product, int kSlots>
+template <class Product>
 struct CellTile {
   using T = typename Product::Number;
   static constexpr int kChunkBytes = Product::kShape.chunk_bytes;
-  static constexpr int kStride = slot_stride(Product::kShape, kSlots);
 
   const CellLoopParams& p;
   const CellLoopPlan& plan;
@@ -48,9 +47,9 @@ struct CellTile {
       }
     }
     __syncthreads();
-    for (int slot = warp_index(); slot < kSlots; slot += warp_count()) {
-      const int64_t sample = static_cast<int64_t>(blockIdx.x) * kSlots + slot;
-      if (sample < p.batch) {
+    for (int slot = warp_index(); slot < kMostSlots; slot += warp_count()) {
+      const int64_t sample = static_cast<int64_t>(blockIdx.x) * plan.slots + slot;
+      if (slot < plan.slots && sample < p.batch) {
         seat<T>(p, header, slot, sample);
       } else if (lane_index() == 0) {
         header.samples[slot] = kNobody;
@@ -58,55 +57,68 @@ struct CellTile {
     }
   }
 
-  __device__ bool anybody() const {
-    bool any = false;
-    for (int slot = 0; slot < kSlots; ++slot) any = any || header.samples[slot] != kNobody;
-    return any;
+  // Puts the slots that hold a sample side by side, into columns of the operands; returns a bit for
+  // each, to every thread.
+  __device__ uint64_t line_up() const {
+    const uint64_t seats = seated(header);
+    if (warp_index() > 0) return seats;
+    for (int slot = lane_index(); slot < kMostSlots; slot += kWarpThreads) {
+      if (seats >> slot & 1) header.slots[column_of(seats, slot)] = slot;
+    }
+    return seats;
   }
 
   // Writes x_factor x, as the first layer reads it: four inputs of eight samples at a time.
-  __device__ void gather() const {
+  __device__ void gather(uint64_t seats) const {
     constexpr int kInputs = kWarpThreads / kSlotGroup;
     unsigned char* to = operand(0);
     const T* x = static_cast<const T*>(header.step.x);
     const T* factor = static_cast<const T*>(p.x_factor);
     for (int64_t k = warp_index() * kInputs + lane_index() % kInputs; k < p.dim;
          k += warp_count() * kInputs) {
-      for (int slot = lane_index() / kInputs; slot < kSlots; slot += kSlotGroup) {
-        const int64_t sample = header.samples[slot];
-        if (sample == kNobody) continue;
+      for (int slot = lane_index() / kInputs; slot < plan.slots; slot += kSlotGroup) {
+        if (!(seats >> slot & 1)) continue;
         T value = x[slot * p.dim + k];
-        if (factor) value *= factor[sample * p.dim + k];
-        Product::put(to, k, kStride, slot, value);
+        if (factor) value *= factor[header.samples[slot] * p.dim + k];
+        Product::put(to, k, plan.stride, column_of(seats, slot), value);
       }
     }
   }
 
-  // From the operand of a layer to that of the next, or to g(x) after the last.
-  __device__ void apply(int l) const {
+  // From the operand of a layer to that of the next, or to g(x) after the last; with as few columns
+  // as `count` samples need.
+  __device__ void apply(int l, int count) const {
+    if (count <= 8) return apply_columns<8>(l, count);
+    if (count <= 16) return apply_columns<16>(l, count);
+    if (count <= 32 || sizeof(T) == 8) return apply_columns<32>(l, count);
+    if constexpr (sizeof(T) == 4) apply_columns<64>(l, count);
+  }
+
+  template <int kColumns>
+  __device__ void apply_columns(int l, int count) const {
     const CellLayer& layer = p.layers[l];
     const LayerShape& cut = plan.layers[l];
     const bool last = l + 1 == p.num_layers;
     unsigned char* next = last ? nullptr : operand(l + 1);
     T* gx = static_cast<T*>(const_cast<void*>(header.step.gx));
     const T* x = static_cast<const T*>(header.step.x);
-    constexpr int kOperandChunk = Product::kShape.chunk_inputs * kStride *
-                                  Product::kShape.operand_bytes;
+    const int operand_chunk =
+        Product::kShape.chunk_inputs * Product::kShape.operand_bytes * plan.stride;
     ChunkStream<kChunkBytes> stream(weights(l), cut, plan.resident, room());
     for (int panel = warp_index(); panel < cut.panels; panel += warp_count()) {
       __syncwarp();  // tensor cores want the lanes together
-      typename Product::template Sums<kSlots> sums;
+      typename Product::template Sums<kColumns> sums;
       const unsigned char* inputs = operand(l);
-      for (int chunk = 0; chunk < cut.chunks; ++chunk, inputs += kOperandChunk) {
-        sums.add(stream.next(), inputs);
+      for (int chunk = 0; chunk < cut.chunks; ++chunk, inputs += operand_chunk) {
+        sums.add(stream.next(), inputs, plan.stride);
       }
-      sums.for_each([&](int output, int slot, T sum) {
+      sums.for_each([&](int output, int column, T sum) {
         const int64_t j = static_cast<int64_t>(panel) * kPanelOutputs + output;
-        const int64_t sample = header.samples[slot];
-        if (j >= layer.outputs || sample == kNobody) return;
-        const T y = finished(layer, sample * layer.outputs + j, j, sum);
+        if (j >= layer.outputs || column >= count) return;
+        const int slot = header.slots[column];
+        const T y = finished(layer, header.samples[slot] * layer.outputs + j, j, sum);
         if (!last) {
-          Product::put(next, j, kStride, slot, y);
+          Product::put(next, j, plan.stride, column, y);
         } else {
           const int64_t at = slot * p.dim + j;
           gx[at] = p.carry == 0.0 ? y : static_cast<T>(fma(static_cast<T>(p.carry), x[at], y));

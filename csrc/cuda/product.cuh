@@ -1,8 +1,8 @@
 // Products of one panel of weights with a tile of samples, one kind for each precision. A lane's
 // sums run over the inputs one after another, whichever samples share the tile.
 //
-// A Product says where a weight lies in its chunk (place), where and how a sample's input is kept
-// (put), and what one warp does with a chunk (Sums).
+// A Product says where and how a weight lies in its chunk (put_weight) and a sample's input in the
+// tile's operand (put), and what one warp does with a chunk (Sums).
 #pragma once
 
 #include "mma.cuh"
@@ -27,24 +27,23 @@ struct IeeeProduct {
     reinterpret_cast<T*>(chunk)[input * kPanelOutputs + output] = value;
   }
   static __device__ __forceinline__ void put(unsigned char* operand, int64_t input, int stride,
-                                             int slot, T value) {
-    reinterpret_cast<T*>(operand)[input * stride + slot] = value;
+                                             int column, T value) {
+    reinterpret_cast<T*>(operand)[input * stride + column] = value;
   }
 
-  template <int kSlots>
+  template <int kColumns>
   struct Sums {
-    static constexpr int kMine = kSlots / kSlotGroup;
+    static constexpr int kMine = kColumns / kSlotGroup;
     T sum[kMine][kQuad] = {};
 
-    __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand) {
-      constexpr int kStride = slot_stride(kShape, kSlots);
+    __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand,
+                                        int stride) {
       const auto* weights = reinterpret_cast<const Run<T, kQuad>*>(chunk) + lane_index() % kQuad;
-      const auto* inputs =
-          reinterpret_cast<const Run<T, kMine>*>(operand) + lane_index() / kQuad;
+      const T* inputs = reinterpret_cast<const T*>(operand) + lane_index() / kQuad * kMine;
 #pragma unroll 8
       for (int k = 0; k < kShape.chunk_inputs; ++k) {
         const Run<T, kQuad> w = weights[k * (kPanelOutputs / kQuad)];
-        const Run<T, kMine> x = inputs[k * (kStride / kMine)];
+        const auto x = *reinterpret_cast<const Run<T, kMine>*>(inputs + k * stride);
 #pragma unroll
         for (int i = 0; i < kMine; ++i) {
 #pragma unroll
@@ -55,33 +54,33 @@ struct IeeeProduct {
       }
     }
 
-    // visit(output of the panel, slot, sum)
+    // visit(output of the panel, column, sum)
     template <class Visit>
     __device__ __forceinline__ void for_each(Visit&& visit) const {
-      const int output = lane_index() % kQuad * kQuad, slot = lane_index() / kQuad * kMine;
+      const int output = lane_index() % kQuad * kQuad, column = lane_index() / kQuad * kMine;
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
 #pragma unroll
-        for (int j = 0; j < kQuad; ++j) visit(output + j, slot + i, sum[i][j]);
+        for (int j = 0; j < kQuad; ++j) visit(output + j, column + i, sum[i][j]);
       }
     }
   };
 };
 
 // On tensor cores: a lane holds two outputs of two samples of every group of eight.
-template <int kSlots>
+template <int kColumns>
 struct TensorSums {
-  static constexpr int kGroups = kSlots / kSlotGroup;
+  static constexpr int kGroups = kColumns / kSlotGroup;
   float sum[kGroups][4] = {};
 
   template <class Visit>
   __device__ __forceinline__ void for_each(Visit&& visit) const {
-    const int output = lane_index() / 4, slot = lane_index() % 4 * 2;
+    const int output = lane_index() / 4, column = lane_index() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        visit(output + i / 2 * 8, n * kSlotGroup + slot + i % 2, sum[n][i]);
+        visit(output + i / 2 * 8, n * kSlotGroup + column + i % 2, sum[n][i]);
       }
     }
   }
@@ -111,24 +110,24 @@ struct Tf32Product {
     reinterpret_cast<float*>(chunk)[tf32_word(output, input)] = to_tf32(value);
   }
   static __device__ __forceinline__ void put(unsigned char* operand, int64_t input, int stride,
-                                             int slot, float value) {
-    reinterpret_cast<float*>(operand)[input * stride + slot] = to_tf32(value);
+                                             int column, float value) {
+    reinterpret_cast<float*>(operand)[input * stride + column] = to_tf32(value);
   }
 
-  template <int kSlots>
-  struct Sums : TensorSums<kSlots> {
-    __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand) {
-      constexpr int kStride = slot_stride(kShape, kSlots);
+  template <int kColumns>
+  struct Sums : TensorSums<kColumns> {
+    __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand,
+                                        int stride) {
       const uint4* weights = reinterpret_cast<const uint4*>(chunk) + lane_index();
       const uint32_t* inputs = reinterpret_cast<const uint32_t*>(operand) +
-                               lane_index() % 4 * kStride + lane_index() / 4;
+                               lane_index() % 4 * stride + lane_index() / 4;
 #pragma unroll
       for (int k = 0; k < kShape.chunk_inputs; k += kTf32Inputs) {
         const uint4 w = weights[k / kTf32Inputs * kWarpThreads];
 #pragma unroll
         for (int n = 0; n < this->kGroups; ++n) {
-          const uint32_t* x = inputs + k * kStride + n * kSlotGroup;
-          mma_tf32(this->sum[n], w, x[0], x[4 * kStride]);
+          const uint32_t* x = inputs + k * stride + n * kSlotGroup;
+          mma_tf32(this->sum[n], w, x[0], x[4 * stride]);
         }
       }
     }
@@ -151,19 +150,19 @@ struct Tf32x3Product {
     low = bits_of(to_tf32(value - rounded));
   }
   static __device__ __forceinline__ void put(unsigned char* operand, int64_t input, int stride,
-                                             int slot, float value) {
+                                             int column, float value) {
     const float high = to_tf32(value);
-    reinterpret_cast<Run<float, 2>*>(operand)[input * stride + slot] = {
+    reinterpret_cast<Run<float, 2>*>(operand)[input * stride + column] = {
         {high, to_tf32(value - high)}};
   }
 
-  template <int kSlots>
-  struct Sums : TensorSums<kSlots> {
-    __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand) {
-      constexpr int kStride = slot_stride(kShape, kSlots);
+  template <int kColumns>
+  struct Sums : TensorSums<kColumns> {
+    __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand,
+                                        int stride) {
       const uint4* weights = reinterpret_cast<const uint4*>(chunk) + lane_index();
       const uint2* inputs = reinterpret_cast<const uint2*>(operand) +
-                            lane_index() % 4 * kStride + lane_index() / 4;
+                            lane_index() % 4 * stride + lane_index() / 4;
 #pragma unroll
       for (int k = 0; k < kShape.chunk_inputs; k += kTf32Inputs) {
         const uint4 w = weights[k / kTf32Inputs * kWarpThreads];
@@ -174,8 +173,8 @@ struct Tf32x3Product {
         part(w.w, high.w, low.w);
 #pragma unroll
         for (int n = 0; n < this->kGroups; ++n) {
-          const uint2* x = inputs + k * kStride + n * kSlotGroup;
-          const uint2 first = x[0], second = x[4 * kStride];
+          const uint2* x = inputs + k * stride + n * kSlotGroup;
+          const uint2 first = x[0], second = x[4 * stride];
           // The small ones first: they lose least there.
           mma_tf32(this->sum[n], low, first.x, second.x);
           mma_tf32(this->sum[n], high, first.y, second.y);
@@ -200,25 +199,25 @@ struct Bf16Product {
     reinterpret_cast<uint16_t*>(chunk)[word * 2 + inner % 2] = upper_half(value);
   }
   static __device__ __forceinline__ void put(unsigned char* operand, int64_t input, int stride,
-                                             int slot, float value) {
-    const int64_t word = input / 2 * stride + slot;
+                                             int column, float value) {
+    const int64_t word = input / 2 * stride + column;
     reinterpret_cast<uint16_t*>(operand)[word * 2 + input % 2] = upper_half(value);
   }
 
-  template <int kSlots>
-  struct Sums : TensorSums<kSlots> {
-    __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand) {
-      constexpr int kStride = slot_stride(kShape, kSlots);
+  template <int kColumns>
+  struct Sums : TensorSums<kColumns> {
+    __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand,
+                                        int stride) {
       const uint4* weights = reinterpret_cast<const uint4*>(chunk) + lane_index();
       const uint32_t* inputs = reinterpret_cast<const uint32_t*>(operand) +
-                               lane_index() % 4 * kStride + lane_index() / 4;
+                               lane_index() % 4 * stride + lane_index() / 4;
 #pragma unroll
       for (int k = 0; k < kShape.chunk_inputs; k += kBf16Inputs) {
         const uint4 w = weights[k / kBf16Inputs * kWarpThreads];
 #pragma unroll
         for (int n = 0; n < this->kGroups; ++n) {
-          const uint32_t* x = inputs + k / 2 * kStride + n * kSlotGroup;
-          mma_bf16(this->sum[n], w, x[0], x[4 * kStride]);
+          const uint32_t* x = inputs + k / 2 * stride + n * kSlotGroup;
+          mma_bf16(this->sum[n], w, x[0], x[4 * stride]);
         }
       }
     }

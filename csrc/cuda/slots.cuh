@@ -13,6 +13,7 @@ constexpr int64_t kNobody = -1;  // in a slot without a sample
 struct TileHeader {
   StepParams step;  // row and sample i of it are slot i
   int64_t samples[kMostSlots];
+  int slots[kMostSlots];  // that hold a sample, side by side
 };
 
 static_assert(sizeof(TileHeader) <= kHeaderBytes);
@@ -26,6 +27,20 @@ struct TileMemory {
     return (place.shared ? shared : part) + place.at;
   }
 };
+
+// A bit for every slot that holds a sample; by a whole warp.
+inline __device__ uint64_t seated(const TileHeader& tile) {
+  static_assert(kMostSlots == 2 * kWarpThreads);
+  const unsigned low = __ballot_sync(kAllLanes, tile.samples[lane_index()] != kNobody);
+  const unsigned high =
+      __ballot_sync(kAllLanes, tile.samples[lane_index() + kWarpThreads] != kNobody);
+  return low | static_cast<uint64_t>(high) << kWarpThreads;
+}
+
+// How many of them come before this one.
+__device__ __forceinline__ int column_of(uint64_t seats, int slot) {
+  return __popcll(seats & ((uint64_t{1} << slot) - 1));
+}
 
 // Sets up the step's view of the tile; by one thread.
 inline __device__ void describe_step(const CellLoopParams& p, const CellLoopPlan& plan,

@@ -116,6 +116,15 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int = warpSize) {
   return emulation::from_lane(value, from < warpSize ? from : emulation::lane(), mask);
 }
 
+inline unsigned __ballot_sync(unsigned, bool holds) {
+  bool all[32];
+  emulation::exchange_all(&holds, all, sizeof holds);
+  unsigned ballot = 0;
+  for (int l = 0; l < warpSize; ++l) ballot |= static_cast<unsigned>(all[l]) << l;
+  return ballot;
+}
+inline int __popcll(unsigned long long bits) { return __builtin_popcountll(bits); }
+
 // Threads run one at a time, so that plain arithmetic is atomic.
 template <class T>
 T atomicAdd(T* address, T value) {
