@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from bench.paper import cost, denoise, flow
+from bench.paper.retell import retell
 
 
 def test_hours_follow_from_the_measured_seconds(
@@ -39,3 +40,11 @@ def test_hours_follow_from_the_measured_seconds(
         assert row["hours"] == pytest.approx(hours)
         assert f"| {row['network']} |" in result["readme"]
     assert json.loads((tmp_path / "paper-cost.json").read_text()) == result
+
+
+def test_its_words_can_be_told_anew(tmp_path: Path) -> None:
+    path = Path(__file__).parents[1] / "bench" / "results" / "paper-cost.json"
+    copy = tmp_path / path.name
+    copy.write_text(json.dumps(json.loads(path.read_text()) | {"readme": "old"}))
+    retell(copy)
+    assert json.loads(copy.read_text()) == json.loads(path.read_text())

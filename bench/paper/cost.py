@@ -33,14 +33,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the result")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    result: dict[str, Any] = {"machine": describe(device, torch.get_num_threads(), command_line())}
+    result: dict[str, Any] = {
+        "experiment": "cost",
+        "machine": describe(device, torch.get_num_threads(), command_line()),
+    }
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # so few steps solve what they solve
         result["rows"] = [
             *denoising(options.data, device, Path(folder), denoise.SIZES["full"]),
             *optical_flow(options.data, device, Path(folder), flow.SIZES["full"]),
         ]
-    result["readme"] = readme(result)
+    result |= tell(result)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "paper-cost.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -123,8 +126,8 @@ def row(experiment: str, network: str, seconds: float, steps: int, trainings: in
     }
 
 
-def readme(result: dict[str, Any]) -> str:
-    """The section: what was not run, and why."""
+def tell(result: dict[str, Any]) -> dict[str, str]:
+    """The README's section: what was not run, and why."""
     where = result["machine"]
     on = where["cpu"] if where["device"] == "cpu" else where["device"]
     total: dict[str, float] = {}
@@ -147,7 +150,7 @@ def readme(result: dict[str, Any]) -> str:
         f"| {line['steps']:,} | {line['trainings']} | {line['hours']:.1f} |"
         for line in result["rows"]
     ]
-    return "\n".join(lines)
+    return {"readme": "\n".join(lines)}
 
 
 if __name__ == "__main__":

@@ -11,17 +11,18 @@ import argparse
 import json
 from pathlib import Path
 
-from bench.paper import bibtex_report, denoise_report, flow_report
+from bench.paper import bibtex_report, cost, denoise_report, flow_report
 
 TELLERS = {
     "bibtex": bibtex_report.tell,
+    "cost": cost.tell,
     "denoise": denoise_report.tell,
     "flow": flow_report.tell,
 }
 
 
 def retell(path: Path) -> None:
-    """Replace "finding" and "readme" in a result."""
+    """Replace "readme", and "finding" where there is one, in a result."""
     result = json.loads(path.read_text())
     result |= TELLERS[result["experiment"]](result)
     path.write_text(json.dumps(result, indent=1) + "\n")
