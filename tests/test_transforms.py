@@ -258,6 +258,21 @@ def test_is_grads_batched() -> None:
         torch.autograd.grad(solved()(Z, a), a, weights, is_grads_batched=True, create_graph=True)
 
 
+@pytest.mark.parametrize("transform", ["jvp", "grad"])
+def test_a_transform_around_an_earlier_solve_is_refused(transform: str) -> None:
+    a = A.clone().requires_grad_()
+    x = solved()(Z, a)
+
+    def pulled(v: Tensor) -> Tensor:
+        return torch.autograd.grad(x, a, v, retain_graph=True, create_graph=True)[0]
+
+    v = torch.ones_like(x)
+    with pytest.raises(RuntimeError, match="that was solved outside of a torch"):
+        jvp(pulled, (v,), (v,)) if transform == "jvp" else grad(lambda w: pulled(w).sum())(v)
+    # Plain autograd can, and so can a vmap.
+    torch.testing.assert_close(vmap(pulled)(v[None])[0], pulled(v))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.fx")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

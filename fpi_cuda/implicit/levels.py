@@ -42,6 +42,11 @@ SAME_LEVEL = (
     "solved or differentiated inside a torch.func transform. Nest torch.func.grad, vjp or jvp "
     "instead"
 )
+LATER_LEVEL = (
+    "fixed_point: torch.autograd.grad of a fixed point that was solved outside of a "
+    "torch.func.grad, vjp or jvp cannot be differentiated by it. Solve inside of the transform, or "
+    "differentiate twice by torch.autograd.grad(create_graph=True)"
+)
 FUNCTIONALIZE = "fixed_point: torch.func.functionalize of a fixed point is not supported"
 
 HIGHEST = 1 << 30
@@ -91,6 +96,8 @@ class Point:
         if self.token is not None and transforms.is_dead(self.token):
             return self._pulled(v, None)
         above = transforms.frame_of((), v).above(number)
+        if number == 0 and recording_levels() & tracked_levels(v) - {0}:
+            raise RuntimeError(LATER_LEVEL)
         v_here = transforms.strip(v, number, above)
         v_below = transforms.strip(v, number - 1, above) if number else v_here.detach()
         c = self._pulled(transforms.lift(v_below, above), number)
@@ -107,10 +114,14 @@ class Point:
         def h(c: Tensor) -> Tensor:
             return self.pull(c) + v
 
-        recording = {
-            level.number for level in all_levels() if torch.is_grad_enabled() or level.kind == "Jvp"
-        }
+        recording = recording_levels()
         return solution(h, v, solved, (self.tracked | tracked_levels(v)) & recording - {skip})
+
+
+def recording_levels() -> set[int]:
+    """Levels at which what is computed now may be differentiated."""
+    enabled = torch.is_grad_enabled()
+    return {level.number for level in all_levels() if enabled or level.kind == "Jvp"}
 
 
 def for_right_hand_side(solved: Solved, b: Tensor, number: int, *, transpose: bool) -> Solved:
