@@ -140,7 +140,7 @@ def normal(u: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_nan_stays_nan_and_infinity_does_no_harm(name: str) -> None:
-    u = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30])[:, None]
+    u = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 1e38, -1e38])[:, None]
     lowered = Lowered((Layer(torch.ones(1, 1), name, shift=u),))
     residual = run(lowered, torch.zeros_like(u), Picard(), max_steps=1).residual
     expected = reference_loop.FUNCTIONS[ACTIVATIONS.index(name)](u).abs().squeeze(1).double()
@@ -149,6 +149,8 @@ def test_nan_stays_nan_and_infinity_does_no_harm(name: str) -> None:
         finite = ~u.squeeze(1).isinf()
         residual, expected = residual[finite], expected[finite]
     torch.testing.assert_close(residual, expected, equal_nan=True, rtol=1e-6, atol=1e-7)
+    if name == "gelu":
+        assert residual[[2, 4]].tolist() == [0.0, 0.0]  # of huge negative numbers
 
 
 def test_a_sample_does_not_depend_on_the_others(threads: int) -> None:
@@ -172,7 +174,7 @@ def test_a_sample_does_not_depend_on_the_others(threads: int) -> None:
             rounded = {"precision": "bf16", "rtol": 1e-2}
             whole = run(lowered, x0, Anderson(m=4), **rounded)
             few = run(lowered.rows(13), x0[:13], Anderson(m=4), **rounded)
-            for part, full in zip(few[:3], whole[:3], strict=True):
+            for part, full in zip(few, whole, strict=True):
                 assert torch.equal(part, full[:13])
 
 

@@ -69,7 +69,8 @@ FPI_INLINE Normal<T> normal(T u) {
   const T square = w * w;
   const T rest = (upper * upper - square) + (w - upper) * (w + upper);
   const Exponential<T> e = exponential(T(-0.5) * square, T(-0.5) * rest);
-  const T power = e.power + e.power * e.q;
+  // Zero where it is no normal number: what multiplies it may be huge.
+  const T power = size > Traits::kWidest ? T(0) : e.power + e.power * e.q;
   const T tail = mills_polynomial<T, 0>((w - T(4)) / (w + T(4))) / (w + T(1)) * power;
   const T moment = w * power * T(0.39894228040143268);
   return {u < T(0) ? tail : T(1) - tail, u < T(0) ? -moment : moment};

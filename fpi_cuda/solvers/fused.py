@@ -102,16 +102,30 @@ def solve_fused(
     """
     room = max_steps - evaluations_to_judge(rtol)
     if precision != "ieee" and x0.dtype == torch.float32 and room >= 1 and len(x0):
-        with torch.no_grad():
-            result = run(
-                lowered, x0, solver, rtol=SHARE * rtol, atol=SHARE * atol, max_steps=room,
-                backend=backend, precision=precision,
-            )  # fmt: skip
-            return judged(lowered, x0, result, rtol=rtol, atol=atol)
+        result = run(
+            lowered, x0, solver, rtol=SHARE * rtol, atol=SHARE * atol, max_steps=room,
+            backend=backend, precision=precision,
+        )  # fmt: skip
+        return judged(StopTest(lowered, backend), x0, result, rtol=rtol, atol=atol)
     return run(
         lowered, x0, solver, rtol=rtol, atol=atol, max_steps=max_steps, backend=backend,
         precision="ieee",
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StopTest:
+    """One evaluation of the map at x (B, D) in its own precision; see fpi_cuda.solvers.judge."""
+
+    lowered: Lowered
+    backend: Any
+
+    def __call__(self, x: Tensor, rtol: float, atol: float | Tensor) -> SolveResult:
+        """Of x itself: residual, and whether it is within rtol and atol."""
+        return run(
+            self.lowered, x, Picard(), rtol=rtol, atol=atol, max_steps=1, backend=self.backend,
+            precision="ieee",
+        )  # fmt: skip
 
 
 def run(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from fpi_cuda.lowered import Lowered
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import row_norm
 
@@ -14,6 +15,9 @@ SHARE = 0.5
 # Against the size of x0 and g(x0), as csrc/common/decide.h has it: drifting off is no convergence.
 LARGEST_TOLERANCE = 0.1
 
+StopTest = Callable[[Tensor, float, "float | Tensor"], SolveResult]
+"""One evaluation of the unrounded map at x (B, D), judged by rtol and atol as any first step is."""
+
 
 def evaluations_to_judge(rtol: float) -> int:
     """How often `judged` evaluates the map."""
@@ -21,29 +25,28 @@ def evaluations_to_judge(rtol: float) -> int:
 
 
 def judged(
-    lowered: Lowered, x0: Tensor, result: SolveResult, *, rtol: float, atol: float | Tensor
+    stop_test: StopTest, x0: Tensor, result: SolveResult, *, rtol: float, atol: float | Tensor
 ) -> SolveResult:
-    """`result` with the residual of the map as torch evaluates it, and what follows from that.
+    """`result` with the residual of the unrounded map, and what follows from that.
 
     A sample within the tolerance has converged, unless its solve gave it up as lost; one that is
-    not, and whose solve thought it was, is STALLED. The evaluations count as steps.
+    not, and whose solve thought it was, is STALLED. The evaluations count as steps. They are by
+    the kernels, in which no sample depends on the others.
 
     Args:
-        lowered: the map that was solved for.
         x0: (B, D) where the solve began.
         rtol, atol: of the stop test; atol a number or (B,) float64.
     """
-    value = lowered(result.x)
-    residual = row_norm(value - result.x)
-    tolerance = torch.zeros_like(residual)
+    at = stop_test(result.x, rtol, atol)
+    passes = at.status == Status.CONVERGED
     if rtol:
-        start = torch.maximum(row_norm(x0), row_norm(lowered(x0)))
-        tolerance = torch.minimum(rtol * row_norm(value), LARGEST_TOLERANCE * start)
-    # A tolerance may be infinite too, where g overflows.
-    passes = (residual <= tolerance + atol) & residual.isfinite()
+        size = row_norm(x0)
+        # At most the norm of g(x0), and that itself from x0 = 0.
+        value = stop_test(x0, 0.0, 0.0).residual - size
+        passes &= at.residual <= LARGEST_TOLERANCE * torch.maximum(size, value) + atol
     status = result.status
     lost = (status == Status.NONFINITE) | (status == Status.DIVERGED)
     failed = torch.where(status == Status.CONVERGED, int(Status.STALLED), status)
     status = torch.where(passes & ~lost, int(Status.CONVERGED), failed).to(torch.int8)
     steps = result.num_steps + evaluations_to_judge(rtol)
-    return SolveResult(result.x, status, steps, residual)
+    return SolveResult(result.x, status, steps, at.residual)
