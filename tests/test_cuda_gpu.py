@@ -170,7 +170,7 @@ def test_steps_run_on_the_device_of_the_state(cuda: Any) -> None:
     with torch.cuda.device(0):
         result = solve(smooth(z), torch.zeros_like(z), Anderson(m=3), rtol=1e-5, atol=0.0,
                        max_steps=100, backend=cuda)  # fmt: skip
-    assert result.value.device == z.device
+    assert result.x.device == z.device
     assert (result.status == Status.CONVERGED).all()
 
 
