@@ -62,6 +62,15 @@ std::mt19937 order;
 unsigned order_seed = 0;
 std::map<const void*, size_t> shared_limits;
 
+int from_environment(const char* name, int otherwise) {
+  const char* text = std::getenv(name);
+  return text ? std::atoi(text) : otherwise;
+}
+
+// What memory holds that nobody wrote: NaN in every floating type, but for another byte.
+const int fill = from_environment("EMULATION_FILL", 0xff);
+const bool seeded = (set_seed(from_environment("EMULATION_SEED", 0)), true);
+
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s (block %u, thread %u of %u)\n", what, blockIdx.x,
                running ? running->index.x : 0, blockDim.x);
@@ -80,6 +89,8 @@ void yield() {
 
 void enter() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+  // Or ASan would wipe what it knows of this stack at every switch to it, at half of the time.
+  running->context.uc_stack.ss_size = 0;
   kernel_body(kernel_argument);
   for (const auto& group : running->groups) {
     if (!group.empty()) fail("a thread left before its copies arrived");
@@ -259,10 +270,22 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), v
   for (const unsigned b : turn) {
     blockIdx = dim3(b);
     ASAN_UNPOISON_MEMORY_REGION(dynamic_shared_memory, kMostShared);
-    std::memset(dynamic_shared_memory, 0xff, kMostShared);  // NaN in every floating type
+    std::memset(dynamic_shared_memory, fill, shared_bytes);
     ASAN_POISON_MEMORY_REGION(dynamic_shared_memory + shared_bytes, kMostShared - shared_bytes);
     run_block(threads);
   }
 }
 
 }  // namespace emulation
+
+cudaError_t cudaMalloc(void** address, size_t bytes) {
+  constexpr size_t kAlignment = 256;
+  if (posix_memalign(address, kAlignment, bytes)) return cudaErrorMemoryAllocation;
+  std::memset(*address, emulation::fill, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* address) {
+  std::free(address);
+  return cudaSuccess;
+}

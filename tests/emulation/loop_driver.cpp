@@ -2,13 +2,14 @@
 // stdin, answers on stdout.
 //
 // A request: the int64 words of kWords, the doubles {carry, rtol, beta, ridge}, then every array of
-// kArrays as an int64 of bytes and the bytes themselves; a layer's weight begins at its first
+// CellLoopArray as an int64 of bytes and the bytes themselves; a layer's weight begins at its first
 // element. The answer: an int64 of text, the text (what the launcher returned, empty for none), the
 // arrays likewise, and the int64s of kAnswers.
 #include <cstring>
 
 #include "../../csrc/common/control.h"
 #include "../../csrc/cuda/cell_loop.h"
+#include "cell_loop_arrays.h"
 #include "messages.h"
 
 #include "cuda_runtime.h"  // last: its __noinline__ is another one than the standard library's
@@ -20,27 +21,7 @@ enum Word {
   kOutputStride1, kInputStride1, kOutputStride2, kInputStride2, kCores, kSharedBytes, kSlots,
   kWarps, kWords,
 };
-enum Array {
-  kX, kXFactor, kLayer1, kLayer2 = kLayer1 + 4, kAtol = kLayer2 + 4, kStatus, kNumSteps, kResidual,
-  kArrays,
-};
 enum Answer { kTile, kBlocks, kResident, kOperandShared, kHistoryShared, kAnswers };
-
-// weight, bias, shift and factor from arrays `first` on.
-fpi::CellLayer layer_from(const std::vector<Memory>& arrays, int first, int64_t outputs,
-                          int64_t inputs, const int64_t* strides, int64_t activation) {
-  fpi::CellLayer layer{};
-  layer.weight = arrays[first].data();
-  layer.outputs = outputs;
-  layer.inputs = inputs;
-  layer.output_stride = strides[0];
-  layer.input_stride = strides[1];
-  layer.bias = arrays[first + 1].data();
-  layer.shift = arrays[first + 2].data();
-  layer.factor = arrays[first + 3].data();
-  layer.activation = static_cast<fpi::Activation>(activation);
-  return layer;
-}
 
 }  // namespace
 
@@ -49,25 +30,18 @@ int main() {
   double reals[4];
   while (read(words, sizeof words)) {
     if (!read(reals, sizeof reals)) fail("cut short");
-    std::vector<Memory> arrays(kArrays);
+    std::vector<Memory> arrays(kCellLoopArrays);
     for (Memory& array : arrays) read_array(array, 0);
     const int64_t dim = words[kDim], hidden = words[kHidden];
-    fpi::CellLoopParams p{};
-    p.num_layers = hidden ? 2 : 1;
-    p.layers[0] = layer_from(arrays, kLayer1, hidden ? hidden : dim, dim, words + kOutputStride1,
-                             words[kActivation1]);
-    if (hidden) {
-      p.layers[1] = layer_from(arrays, kLayer2, dim, hidden, words + kOutputStride2,
-                               words[kActivation2]);
+    fpi::CellLoopParams p = cell_loop_params_of(
+        [&arrays](int a) { return static_cast<void*>(arrays[a].data()); }, words[kBatch], dim,
+        hidden);
+    for (int l = 0; l < p.num_layers; ++l) {
+      fpi::CellLayer& layer = p.layers[l];
+      layer.output_stride = words[l ? kOutputStride2 : kOutputStride1];
+      layer.input_stride = words[l ? kInputStride2 : kInputStride1];
+      layer.activation = static_cast<fpi::Activation>(words[l ? kActivation2 : kActivation1]);
     }
-    p.x_factor = arrays[kXFactor].data();
-    p.x = arrays[kX].data();
-    p.atol = reinterpret_cast<double*>(arrays[kAtol].data());
-    p.status = reinterpret_cast<int8_t*>(arrays[kStatus].data());
-    p.num_steps = reinterpret_cast<int32_t*>(arrays[kNumSteps].data());
-    p.residual = reinterpret_cast<double*>(arrays[kResidual].data());
-    p.batch = words[kBatch];
-    p.dim = dim;
     p.depth = static_cast<int32_t>(words[kDepth]);
     p.max_steps = words[kMaxSteps];
     p.carry = reals[0];

@@ -28,15 +28,19 @@ float read_bf16(unsigned bits, int half) {
   return fpi::float_of(half ? bits & 0xffff0000u : bits << 16);
 }
 
-// read(a, b, lane, its fragments) fills a (16, depth) and b (depth, 8).
+// read(a, b, lane, its fragments) fills a (16, depth) and b (depth, 8): here as far as this lane's
+// own sums need them.
 template <class Read>
 void multiply(float (&sum)[4], const Fragments& own, int depth, Read&& read) {
   Fragments all[32];
   exchange_all(&own, all, sizeof own);
   float a[kRows][kMostDepth], b[kMostDepth][kColumns];
-  for (int l = 0; l < 32; ++l) read(a, b, l, all[l]);
+  const int group = lane() / 4, pair = lane() % 4;
+  for (int l = 0; l < 32; ++l) {
+    if (l / 4 == group || l / 8 == pair) read(a, b, l, all[l]);
+  }
   for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4 + i / 2 * 8, column = lane() % 4 * 2 + i % 2;
+    const int row = group + i / 2 * 8, column = pair * 2 + i % 2;
     for (int k = 0; k < depth; ++k) sum[i] += a[row][k] * b[k][column];
   }
 }
