@@ -230,11 +230,13 @@ def whole_and_chunked(size: Size, device: torch.device) -> dict[str, dict[str, f
     problem = tanh_cell(16 * size.tanh[0], 16 * size.tanh[1]).to(device)
     peer = routed("device")
     times = {}
-    for name, most in (("whole batch", None), ("half the L2", l2 // 2), ("the L2", l2)):
-        chunks.CHUNK_BYTES = most
-        calls = {name: lambda: peer.solve(problem, 1e-6)}
-        times[name] = spread(paired_rounds(calls, size.rounds, device)[name])
-    chunks.CHUNK_BYTES = None
+    try:
+        for name, most in (("whole batch", None), ("half the L2", l2 // 2), ("the L2", l2)):
+            chunks.CHUNK_BYTES = most
+            calls = {name: lambda: peer.solve(problem, 1e-6)}
+            times[name] = spread(paired_rounds(calls, size.rounds, device)[name])
+    finally:
+        chunks.CHUNK_BYTES = None
     return times
 
 

@@ -31,7 +31,7 @@ class Size:
     """Batch and features of each problem, and how often it is timed.
 
     Attributes:
-        peers: on how many of the problems they are measured.
+        peers: on how many of the problems they are measured, and our Triton kernels.
     """
 
     bibtex: tuple[int, int, int] = (2515, 159, 600)

@@ -29,7 +29,7 @@ from bench.compare import Comparison
 from bench.data import load_bibtex, load_digits
 from bench.peers import MODULES, Entry, by_worth, load_entries
 from bench.problems import Problem, tanh_cell
-from bench.record import Record, finite, write_json
+from bench.record import OUT_OF_TIME, Record, finite, write_json
 from bench.training import Recipe, Trained, bibtex_recipes, digits_recipes, train
 
 TRAINED_RTOL = 1e-5
@@ -95,7 +95,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     print(report.text(results))
     print("written:", record.path, *plot(results, record.path))
-    parts.clear()
+    if OUT_OF_TIME not in record.skipped.values():
+        parts.clear()
 
 
 class Parts:

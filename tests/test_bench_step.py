@@ -12,7 +12,7 @@ for name in ("matplotlib", "tqdm"):
     pytest.importorskip(name, reason="the bench extra is not installed")
 
 from bench import machine, step
-from bench.measure import cpu_clock
+from bench.measure import cpu_clock, cuda_clock
 from bench.record import Record
 from bench.step_rows import Case, Ours, hand_written_step, right, snapshot
 from fpi_cuda import backends
@@ -74,6 +74,45 @@ def test_a_step_that_does_nothing_is_not_timed() -> None:
     )
     with pytest.raises(RuntimeError, match="left samples where they were"):
         Ours(idle, CASE, start).timing(cpu_clock)  # type: ignore[arg-type]
+
+
+class Card:
+    """A device with a clock of its own, in milliseconds."""
+
+    def __init__(self, nap: float) -> None:
+        self.nap, self.naps, self.now = nap, 0, 0.0
+
+    def sleep(self, cycles: int) -> None:
+        self.naps += 1
+        self.now += self.nap
+
+    def event(self, *, enable_timing: bool) -> SimpleNamespace:
+        event = SimpleNamespace(at=0.0, elapsed_time=lambda end: end.at - event.at)
+        event.record = lambda: setattr(event, "at", self.now)
+        return event
+
+
+@pytest.mark.parametrize(("nap", "tries", "waits"), [(1e6, 1, False), (0.0, 3, True)])
+def test_a_step_is_issued_while_the_device_sleeps(
+    monkeypatch: pytest.MonkeyPatch, nap: float, tries: int, waits: bool
+) -> None:
+    card = Card(nap)
+    monkeypatch.setattr("torch.cuda.Event", card.event)
+    monkeypatch.setattr("torch.cuda._sleep", card.sleep)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    calls: list[str] = []
+
+    def call() -> None:
+        calls.append("step")
+        card.now += 1.0
+
+    timing = cuda_clock(call, lambda: calls.append("reset"))
+    assert card.naps == tries
+    assert timing.waits == waits
+    assert calls == ["reset", "step"] * (tries + waits)
+    if not waits:
+        assert timing.device == pytest.approx(1e-3)
 
 
 def test_the_step_by_hand_converges() -> None:
