@@ -206,12 +206,14 @@ def sanitize_stage(options: argparse.Namespace) -> Stage:
     missing = None if tool else "compute-sanitizer is not on this machine"
     if not DRIVER.exists():
         missing = f"there is no {DRIVER.relative_to(ROOT)}: `make gpu-lib` builds it"
-    tasks = []
+    tasks = [Task("plain", (str(DRIVER),), 60, {}, False, missing)]
     for name in SANITIZERS:
         command = (tool or "compute-sanitizer", f"--tool={name}")
         command += (f"--error-exitcode={FOUND_BY_SANITIZER}", str(DRIVER))
-        tasks.append(Task(name, command, 120, {}, False, missing, parse_sanitizer))
-    return Stage("sanitize", tasks, 1.0, len(SANITIZERS))
+        for part, choice in (("steps", "--skip"), ("loops", "--only")):
+            tasks.append(Task(f"{name}_{part}", (*command, choice, "cell_loop"), 120, {}, False,
+                              missing, parse_sanitizer))  # fmt: skip
+    return Stage("sanitize", tasks, 1.0, len(tasks))
 
 
 def parse_sanitizer(task: Task, output: str, _: Path) -> tuple[str, Any]:
