@@ -143,14 +143,14 @@ def tests_stage(options: argparse.Namespace) -> Stage:
     pytest += ["-p", "report_tests"]
     missing = None if has("pytest") else "pytest is not installed"
     if has("pytest_timeout"):  # by a thread: a signal cannot leave a wait for the device
-        pytest += ["--timeout=60", "--timeout-method=thread"]
+        pytest += ["--timeout=120", "--timeout-method=thread"]
     if has("pytest_benchmark"):
         pytest += ["-p", "no:benchmark"]
     if has("xdist"):
         pytest += ["-n", "3"]
     tasks = []
     for file in sorted(ROOT.glob("tests/**/test_*.py")):
-        if not re.search(r"\bmark\.gpu\b", file.read_text()):
+        if not re.search(r"\bpytest\.mark\.gpu\b", file.read_text()):
             continue
         report = options.work / f"{file.stem}.jsonl"
         environment = {"OMP_NUM_THREADS": "1", "GPU_CHECK_REPORT": str(report)}
@@ -203,10 +203,10 @@ def sanitize_stage(options: argparse.Namespace) -> Stage:
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path=os.pathsep.join([f"{home}/bin", f"{home}/compute-sanitizer"])
     )
-    missing = None if tool else "compute-sanitizer is not on this machine"
-    if not DRIVER.exists():
-        missing = f"there is no {DRIVER.relative_to(ROOT)}: `make gpu-lib` builds it"
-    tasks = [Task("plain", (str(DRIVER),), 60, {}, False, missing)]
+    where = DRIVER.relative_to(ROOT)
+    unbuilt = None if DRIVER.exists() else f"there is no {where}: `make gpu-lib` builds it"
+    missing = unbuilt or (None if tool else "compute-sanitizer is not on this machine")
+    tasks = [Task("plain", (str(DRIVER),), 60, {}, False, unbuilt)]
     for name in SANITIZERS:
         command = (tool or "compute-sanitizer", f"--tool={name}")
         command += (f"--error-exitcode={FOUND_BY_SANITIZER}", str(DRIVER))

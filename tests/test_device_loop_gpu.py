@@ -579,14 +579,17 @@ def test_ten_thousand_solves_hold_no_more_memory_than_ten() -> None:
 
 
 def test_plans_give_their_memory_back(own_plans: PlanCache) -> None:
-    torch.cuda.empty_cache()
+    def reserved() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB, of the check against the host loop
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
     g, x0 = made("large")
-    before = torch.cuda.memory_reserved()
+    before = reserved()
     with torch.no_grad():
         fpi.fixed_point(g, x0, input_of("large", 0), route="device")
     assert own_plans.memory() > 10 * x0.numel() * 4
     own_plans.clear()
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**21
+    assert reserved() <= before + 2**21

@@ -107,8 +107,8 @@ def test_every_file_with_gpu_tests_has_a_process(check: types.ModuleType, tmp_pa
     options = check.parse([])
     options.work = tmp_path
     planned = {task.name for task in check.tests_stage(options).tasks}
-    marked = {f.stem for f in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in f.read_text()}
-    assert marked - {"test_gpu_check"} <= planned
+    mark = "pytest." + "mark.gpu"
+    assert planned == {f.stem for f in ROOT.glob("tests/**/test_*.py") if mark in f.read_text()}
     assert "test_cuda_gpu" in planned
 
 
