@@ -303,7 +303,9 @@ def run(record: Record, size: Size, device: torch.device, modules: tuple[str, ..
 
     def solves(entry: Entry) -> None:
         measure = functools.partial(small.measure, entry)
-        record.row(f"tanh: {entry.label}", measure, functools.partial(small.keep, entry.label))
+        keep = functools.partial(small.keep, entry.label)
+        compiles = entry.candidates[0].compiles
+        record.row(f"tanh: {entry.label}", measure, keep, compiles=compiles)
 
     def conv(name: str, peer: Peer) -> None:
         row = functools.partial(large.row, name, peer)

@@ -93,7 +93,8 @@ def run(
                     record.skipped[f"{name}, but in the first case"] = "compiled once (--short)"
                     continue
                 measure = functools.partial(timed, make, best, clock, rounds, case, copied)
-                record.row(f"{case.title}: {name}", measure, table["rows"].append)
+                title, keep = f"{case.title}: {name}", table["rows"].append
+                record.row(title, measure, keep, compiles=name == Compiled.name)
 
 
 Maker = Callable[[], Row]
