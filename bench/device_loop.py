@@ -327,15 +327,10 @@ def run(record: Record, size: Size, device: torch.device, modules: tuple[str, ..
     if "torchdeq" in modules and "torchdeq" not in missing:
         for name, peer in torchdeq_on(large.problem).items():
             conv(name, peer)
-    ranked = by_worth(entries)
-    for entry in ranked:
-        if not entry.candidates[0].compiles:
-            solves(entry)
-    if "compiled" in modules:
-        slope("torch.compile loop", lambda: torch_loop(size, device, compiled_step()))
-    for entry in ranked:
-        if entry.candidates[0].compiles:
-            solves(entry)
+    for entry in by_worth(entries):
+        if entry.library == "torch.compile":
+            slope("torch.compile loop", lambda: torch_loop(size, device, compiled_step()))
+        solves(entry)
 
 
 def main(arguments: list[str] | None = None) -> None:
