@@ -303,7 +303,9 @@ def run(record: Record, size: Size, device: torch.device, modules: tuple[str, ..
 
     def solves(entry: Entry) -> None:
         measure = functools.partial(small.measure, entry)
-        record.row(f"tanh: {entry.label}", measure, functools.partial(small.keep, entry.label))
+        keep = functools.partial(small.keep, entry.label)
+        compiles = entry.candidates[0].compiles
+        record.row(f"tanh: {entry.label}", measure, keep, compiles=compiles)
 
     def conv(name: str, peer: Peer) -> None:
         row = functools.partial(large.row, name, peer)
@@ -325,15 +327,10 @@ def run(record: Record, size: Size, device: torch.device, modules: tuple[str, ..
     if "torchdeq" in modules and "torchdeq" not in missing:
         for name, peer in torchdeq_on(large.problem).items():
             conv(name, peer)
-    ranked = by_worth(entries)
-    for entry in ranked:
-        if not entry.candidates[0].compiles:
-            solves(entry)
-    if "compiled" in modules:
-        slope("torch.compile loop", lambda: torch_loop(size, device, compiled_step()))
-    for entry in ranked:
-        if entry.candidates[0].compiles:
-            solves(entry)
+    for entry in by_worth(entries):
+        if entry.library == "torch.compile":
+            slope("torch.compile loop", lambda: torch_loop(size, device, compiled_step()))
+        solves(entry)
 
 
 def main(arguments: list[str] | None = None) -> None:

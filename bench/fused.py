@@ -119,7 +119,7 @@ def measure(
         found = contest.row(peer)
         return found | floor(task, found, roof)
 
-    record.row(title, row, kept(rows, label))
+    record.row(title, row, kept(rows, label), compiles=wave_of(entry) == 2)
     if label in rows and task.x0.device.type == "cuda":
         if isinstance(peer, Routed):
             slope = functools.partial(per_round, task, peer, contest.rounds)

@@ -24,12 +24,12 @@ def text(results: dict[str, Any]) -> list[str]:
     for table in results["problems"]:
         lines += [
             table["name"],
-            "    s fwd s fwd+bwd    steps  GFLOP/s  grad err  busy fwd us/round",
+            "    s fwd  s fwd+bwd    steps  GFLOP/s  grad err  busy fwd us/round",
         ]
         for label, row in table["rows"].items():
             busy, slope = row.get("busy"), row.get("round")
             lines.append(
-                f"  {row['forward']['median']:7.4f}   {row['both']['median']:7.4f} "
+                f"  {row['forward']['median']:8.5f}   {row['both']['median']:8.5f} "
                 f"{row['mean_steps']:8.1f} {row['gflops']:8.1f} {row['gradient_error']:9.1e}  "
                 + ("       -" if busy is None else f"{busy:8.5f}")
                 + ("        -" if slope is None else f" {1e6 * slope['median']:8.2f}")

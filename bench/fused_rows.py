@@ -222,7 +222,7 @@ class Contest:
         return busy_seconds(lambda: peer.solve(self.task, row["tol"]))
 
 
-RESTLESS = 32.0
+RESTLESS = 100.0
 """Weights times this make a map that has no fixed point to find."""
 NUM_ROUNDS = (20, 120)
 GOING = 0.99
@@ -236,7 +236,7 @@ def per_round(
     The slope of the time over the number of rounds: what a call costs besides has no part in it.
 
     Raises:
-        RuntimeError: samples stopped before the last round.
+        RuntimeError: samples stopped before the last round, or rounds took no time to tell.
     """
     cell = copy.deepcopy(task.cell)
     layers = getattr(cell, "energy", cell)
@@ -255,6 +255,8 @@ def per_round(
         (late - early) / (many.max_steps - few.max_steps)
         for early, late in zip(times["few"], times["many"], strict=True)
     ]
+    if statistics.median(slopes) <= 0.0:
+        raise RuntimeError("more rounds take no more time: too short to tell")
     flops = flops_per_step(task.cell) * task.batch
     return {
         **spread(slopes),

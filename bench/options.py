@@ -17,6 +17,8 @@ from bench.record import Record
 
 WHEELS = "FPI_BENCH_WHEELS"
 NOT_ASKED = "not asked for"
+SHORT_SECONDS = 65.0
+"""Of a short form on a device: with imports, and the row under way at its end, below 90."""
 
 
 def parse(
@@ -37,7 +39,7 @@ def parse(
     """
     parser.add_argument("--device", default=device, help="cpu, cuda or cuda:N")
     parser.add_argument("--short", action="store_true", help="fewer rounds, settings and sizes")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="rows begin until then")
+    parser.add_argument("--seconds", type=float, help="after which no row is begun")
     parser.add_argument("--threads", type=int, default=1, help="threads and cores on the CPU")
     parser.add_argument("--peers", default=",".join(peers), help="libraries, by commas")
     parser.add_argument("--skip", default="", help="libraries to leave out, by commas")
@@ -48,6 +50,9 @@ def parse(
     options = parser.parse_args(arguments)
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
+    if options.seconds is None:
+        brief = options.short and not options.device.startswith("cpu")
+        options.seconds = SHORT_SECONDS if brief else math.inf
     if not options.seconds > 0:
         parser.error(f"--seconds must be above 0, got {options.seconds:g}")
     given, left_out = (tuple(filter(None, s.split(","))) for s in (options.peers, options.skip))

@@ -93,7 +93,8 @@ def run(
                     record.skipped[f"{name}, but in the first case"] = "compiled once (--short)"
                     continue
                 measure = functools.partial(timed, make, best, clock, rounds, case, copied)
-                record.row(f"{case.title}: {name}", measure, table["rows"].append)
+                title, keep = f"{case.title}: {name}", table["rows"].append
+                record.row(title, measure, keep, compiles=name == Compiled.name)
 
 
 Maker = Callable[[], Row]
@@ -238,7 +239,8 @@ def markdown(results: dict[str, Any]) -> str:
         f"One Anderson step on {where['cpu'] if where['device'] == 'cpu' else where['device']}, "
         f"g excluded; a copy moves {results['copy_bytes_per_second'] / 1e9:.1f} GB/s. torch "
         f"{where['versions']['torch']}, commit {where['commit']}, {where['date']}: "
-        f"`{where['command']}`.\n\n{piped(table)}"
+        f"`{where['command']}`.\n\n"
+        + "\n\n".join([piped(table), *skipped_lines(results["skipped"])])
     )
 
 

@@ -169,7 +169,8 @@ def run(
             name = f"{comparison.problem.name}: {entry.label}"
             row = functools.partial(comparison.measure, entry)
             keep = functools.partial(comparison.keep, entry.label)
-            record.row(name, functools.partial(parts.once, name, row), keep)
+            once = functools.partial(parts.once, name, row)
+            record.row(name, once, keep, compiles=entry.candidates[0].compiles)
             results["total_seconds"] = time.perf_counter() - started
 
     def hold(problem: Problem, batches: tuple[int, ...], diagnose: bool = False) -> None:

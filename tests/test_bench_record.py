@@ -77,6 +77,9 @@ def test_the_rest_is_named_when_time_is_out() -> None:
     began = time.perf_counter()
     record.row("slow", stubborn, rows.append)
     record.row("late", lambda: 2, rows.append)
+    short = Record(seconds=5.0)
+    short.row("long compiled", lambda: 3, rows.append, compiles=True)
+    assert short.skipped == {"long compiled": "out of time"}
     assert time.perf_counter() - began < 2
     assert rows == [0]
     assert record.skipped == {"slow": "out of time", "late": "out of time"}
@@ -127,6 +130,8 @@ def test_results_of_a_device_have_a_file_of_their_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     path = parse("--out", "a", "--device", "cuda").path
     assert path == Path("a/step-nvidia-h100-80gb-hbm3.json")
+    assert parse("--short").seconds == float("inf")
+    assert parse("--short", "--device", "cuda").seconds < 90
 
 
 @pytest.mark.usefixtures("alone")
