@@ -42,6 +42,8 @@ LIBRARY = ROOT / "fpi_cuda" / "libfpi_cuda.so"
 DRIVER = ROOT / "build" / "sanitize" / "sanitize_kernels"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND_BY_SANITIZER = 9
+# Of the kernels. The WHILE graph is run plainly alone: see tests/sanitize.
+FAMILIES = ("picard", "anderson", "broyden", "cell_loop")
 FIGURES = ("step", "fused", "device_loop", "throughput")
 WIDTH = 100
 LEAST_SECONDS = 2.0  # under which nothing is begun
@@ -181,7 +183,7 @@ def figures_stage(options: argparse.Namespace) -> Stage:
         seconds = options.figure_seconds
         command = (PYTHON, "-m", f"bench.{name}", "--short", "--device", "cuda")
         command += ("--seconds", f"{seconds:.0f}", "--out", str(options.work))
-        environment = {"OMP_NUM_THREADS": "4", "TQDM_DISABLE": "1"}
+        environment = {"OMP_NUM_THREADS": "4", "TQDM_DISABLE": "1", "FPI_COMMIT": options.commit}
         if options.wheels:
             command += ("--wheels", str(options.wheels))
         tasks.append(Task(name, command, seconds + 30, environment, True, None, parse_figures))
@@ -190,7 +192,7 @@ def figures_stage(options: argparse.Namespace) -> Stage:
 
 def parse_figures(task: Task, output: str, work: Path) -> tuple[str, Any]:
     """The benchmark's JSON, whether it came to its end or not."""
-    files = sorted(work.glob(f"{task.name}*.json"))
+    files = [f for f in sorted(work.glob(f"{task.name}-*.json")) if not f.stem.endswith("-parts")]
     if not files:
         return last_line(output), None
     found = json.loads(files[0].read_text())
@@ -210,8 +212,8 @@ def sanitize_stage(options: argparse.Namespace) -> Stage:
     for name in SANITIZERS:
         command = (tool or "compute-sanitizer", f"--tool={name}")
         command += (f"--error-exitcode={FOUND_BY_SANITIZER}", str(DRIVER))
-        for part, choice in (("steps", "--skip"), ("loops", "--only")):
-            tasks.append(Task(f"{name}_{part}", (*command, choice, "cell_loop"), 120, {}, False,
+        for part in FAMILIES:
+            tasks.append(Task(f"{name}_{part}", (*command, "--only", part), 120, {}, False,
                               missing, parse_sanitizer))  # fmt: skip
     return Stage("sanitize", tasks, 1.0, len(tasks))
 
@@ -459,6 +461,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", default="", help="for a checkout without git")
     options = parser.parse_args(arguments)
     options.stages = options.stages.split(",")
+    options.commit = options.commit or commit_here()
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}; there are {', '.join(STAGES)}")
@@ -507,7 +510,7 @@ def main(arguments: list[str] | None = None) -> int:
         about = {
             "kind": "gpu-check",
             "device": device,
-            "commit": options.commit or commit_here(),
+            "commit": options.commit,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "minutes": options.minutes,
             "command": "make gpu-check ARGS=" + json.dumps(" ".join(arguments or sys.argv[1:])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -60,7 +61,12 @@ def version_of(name: str) -> str | None:
 
 
 def commit() -> str:
-    """The commit of this checkout, with "+" where tracked files differ from it."""
+    """The commit of this checkout, with "+" where tracked files differ from it.
+
+    FPI_COMMIT names it where the files were copied without git.
+    """
+    if named := os.environ.get("FPI_COMMIT"):
+        return named
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
