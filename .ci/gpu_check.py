@@ -443,7 +443,10 @@ def visible_gpu() -> str | None:
 def commit_here() -> str:
     """The commit of this checkout, with a + where it is changed."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=7"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # there is no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
 
 
