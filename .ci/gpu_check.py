@@ -44,6 +44,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND_BY_SANITIZER = 9
 # Of the kernels. The WHILE graph is run plainly alone: see tests/sanitize.
 FAMILIES = ("picard", "anderson", "broyden", "cell_loop")
+FIGURES_SHARE = 0.6  # of the whole budget
 FIGURES = ("step", "fused", "device_loop", "throughput")
 WIDTH = 100
 LEAST_SECONDS = 2.0  # under which nothing is begun
@@ -179,15 +180,17 @@ def parse_tests(task: Task, output: str, _: Path) -> tuple[str, Any]:
 def figures_stage(options: argparse.Namespace) -> Stage:
     """The short form of each benchmark."""
     tasks = []
-    for name in FIGURES:
-        seconds = options.figure_seconds
+    names = [name for name in FIGURES if wanted(name, options)]
+    # Imports, warming up and what is under way when its seconds end take some more.
+    seconds = max(20.0, min(90.0, FIGURES_SHARE * 60 * options.minutes / max(len(names), 1) - 15))
+    for name in names:
         command = (PYTHON, "-m", f"bench.{name}", "--short", "--device", "cuda")
         command += ("--seconds", f"{seconds:.0f}", "--out", str(options.work))
         environment = {"OMP_NUM_THREADS": "4", "TQDM_DISABLE": "1", "FPI_COMMIT": options.commit}
         if options.wheels:
             command += ("--wheels", str(options.wheels))
         tasks.append(Task(name, command, seconds + 30, environment, True, None, parse_figures))
-    return Stage("figures", tasks, 0.6, 1)
+    return Stage("figures", tasks, FIGURES_SHARE, 1)
 
 
 def parse_figures(task: Task, output: str, work: Path) -> tuple[str, Any]:
@@ -232,6 +235,11 @@ STAGES: dict[str, Callable[[argparse.Namespace], Stage]] = {
     "figures": figures_stage,
     "sanitize": sanitize_stage,
 }
+
+
+def wanted(name: str, options: argparse.Namespace) -> bool:
+    """Whether --only asks for a task of this name."""
+    return any(part in name for part in options.only.split(","))
 
 
 def has(module: str) -> bool:
@@ -370,6 +378,7 @@ class Report:
         """Close the account, and pack the logs."""
         with self._lock:
             self.results["complete"] = complete
+            self.results["readme"] = readme(self.results)
             self._write()
         with tarfile.open(self._out / "gpu-check-logs.tar.gz", "w:gz") as archive:
             for log in sorted(self._work.iterdir()):
@@ -402,6 +411,41 @@ def summary(results: dict[str, Any]) -> str:
     if not results["complete"]:
         lines.append("not complete")
     return "\n".join(lines)
+
+
+def readme(results: dict[str, Any]) -> str:
+    """The section of README: how much passed, and first light's table of timings."""
+    stages = results["stages"]
+    table = [("stage", "passed", "")]
+    for stage, outcomes in stages.items():
+        good = sum(o["result"] == "pass" for o in outcomes)
+        table.append((stage, f"{good} of {len(outcomes)}", told(stage, outcomes)))
+    timings = [o["found"] for o in stages.get("light", []) if o["name"] == "timings"]
+    figures = timings[0]["said"] if timings and timings[0] else {}
+    parts = [
+        f"### On a GPU: {results['device']}",
+        "\n".join(
+            "| " + " | ".join(line) + " |" for line in [*table[:1], ("---",) * 3, *table[1:]]
+        ),
+    ]
+    if isinstance(figures, dict):
+        parts += ["\n".join(f"- {name}: {value}" for name, value in figures.items())]
+    parts += [f"Commit {results['commit']}, {results['date']}: `{results['command']}`."]
+    return "\n\n".join(filter(None, parts))
+
+
+def told(stage: str, outcomes: list[dict[str, Any]]) -> str:
+    """What a stage comes to."""
+    bad = ", ".join(f"{o['name']} {o['result']}" for o in outcomes if o["result"] != "pass")
+    if stage == "tests":
+        found = [o["found"] for o in outcomes if o["found"]]
+        passed, failed, skipped = (
+            sum(f["passed"] for f in found),
+            sum(len(f["failed"]) for f in found),
+            sum(len(f["skipped"]) for f in found),
+        )
+        return f"{passed} tests passed, {failed} failed, {skipped} skipped"
+    return bad
 
 
 def row(outcome: dict[str, Any]) -> str:
@@ -450,6 +494,26 @@ def commit_here() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def command_line(arguments: list[str] | None) -> str:
+    """What was asked for, without this machine's folders."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return " ".join(re.sub(r"^(\S*=)?.*/.*$", r"\1DIR", word) for word in words)
+
+
+def keep(file: Path, folder: Path) -> list[Path]:
+    """Put a run's results where README is made from: the figures into files of their own."""
+    results = json.loads(file.read_text())
+    slug = re.sub(r"[^a-z0-9]+", "-", results["device"].split(",")[0].lower()).strip("-")
+    kept = {f"gpu-check-{slug}.json": results}
+    for outcome in results["stages"].get("figures", []):
+        found = outcome.pop("found")
+        if found:
+            kept[f"{outcome['name']}-{slug}.json"] = found
+    for name, value in kept.items():
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+    return [folder / name for name in kept]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
@@ -460,6 +524,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="list stages and commands")
     parser.add_argument("--cpu", action="store_true", help="first light without a GPU")
     parser.add_argument("--jobs", type=int, default=max(1, min(10, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--keep", type=Path, metavar="JSON", help="file a run's results, and end")
     parser.add_argument("--wheels", type=Path, help="folder of benchmark peers' wheels")
     parser.add_argument("--commit", default="", help="for a checkout without git")
     options = parser.parse_args(arguments)
@@ -470,18 +535,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"unknown stage {unknown[0]!r}; there are {', '.join(STAGES)}")
     if options.jobs < 1 or options.minutes <= 0:
         parser.error("--jobs and --minutes must be positive")
-    # Three of the benchmarks' short forms fit what the earlier stages leave of five minutes.
-    options.figure_seconds = max(20.0, min(90.0, 60 * options.minutes / 8))
     return options
 
 
 def planned(options: argparse.Namespace) -> list[Stage]:
     """The stages asked for, with the tasks asked for."""
-    wanted = options.only.split(",")
     stages = []
     for name in options.stages:
         stage = STAGES[name](options)
-        tasks = [t for t in stage.tasks if stage.needed or any(part in t.name for part in wanted)]
+        tasks = [t for t in stage.tasks if stage.needed or wanted(t.name, options)]
         stages.append(Stage(stage.name, tasks, stage.share, stage.jobs, stage.needed))
     return stages
 
@@ -497,6 +559,9 @@ def dry_run(stages: Iterator[Stage] | list[Stage]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line: 0 where every task of every stage asked for has passed."""
     options = parse(arguments)
+    if options.keep:
+        print(*keep(options.keep, ROOT / "bench" / "results"), sep="\n")
+        return 0
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         options.work = Path(folder)
@@ -516,7 +581,7 @@ def main(arguments: list[str] | None = None) -> int:
             "commit": options.commit,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "minutes": options.minutes,
-            "command": "make gpu-check ARGS=" + json.dumps(" ".join(arguments or sys.argv[1:])),
+            "command": "make gpu-check ARGS=" + json.dumps(command_line(arguments)),
         }
         report = Report(options.out, options.work, about)
         with ended_by_signals(runner):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -339,6 +340,13 @@ def main(arguments: list[str] | None = None) -> None:
     record = options.record_of(given)
     short = SHORT if given.device.type == "cpu" else DEVICE_SHORT
     run(record, short if given.short else FULL, given.device, given.peers)
+    if given.device.type == "cuda":
+        where = record.results["machine"]
+        tables = text(finite(record.results), 4)
+        record.results["readme"] = (
+            f"### The device loop on {where['device']}\n\n```\n{tables}\n```\n\n"
+            f"Commit {where['commit']}, {where['date']}: `{where['command']}`."
+        )
     print(text(finite(record.finish())))
     print("written:", record.path)
 
@@ -350,8 +358,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options.parse(parser, arguments, PEERS, device=default)
 
 
-def text(results: dict[str, Any]) -> str:
-    """The tables of the terminal."""
+def text(results: dict[str, Any], most: float = math.inf) -> str:
+    """The tables of the terminal; over `most` skipped rows of one reason are counted."""
     lines = [f"device: {results['machine']['device']}", "", "µs per iteration, empty g"]
     for name, times in results["seconds_per_iteration"].items():
         lines.append(f"  {1e6 * times['median']:10.2f}  {name}")
@@ -365,7 +373,7 @@ def text(results: dict[str, Any]) -> str:
             shown = [seconds_in(row.get(key)) for key in ("forward", "both")]
             lines.append(f"  {shown[0]} {shown[1]}  {row['solved']:6.1%}  {row['label']}")
     failed = {f"tanh: {label}": why for label, why in results["tanh"]["failed"].items()}
-    lines += wrapped(skipped_lines({**results["skipped"], **failed}))
+    lines += wrapped(skipped_lines({**results["skipped"], **failed}, most))
     if "waits" in results:
         lines += ["", "waits of the host in one solve"]
         for route, counts in results["waits"].items():

@@ -137,8 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     short = SHORT if given.device.type == "cpu" else DEVICE_SHORT
     size = short if given.short else QUARTER if given.quarter else FULL
     run(record, size, given.device, given.peers)
-    if given.device.type == "cpu":
-        record.results["readme"] = readme(finite(record.results))
+    record.results["readme"] = readme(finite(record.results))
     print("\n".join(text(record.finish())))
     print("written:", record.path)
 

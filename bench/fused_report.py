@@ -48,23 +48,32 @@ def text(results: dict[str, Any]) -> list[str]:
 
 
 def readme(results: dict[str, Any]) -> str:
-    """The section on the CPU: seconds of every contender, and what early exit saves."""
+    """The section: seconds of every contender, and what early exit saves."""
     where = results["machine"]
     roof = results.get("fma_gflops")
+    on_cpu = where["device"] == "cpu"
     told = "" if roof is None else f", whose roof is {roof:.0f} GFLOP/s per core"
+    if on_cpu:
+        place, unit = "the CPU", "Milliseconds of CPU"
+        machine = f"{where['threads']} thread(s) of {where['cpu']}{told}"
+        share = (
+            "; of roof is the share of the core's multiply-add rate that the products of those "
+            "steps come to over the whole forward call"
+        )
+    else:
+        place = machine = where["device"]
+        unit, share = "Milliseconds", ""
     parts = [
-        "### The fused loop on the CPU",
-        f"Milliseconds of CPU to a true residual of {results['problems'][0]['rtol']:g} in every "
-        f"sample, the faster of Picard and Anderson in each column, {where['threads']} thread(s) "
-        f"of {where['cpu']}{told}. Steps are evaluations of g per sample; of roof is the share "
-        "of the core's multiply-add rate that the products of those steps come to over the whole "
-        "forward call. Peers get the loosest tolerance that reaches the residual, and what they "
-        "return may be one step beyond the last that they tested.",
+        f"### The fused loop on {place}",
+        f"{unit} to a true residual of {results['problems'][0]['rtol']:g} in every "
+        f"sample, the faster of Picard and Anderson in each column, {machine}. Steps are "
+        f"evaluations of g per sample{share}. Peers get the loosest tolerance that reaches the "
+        "residual, and what they return may be one step beyond the last that they tested.",
         "**Forward**",
         piped(times(results, "forward")),
         "**Forward and backward**",
         piped(times(results, "both")),
-        *skipped_lines(results["skipped"]),
+        *skipped_lines(results["skipped"], 4),
         *([early_exit(results["early_exit"])] if "early_exit" in results else []),
     ]
     command = f"`{where['command']}`"

@@ -107,9 +107,13 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
 
 
-def skipped_lines(skipped: dict[str, str]) -> list[str]:
-    """A line for each reason, with the names that share it."""
+def skipped_lines(skipped: dict[str, str], most: float = math.inf) -> list[str]:
+    """A line for each reason, with the names that share it; over `most` of them are counted."""
     names: dict[str, list[str]] = {}
     for name, why in skipped.items():
         names.setdefault(why, []).append(name)
-    return [f"skipped, {why}: {', '.join(which)}" for why, which in names.items()]
+
+    def told(which: list[str]) -> str:
+        return ", ".join(which) if len(which) <= most else f"{len(which)} rows, by name in the JSON"
+
+    return [f"skipped, {why}: {told(which)}" for why, which in names.items()]

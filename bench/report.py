@@ -76,7 +76,7 @@ def markdown(results: dict[str, Any]) -> str:
         if problem.get("contamination"):
             parts += [f"**{CONTAMINATION}**", piped(contamination_table(problem))]
             parts += [f"**{LOSS_SCALE}**", piped(loss_scale_table(problem))]
-    parts += skipped_lines(results["skipped"])
+    parts += skipped_lines(results["skipped"], 8)
     return "\n\n".join(parts)
 
 

@@ -240,7 +240,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"g excluded; a copy moves {results['copy_bytes_per_second'] / 1e9:.1f} GB/s. torch "
         f"{where['versions']['torch']}, commit {where['commit']}, {where['date']}: "
         f"`{where['command']}`.\n\n"
-        + "\n\n".join([piped(table), *skipped_lines(results["skipped"])])
+        + "\n\n".join([piped(table), *skipped_lines(results["skipped"], 4)])
     )
 
 

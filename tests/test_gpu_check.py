@@ -172,6 +172,24 @@ def test_a_run_that_goes_well(tmp_path: Path) -> None:
         assert set(archive.getnames()) == {"a.log", "b.log"}
 
 
+def test_a_run_is_filed_with_its_figures_apart(check: types.ModuleType, tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "results"
+    folder.mkdir()
+    report = check.Report(out, tmp_path, {"device": "Some GPU (80 GB), 580.1", "commit": "abc",
+                                          "date": "today", "command": "make"})  # fmt: skip
+    outcome = check.Outcome("step", "pass", 1.0, "complete", {"kind": "step", "readme": "| a |"})
+    report.add("figures", outcome)
+    report.add("tests", check.Outcome("t", "pass", 1.0, "", {"passed": 2, "failed": [],
+                                                             "skipped": []}))  # fmt: skip
+    report.results["readme"] = check.readme(report.results)
+    assert "2 tests passed, 0 failed, 0 skipped" in report.results["readme"]
+    (out / "gpu-check.json").write_text(json.dumps(report.results))
+    names = [file.name for file in check.keep(out / "gpu-check.json", folder)]
+    assert names == ["gpu-check-some-gpu-80-gb.json", "step-some-gpu-80-gb.json"]
+    assert json.loads((folder / names[1]).read_text())["readme"] == "| a |"
+    assert "| a |" not in (folder / names[0]).read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_what_it_found(number: signal.Signals, tmp_path: Path) -> None:
     process = start({"light": {"first": "", "second": HANGS, "third": ""}}, tmp_path)
