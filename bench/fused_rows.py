@@ -367,12 +367,16 @@ def early_exit(size: Size, device: torch.device, count: int) -> dict[str, Any]:
 
 
 def precisions(task: Problem, count: int) -> dict[str, dict[str, float]]:
-    """Forward solves to a tolerance that every precision reaches: seconds, steps, true residual."""
+    """Forward solves to a tolerance that every precision reaches: seconds, steps, true residual.
+
+    Raises:
+        RuntimeError: a true residual is beyond the tolerance.
+    """
     rtol = max(FLOORS.values())
     peers = {name: Routed(fpi.Anderson(m=5), "fused", name) for name in FLOORS}
     calls = {name: (lambda peer=peer: peer.solve(task, rtol)) for name, peer in peers.items()}
     times = rounds(calls, count, task.x0.device)
-    return {
+    found = {
         name: {
             "rtol": rtol,
             "median": statistics.median(times[name]),
@@ -381,3 +385,7 @@ def precisions(task: Problem, count: int) -> dict[str, dict[str, float]]:
         }
         for name, peer in peers.items()
     }
+    for name, row in found.items():
+        if not row["worst_residual"] <= 1.01 * rtol:
+            raise RuntimeError(f"{name} ends at {row['worst_residual']:.1e}, asked for {rtol:g}")
+    return found

@@ -68,18 +68,6 @@ def test_what_the_graph_holds_is_the_plain_loop(monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(one, other)
 
 
-@pytest.mark.gpu
-def test_the_benchmark_on_a_device() -> None:
-    record = Record()
-    fused.run(record, fused_rows.TINY, torch.device("cuda"), modules=("loop", "graphed"))
-    results = record.finish()
-    assert not [name for name in results["skipped"] if not name.endswith("a round")]
-    for table in results["problems"]:
-        assert "torch loop in a CUDA graph" in table["rows"]
-    for rows in results["precisions"].values():
-        assert all(row["worst_residual"] <= 1.01 * row["rtol"] for row in rows.values())
-
-
 def test_a_round_is_timed_while_all_samples_take_it() -> None:
     size = dataclasses.replace(fused_rows.TINY, dense=((256, 64),))
     task = fused_rows.problems(size, torch.device("cpu"))[1]
