@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def compile_driver(folder: Path) -> Path:
     return build(SOURCES, folder / "driver")
 
 
-def build(sources: list[Path], program: Path) -> Path:
-    """Compile and link a program, its objects beside it."""
+def build(sources: list[Path], program: Path, objects: Sequence[Path] = ()) -> Path:
+    """Compile and link a program, its objects beside it; `objects` are linked as they are."""
     compiler = shutil.which("g++")
     assert compiler is not None
 
@@ -51,8 +51,8 @@ def build(sources: list[Path], program: Path) -> Path:
         return output
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, sources))
-    run([compiler, *SANITIZE, *map(str, objects), "-o", str(program)])
+        compiled = list(pool.map(compile_one, sources))
+    run([compiler, *SANITIZE, *map(str, [*compiled, *objects]), "-o", str(program)])
     return program
 
 
