@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
 
-.PHONY: test bench lint clean gpu-check
+.PHONY: test bench lint clean gpu-lib gpu-check
 
 test: .venv/built
 	$(RUN) -m pytest -n 2 --timeout=600 $(ARGS)
@@ -17,6 +17,13 @@ lint: .venv/built
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# What `make gpu-check` runs, built where there is no GPU: no minute of one goes to compilers.
+gpu-lib: export FPI_CUDA = 1
+gpu-lib: export FPI_CUDA_ARCHS ?= 9.0
+gpu-lib: .venv/ready
+	$(RUN) setup.py -q build_ext --inplace
+	$(RUN) .ci/build_sanitize_driver.py
 
 # With PYTHON's own torch, on a machine with a GPU. ARGS="--dry-run" lists what it does.
 gpu-check:

@@ -1,136 +1,234 @@
-"""Everything that must be seen on a machine with a GPU: build, tests, sanitizers, benchmarks.
+"""What a GPU has to show, in minutes: does it load, work, pass its tests, how fast, how clean.
 
-    make gpu-check [PYTHON=python3] [ARGS="--stages build,tests --only triton"]
+    make gpu-check [PYTHON=python3] [ARGS="--minutes 5 --out DIR"]
+
+Stages in the order of their value: library, light, tests, figures, sanitize. Every command is a
+process group of its own under a clock, and the whole is under one too, so that whatever hangs or
+crashes costs itself alone. DIR gets gpu-check.json and gpu-check.txt, written anew whenever
+something has ended, and gpu-check-logs.tar.gz at the end.
 
 Runs from a bare checkout with the interpreter that it is called with: no virtual environment, no
-downloads. Each stage can run alone; what it found is kept in the logs folder, and the results
-file is written anew from all stages kept there for this commit:
-
-    bench/results/<device>-<commit>.json
-
-What is missing on the machine (compute-sanitizer, a pytest plugin) is named, never passed over.
+downloads. `make gpu-lib` on a machine without a GPU builds what would take minutes here.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
+import textwrap
+import threading
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
-STAGES = ("build", "tests", "sanitize", "bench")
+CI = ROOT / ".ci"
+LIBRARY = ROOT / "fpi_cuda" / "libfpi_cuda.so"
+DRIVER = ROOT / "build" / "sanitize" / "sanitize_kernels"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BENCHMARKS = ("step", "device_loop", "fused", "throughput")
 FOUND_BY_SANITIZER = 9
-DETAIL_WIDTH = 46
+FIGURES = ("step", "fused", "device_loop", "throughput")
+WIDTH = 100
+LEAST_SECONDS = 2.0  # under which nothing is begun
+
+Parse = Callable[["Task", str, Path], tuple[str, Any]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One command of a stage.
+    """One command.
 
     Attributes:
-        seconds: after which it is ended, and has failed.
+        seconds: after which it is ended.
+        alone: nothing runs beside it: it measures time.
         missing: why it cannot run here; None where it can.
+        parse: what its output says: a line, and what is kept of it.
     """
 
-    stage: str
     name: str
     command: tuple[str, ...]
-    seconds: int
+    seconds: float
     environment: dict[str, str] = field(default_factory=dict)
+    alone: bool = False
     missing: str | None = None
+    parse: Parse | None = None
 
     def shown(self) -> str:
         """The command as a user would type it."""
         words = [*(f"{k}={v}" for k, v in self.environment.items()), *self.command]
-        return " ".join(word.replace(f"{ROOT}/", "") for word in words)
+        return " ".join(word.replace(f"{ROOT}/", "").replace(PYTHON, "python3") for word in words)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended: "pass", "fail" or "not run"."""
+    """How a task ended: "pass", "fail", "crashed", "hung", "cut" by the budget, or "not run"."""
 
-    stage: str
     name: str
     result: str
     seconds: float
     detail: str
+    found: Any = None
 
 
-def build_tasks(_: argparse.Namespace) -> Iterator[Task]:
-    """The extension with its CUDA kernels, in place."""
-    build = (PYTHON, "setup.py", "-q", "build_ext", "--inplace")
-    yield Task("build", "build_ext", build, 580, {"FPI_CUDA": "1"})
-    code = "from fpi_cuda._extension import build_info; print(build_info()['cuda'])"
-    yield Task("build", "load", (PYTHON, "-c", code), 60)
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that run side by side, but for those alone.
+
+    Attributes:
+        share: of the whole budget, the most that it may take.
+        needed: nothing after it can work where it fails.
+    """
+
+    name: str
+    tasks: list[Task]
+    share: float
+    jobs: int
+    needed: bool = False
 
 
-def tests_tasks(options: argparse.Namespace) -> Iterator[Task]:
-    """Every test: by pytest-xdist where it is, else one process for each file."""
-    pytest = (PYTHON, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider")
-    if not has("pytest"):
-        yield Task("tests", "pytest", pytest, 1, missing="pytest is not installed")
-        return
-    if has("pytest_timeout"):
-        pytest = (*pytest, "--timeout=300")
-    one_thread = {"OMP_NUM_THREADS": "1"}
+def library_stage(_: argparse.Namespace) -> Stage:
+    """The library that was carried here, else one built now."""
+    code = (
+        "from fpi_cuda._extension import build_info; info = build_info(); "
+        "assert 'cuda' in info, info; print(info)"
+    )
+    tasks = [Task("load", (PYTHON, "-c", code), 60)]
+    if not LIBRARY.exists():
+        build = (PYTHON, "setup.py", "-q", "build_ext", "--inplace")
+        tasks.insert(0, Task("build", build, 600, {"FPI_CUDA": "1"}, alone=True))
+    return Stage("library", tasks, 0.9, 1, needed=True)
 
-    def task(name: str, *what: str) -> Task:
-        report = f"--junitxml={options.logs / f'tests-{name}.xml'}"
-        return Task("tests", name, (*pytest, report, *what), 580, one_thread)
 
+def light_stage(options: argparse.Namespace) -> Stage:
+    """Every mechanism by itself."""
+    module = load(CI / "first_light.py")
+    more = ("--cpu",) if options.cpu else ()
+    missing = dict.fromkeys(module.NEEDS_DEVICE if options.cpu else (), "it needs a device")
+    tasks = [
+        Task(name, (PYTHON, str(CI / "first_light.py"), name, *more), 60,
+             {"OMP_NUM_THREADS": "2"}, name in module.ALONE, missing.get(name), parse_light)
+        for name in module.CHECKS
+    ]  # fmt: skip
+    return Stage("light", tasks, 0.4, options.jobs)
+
+
+def parse_light(task: Task, output: str, _: Path) -> tuple[str, Any]:
+    """The line that a check of first light ends with."""
+    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        return "no result", None
+    found = json.loads(lines[-1].removeprefix("RESULT "))
+    said = found["said"]
+    return said if isinstance(said, str) else json.dumps(said), found
+
+
+def tests_stage(options: argparse.Namespace) -> Stage:
+    """The tests with the mark gpu, a process for each file."""
+    pytest = [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider"]
+    pytest += ["-p", "report_tests"]
+    missing = None if has("pytest") else "pytest is not installed"
+    if has("pytest_timeout"):  # by a thread: a signal cannot leave a wait for the device
+        pytest += ["--timeout=60", "--timeout-method=thread"]
+    if has("pytest_benchmark"):
+        pytest += ["-p", "no:benchmark"]
     if has("xdist"):
-        yield task("all", "-n", str(options.jobs), "tests")
-        return
-    for file in sorted(ROOT.glob("tests/test_*.py")):
-        yield task(file.stem, str(file))
+        pytest += ["-n", "3"]
+    tasks = []
+    for file in sorted(ROOT.glob("tests/**/test_*.py")):
+        if not re.search(r"\bmark\.gpu\b", file.read_text()):
+            continue
+        report = options.work / f"{file.stem}.jsonl"
+        environment = {"OMP_NUM_THREADS": "1", "GPU_CHECK_REPORT": str(report)}
+        environment["PYTHONPATH"] = str(CI)
+        tasks.append(Task(file.stem, (*pytest, str(file)), 180, environment, False, missing,
+                          parse_tests))  # fmt: skip
+    return Stage("tests", tasks, 0.5, 6)
 
 
-def sanitize_tasks(options: argparse.Namespace) -> Iterator[Task]:
-    """A few steps of every kernel under each tool of compute-sanitizer."""
+def parse_tests(task: Task, output: str, _: Path) -> tuple[str, Any]:
+    """Counts, and each test that did not pass, from the lines that were written as they ended."""
+    report = Path(task.environment["GPU_CHECK_REPORT"])
+    lines = report.read_text().splitlines() if report.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    passed = sum(row["outcome"] == "passed" for row in rows)
+    failed = [row for row in rows if row["outcome"] == "failed"]
+    skipped = [row for row in rows if row["outcome"] == "skipped"]
+    text = f"{passed} passed, {len(failed)} failed, {len(skipped)} skipped"
+    if failed:
+        text += f": {failed[0]['test'].split('::')[-1]}"
+    return text, {"passed": passed, "failed": failed, "skipped": skipped}
+
+
+def figures_stage(options: argparse.Namespace) -> Stage:
+    """The short form of each benchmark."""
+    tasks = []
+    for name in FIGURES:
+        seconds = options.figure_seconds
+        command = (PYTHON, "-m", f"bench.{name}", "--short", "--device", "cuda")
+        command += ("--seconds", f"{seconds:.0f}", "--out", str(options.work))
+        environment = {"OMP_NUM_THREADS": "4", "TQDM_DISABLE": "1"}
+        if options.wheels:
+            command += ("--wheels", str(options.wheels))
+        tasks.append(Task(name, command, seconds + 30, environment, True, None, parse_figures))
+    return Stage("figures", tasks, 0.6, 1)
+
+
+def parse_figures(task: Task, output: str, work: Path) -> tuple[str, Any]:
+    """The benchmark's JSON, whether it came to its end or not."""
+    files = sorted(work.glob(f"{task.name}*.json"))
+    if not files:
+        return last_line(output), None
+    found = json.loads(files[0].read_text())
+    return "complete" if found.get("complete", True) else "as far as it came", found
+
+
+def sanitize_stage(options: argparse.Namespace) -> Stage:
+    """Every kernel on awkward sizes, by a program without torch, under compute-sanitizer."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path=os.pathsep.join([f"{home}/bin", f"{home}/compute-sanitizer"])
     )
+    missing = None if tool else "compute-sanitizer is not on this machine"
+    if not DRIVER.exists():
+        missing = f"there is no {DRIVER.relative_to(ROOT)}: `make gpu-lib` builds it"
+    tasks = [Task("plain", (str(DRIVER),), 60, {}, False, missing)]
     for name in SANITIZERS:
         command = (tool or "compute-sanitizer", f"--tool={name}")
-        command += (f"--error-exitcode={FOUND_BY_SANITIZER}", PYTHON, ".ci/sanitize_steps.py")
-        # Each allocation its own, so that a read past its end is seen.
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        kernels = {"TRITON_CACHE_DIR": str(options.logs / "triton")}
-        missing = None if tool else "compute-sanitizer is not on this machine"
-        yield Task("sanitize", name, command, 280, {**alone, **kernels}, missing)
+        command += (f"--error-exitcode={FOUND_BY_SANITIZER}", str(DRIVER))
+        for part, choice in (("steps", "--skip"), ("loops", "--only")):
+            tasks.append(Task(f"{name}_{part}", (*command, choice, "cell_loop"), 120, {}, False,
+                              missing, parse_sanitizer))  # fmt: skip
+    return Stage("sanitize", tasks, 1.0, len(tasks))
 
 
-def bench_tasks(options: argparse.Namespace) -> Iterator[Task]:
-    """The benchmarks that this checkout has."""
-    for name in BENCHMARKS:
-        if not (ROOT / "bench" / f"{name}.py").exists():
-            continue
-        more = ("--short",) if name == "throughput" else ()
-        command = (PYTHON, "-m", f"bench.{name}", *more, "--device=cuda", f"--out={options.logs}")
-        yield Task("bench", name, command, 540)
+def parse_sanitizer(task: Task, output: str, _: Path) -> tuple[str, Any]:
+    summary = [line for line in output.splitlines() if "SUMMARY" in line]
+    kinds = sorted({line.strip("= ")[:90] for line in output.splitlines() if "at fpi::" in line})
+    text = summary[-1].split("SUMMARY:")[-1].strip() if summary else last_line(output)
+    return text, {"summary": text, "where": kinds[:20]}
 
 
-TASKS = {
-    "build": build_tasks,
-    "tests": tests_tasks,
-    "sanitize": sanitize_tasks,
-    "bench": bench_tasks,
+STAGES: dict[str, Callable[[argparse.Namespace], Stage]] = {
+    "library": library_stage,
+    "light": light_stage,
+    "tests": tests_stage,
+    "figures": figures_stage,
+    "sanitize": sanitize_stage,
 }
 
 
@@ -138,206 +236,318 @@ def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def run(task: Task, logs: Path) -> Outcome:
-    """Run one task, its output to a log of its own."""
-    if task.missing is not None:
-        return Outcome(task.stage, task.name, "not run", 0.0, task.missing)
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, **task.environment}
-    log = logs / f"{task.stage}-{task.name}.log"
-    started = time.perf_counter()
-    with log.open("w") as file:
+def load(file: Path) -> Any:
+    """A Python file as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def last_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no output"
+
+
+class Runner:
+    """Runs commands, each in a process group of its own, until a deadline.
+
+    Args:
+        work: folder of logs.
+        deadline: on time.monotonic's clock.
+    """
+
+    def __init__(self, work: Path, deadline: float) -> None:
+        self._work = work
+        self._deadline = deadline
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def left(self) -> float:
+        """Seconds of the whole budget."""
+        return 0.0 if self._stopped else self._deadline - time.monotonic()
+
+    def stop(self) -> None:
+        """End what runs now, and begin nothing more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                kill_group(process)
+
+    def run(self, task: Task, stage_end: float) -> Outcome:
+        """Run one task to its end, to its own clock's, or to its stage's."""
+        if task.missing is not None:
+            return Outcome(task.name, "not run", 0.0, task.missing)
+        left = min(stage_end - time.monotonic(), self.left())
+        if left < LEAST_SECONDS:
+            return Outcome(task.name, "not run", 0.0, "out of time")
+        log = self._work / f"{task.name}.log"
+        path = os.pathsep.join(
+            filter(None, [str(ROOT), task.environment.get("PYTHONPATH"), os.getenv("PYTHONPATH")])
+        )
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **task.environment}
+        environment["PYTHONPATH"] = path
+        started = time.monotonic()
+        with log.open("wb") as file:
+            try:
+                process = self._start(task, environment, file)
+            except OSError as error:
+                return Outcome(task.name, "fail", 0.0, str(error))
+            if process is None:
+                return Outcome(task.name, "not run", 0.0, "out of time")
+            try:
+                code: int | None = process.wait(min(task.seconds, left))
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                kill_group(process)
+                with self._lock:
+                    self._running.discard(process)
+        seconds = time.monotonic() - started
+        output = log.read_text(errors="replace")
+        detail, found = self._parsed(task, output)
+        if code is None:
+            cut = seconds < task.seconds - 0.5
+            return Outcome(task.name, "cut" if cut else "hung", seconds, detail, found)
+        if code < 0:
+            return Outcome(task.name, "cut" if self._stopped else "crashed", seconds,
+                           f"signal {-code}; {detail}", found)  # fmt: skip
+        return Outcome(task.name, "fail" if code else "pass", seconds, detail, found)
+
+    def _start(
+        self, task: Task, environment: dict[str, str], file: Any
+    ) -> subprocess.Popen[bytes] | None:
+        with self._lock:
+            if self._stopped:
+                return None
+            process = subprocess.Popen(
+                task.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            self._running.add(process)
+            return process
+
+    def _parsed(self, task: Task, output: str) -> tuple[str, Any]:
+        if task.parse is None:
+            return last_line(output), None
         try:
-            code = subprocess.run(
-                task.command, cwd=ROOT, env=environment, stdout=file, stderr=file,
-                timeout=task.seconds, check=False,
-            ).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            code = None
-        except OSError as error:
-            file.write(str(error))
-            code = 127
-    seconds = time.perf_counter() - started
-    if code is None:
-        return Outcome(task.stage, task.name, "fail", seconds, f"ended after {task.seconds} s")
-    detail = explain(task, log, logs, code)
-    return Outcome(task.stage, task.name, "fail" if code else "pass", seconds, detail)
+            return task.parse(task, output, self._work)
+        except (OSError, ValueError, KeyError) as error:
+            return f"its output does not parse ({error!r})", None
 
 
-def explain(task: Task, log: Path, logs: Path, code: int) -> str:
-    """What the table says of a task."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else f"exit status {code}"
-    if task.stage == "tests":
-        counts = tests_of(logs / f"tests-{task.name}.xml")
-        return f"{counts['text']}" if counts else last
-    if task.stage == "sanitize":
-        summary = [line for line in lines if "SUMMARY" in line]
-        return summary[-1].split("SUMMARY:")[-1].strip() if summary else last
-    return last
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a command and all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
-def tests_of(report: Path) -> dict[str, Any] | None:
-    """Counts, and the names of what failed or was skipped, from a JUnit report."""
-    if not report.exists():
-        return None
-    try:
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    except ElementTree.ParseError:
-        return None
-    names: dict[str, list[str]] = {"failed": [], "skipped": []}
-    for case in cases:
-        name = f"{case.get('classname')}::{case.get('name')}"
-        skipped = case.find("skipped")
-        if case.find("failure") is not None or case.find("error") is not None:
-            names["failed"].append(name)
-        elif skipped is not None:
-            names["skipped"].append(f"{name}: {skipped.get('message', '')}")
-    failed, skipped_count = len(names["failed"]), len(names["skipped"])
-    passed = len(cases) - failed - skipped_count
-    text = f"{passed} passed, {failed} failed, {skipped_count} skipped"
-    return {"passed": passed, **names, "text": text}
+class Report:
+    """The three files, the first two as they stand now."""
 
+    def __init__(self, out: Path, work: Path, about: dict[str, Any]) -> None:
+        self._out = out
+        self._work = work
+        self._lock = threading.Lock()
+        self.results: dict[str, Any] = {**about, "complete": False, "stages": {}}
+        out.mkdir(parents=True, exist_ok=True)
+        self._write()
 
-def run_stage(stage: str, tasks: list[Task], options: argparse.Namespace) -> list[Outcome]:
-    """Run a stage, tests in parallel, and keep what it found."""
-    workers = options.jobs if stage == "tests" else 1
-    outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(workers) as pool:
-        for number, outcome in enumerate(
-            pool.map(lambda task: run(task, options.logs), tasks), start=1
+    def add(self, stage: str, outcome: Outcome) -> None:
+        """Keep an outcome, on disk."""
+        with self._lock:
+            self.results["stages"].setdefault(stage, []).append(vars(outcome))
+            self._write()
+
+    def finish(self, complete: bool) -> None:
+        """Close the account, and pack the logs."""
+        with self._lock:
+            self.results["complete"] = complete
+            self._write()
+        with tarfile.open(self._out / "gpu-check-logs.tar.gz", "w:gz") as archive:
+            for log in sorted(self._work.iterdir()):
+                archive.add(log, log.name)
+
+    def _write(self) -> None:
+        for name, text in (
+            ("gpu-check.json", json.dumps(self.results, indent=1) + "\n"),
+            ("gpu-check.txt", summary(self.results) + "\n"),
         ):
-            outcomes.append(outcome)
-            print(f"[{stage} {number}/{len(tasks)}] {row(outcome)}", flush=True)
-            if stage == "build" and outcome.result != "pass":
-                print(tail(options.logs / f"{stage}-{outcome.name}.log"))
-    found: dict[str, Any] = {
-        "commit": options.commit,
-        "outcomes": [vars(outcome) for outcome in outcomes],
-    }
-    if stage == "tests":
-        reports = {task.name: tests_of(options.logs / f"tests-{task.name}.xml") for task in tasks}
-        found["tests"] = {name: report for name, report in reports.items() if report}
-    if stage == "bench":
-        found["benchmarks"] = {
-            task.name: json.loads(file.read_text())
-            for task, outcome in zip(tasks, outcomes, strict=True)
-            if outcome.result == "pass" and (file := options.logs / f"{task.name}.json").exists()
-        }
-    (options.logs / f"{stage}.json").write_text(json.dumps(found, indent=1))
-    return outcomes
+            new = self._out / f".{name}"
+            new.write_text(text)
+            new.replace(self._out / name)
 
 
-def tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+def summary(results: dict[str, Any]) -> str:
+    """What a person reads: what passed by name, what did not by line, 100 columns wide."""
+    lines = [f"{results['device']}, commit {results['commit']}, {results['date']}"]
+    for stage, outcomes in results["stages"].items():
+        good = [o["name"] for o in outcomes if o["result"] == "pass"]
+        seconds = sum(o["seconds"] for o in outcomes)
+        lines.append(
+            f"{stage}: {len(good)} of {len(outcomes)} passed, {seconds:.0f} s of processes"
+        )
+        if good:
+            lines += textwrap.wrap(
+                ", ".join(good), WIDTH, initial_indent="  ", subsequent_indent="  "
+            )
+        lines += [row(o) for o in outcomes if o["result"] != "pass"]
+    if not results["complete"]:
+        lines.append("not complete")
+    return "\n".join(lines)
 
 
-def row(outcome: Outcome) -> str:
-    """One line of the table, at most 100 columns wide."""
-    detail = outcome.detail
-    detail = detail if len(detail) <= DETAIL_WIDTH else detail[: DETAIL_WIDTH - 3] + "..."
-    where = f"{outcome.stage}: {outcome.name}"
-    return f"{where:<32.32} {outcome.result:<8} {outcome.seconds:6.0f} s  {detail}"
+def row(outcome: dict[str, Any]) -> str:
+    """One line, at most 100 columns wide."""
+    begin = f"  {outcome['result']:<8} {outcome['name']:<32.32} {outcome['seconds']:4.0f} s  "
+    return (begin + " ".join(outcome["detail"].split()))[:WIDTH]
 
 
-def results_of(options: argparse.Namespace, where: dict[str, Any]) -> dict[str, Any]:
-    """Everything that the stages of this commit have found so far."""
-    kept = {}
-    for stage in STAGES:
-        file = options.logs / f"{stage}.json"
-        if file.exists():
-            found = json.loads(file.read_text())
-            if found.pop("commit") == options.commit:
-                kept[stage] = found
-    results = {"kind": "gpu-check", "machine": where, "stages": kept}
-    sections = readme_sections(kept.get("bench", {}).get("benchmarks", {}))
-    return {**results, "readme": sections} if sections else results
+def run_stage(stage: Stage, runner: Runner, report: Report, budget: float) -> bool:
+    """Run its tasks, those alone after the others; whether all have passed."""
+    end = time.monotonic() + min(stage.share * budget, runner.left())
+    good = True
+
+    def run_one(task: Task) -> None:
+        nonlocal good
+        outcome = runner.run(task, end)
+        good &= outcome.result == "pass"
+        report.add(stage.name, outcome)
+        print(f"[{stage.name}]{row(vars(outcome))[1:]}", flush=True)
+
+    with ThreadPoolExecutor(stage.jobs) as pool:
+        list(pool.map(run_one, [task for task in stage.tasks if not task.alone]))
+    for task in stage.tasks:
+        if task.alone:
+            run_one(task)
+    return good
 
 
-def readme_sections(benchmarks: dict[str, Any]) -> str:
-    """The benchmarks' tables for README."""
-    from bench import report
-
-    sections = [benchmark["readme"] for benchmark in benchmarks.values() if "readme" in benchmark]
-    if "throughput" in benchmarks:
-        sections.append(report.markdown(benchmarks["throughput"]))
-    return "\n\n".join(sections)
-
-
-def visible_gpu() -> tuple[str | None, str]:
-    """The name of the first GPU, or None and why there is none; and torch in words."""
+def visible_gpu() -> str | None:
+    """The first GPU and its driver, without torch: that takes ten seconds to import there."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        import torch
-    except ImportError as error:
-        return None, f"torch does not import under {PYTHON} ({error})"
-    words = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})"
-    return (torch.cuda.get_device_name() if torch.cuda.is_available() else None), words
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
+def commit_here() -> str:
+    """The commit of this checkout, with a + where it is changed."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=7"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=15.0, help="for everything")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out" / "gpu-check")
     parser.add_argument("--stages", default=",".join(STAGES), help="separated by commas")
-    parser.add_argument("--only", default="", help="tasks whose name contains this")
+    parser.add_argument("--only", default="", help="tasks whose name contains one of these")
     parser.add_argument("--dry-run", action="store_true", help="list stages and commands")
-    parser.add_argument("--jobs", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
-    parser.add_argument("--logs", type=Path, default=ROOT / "bench" / "out" / "gpu-check")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--cpu", action="store_true", help="first light without a GPU")
+    parser.add_argument("--jobs", type=int, default=max(1, min(10, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--wheels", type=Path, help="folder of benchmark peers' wheels")
     parser.add_argument("--commit", default="", help="for a checkout without git")
     options = parser.parse_args(arguments)
     options.stages = options.stages.split(",")
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}; there are {', '.join(STAGES)}")
-    if options.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {options.jobs}")
-    options.logs = options.logs.resolve()
+    if options.jobs < 1 or options.minutes <= 0:
+        parser.error("--jobs and --minutes must be positive")
+    # Three of the benchmarks' short forms fit what the earlier stages leave of five minutes.
+    options.figure_seconds = max(20.0, min(90.0, 60 * options.minutes / 8))
     return options
+
+
+def planned(options: argparse.Namespace) -> list[Stage]:
+    """The stages asked for, with the tasks asked for."""
+    wanted = options.only.split(",")
+    stages = []
+    for name in options.stages:
+        stage = STAGES[name](options)
+        tasks = [t for t in stage.tasks if stage.needed or any(part in t.name for part in wanted)]
+        stages.append(Stage(stage.name, tasks, stage.share, stage.jobs, stage.needed))
+    return stages
+
+
+def dry_run(stages: Iterator[Stage] | list[Stage]) -> None:
+    for stage in stages:
+        print(f"{stage.name}: {len(stage.tasks)} task(s)")
+        for task in stage.tasks:
+            note = f"    NOT RUN, {task.missing}" if task.missing else ""
+            print(f"  {task.name} (at most {task.seconds:.0f} s): {task.shown()}{note}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: 0 where every task of every stage asked for has passed."""
     options = parse(arguments)
-    sys.path.insert(0, str(ROOT))
-    plan = {
-        stage: [task for task in TASKS[stage](options) if options.only in task.name]
-        for stage in options.stages
-    }
-    device, words = visible_gpu()
-    if options.dry_run:
-        for stage, tasks in plan.items():
-            print(f"{stage}: {len(tasks)} task(s)")
-            for task in tasks:
-                note = f"    NOT RUN, {task.missing}" if task.missing else ""
-                print(f"  {task.name} (at most {task.seconds} s): {task.shown()}{note}")
-        print(f"device: {device or 'none visible'}; {words}")
-        return 0
-    if device is None:
-        print(f"gpu-check: no GPU is visible to {words}: nothing was run. --dry-run lists it all.")
-        return 1
-    from bench import machine
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        options.work = Path(folder)
+        stages = planned(options)
+        device = "no GPU, by the CPU" if options.cpu else visible_gpu()
+        if options.dry_run:
+            dry_run(stages)
+            print(f"device: {device or 'none visible'}")
+            return 0
+        if device is None:
+            print("gpu-check: no GPU is visible: nothing was run. --dry-run lists it all.")
+            return 1
+        runner = Runner(options.work, started + 60 * options.minutes)
+        about = {
+            "kind": "gpu-check",
+            "device": device,
+            "commit": options.commit or commit_here(),
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "minutes": options.minutes,
+            "command": "make gpu-check ARGS=" + json.dumps(" ".join(arguments or sys.argv[1:])),
+        }
+        report = Report(options.out, options.work, about)
+        with ended_by_signals(runner):
+            good = run_stages(stages, runner, report, 60 * options.minutes)
+        complete = runner.left() > 0
+        report.finish(complete)
+    print("\n" + summary(report.results))
+    print(f"gpu-check: {time.monotonic() - started:.0f} s, written to {options.out}")
+    return 0 if good and complete else 1
 
-    options.commit = options.commit or machine.commit()
-    print(f"gpu-check: {device}, {words}, commit {options.commit}", flush=True)
-    options.logs.mkdir(parents=True, exist_ok=True)
-    outcomes: list[Outcome] = []
-    for stage, tasks in plan.items():
-        outcomes += run_stage(stage, tasks, options)
-        if stage == "build" and any(o.result != "pass" for o in outcomes):
+
+def run_stages(stages: list[Stage], runner: Runner, report: Report, budget: float) -> bool:
+    """All of them, unless one that is needed fails; whether everything has passed."""
+    good = True
+    for stage in stages:
+        passed = run_stage(stage, runner, report, budget)
+        good &= passed
+        if stage.needed and not passed:
+            print(f"gpu-check: nothing works without the stage {stage.name}")
             break
-    import torch
+    return good
 
-    where = machine.describe(torch.device("cpu"), 1, ["make", "gpu-check"])
-    where |= {"device": device, "commit": options.commit}
-    options.results.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower()
-    file = options.results / f"{slug}-{options.commit.rstrip('+')}.json"
-    file.write_text(json.dumps(results_of(options, where), indent=1) + "\n")
-    print("\n" + "\n".join(row(outcome) for outcome in outcomes))
-    bad = [outcome for outcome in outcomes if outcome.result != "pass"]
-    print(f"gpu-check: {len(outcomes) - len(bad)} of {len(outcomes)} tasks passed; "
-          f"logs in {options.logs}, results in {file}")  # fmt: skip
-    return 1 if bad or not outcomes else 0
+
+@contextlib.contextmanager
+def ended_by_signals(runner: Runner) -> Iterator[None]:
+    """SIGTERM and Ctrl-C end what runs, and the account is closed all the same."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(
+                number, lambda *_: threading.Thread(target=runner.stop).start()
+            )
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

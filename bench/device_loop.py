@@ -1,32 +1,33 @@
 """What the loop on the device saves: time per iteration, whole solves, and waits of the host.
 
-    python -m bench.device_loop [--device cuda] [--short] [--out DIR]
+    python -m bench.device_loop [--device cuda] [--short] [--seconds N] [--threads N]
+                                [--peers A,B] [--skip A,B] [--wheels DIR] [--out DIR]
 
 Without a CUDA device the rows of the device loop are left out, and the output says so. Results go
-to DIR/device_loop.json and a table to the terminal.
+to DIR/device_loop.json, on a device to DIR/device_loop-<device>.json, row by row, and a table to
+the terminal.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fpi_cuda as fpi
-from bench import machine, report
-from bench.compare import compare
-from bench.measure import loosest_tolerance, paired_rounds, spread, use_threads
-from bench.peers import Entry, Peer, load_entries
+from bench import options
+from bench.compare import Comparison
+from bench.measure import loosest_tolerance, paired_rounds, spread
+from bench.peers import Entry, Peer, by_worth, load_entries
 from bench.peers.ours import BASELINE, FpiCuda
 from bench.problems import Problem, tanh_cell
-from bench.settings import Chosen, choose, make_task
+from bench.record import Record, finite, skipped_lines
+from bench.report import wrapped
 from fpi_cuda.device_loop import chunks
 
 WAITS = ("Synchronize", "DtoH")
@@ -54,6 +55,8 @@ class Size:
 
 FULL = Size()
 SHORT = Size(conv=(4, 8, 12), steps=(20, 60), rounds=3, num_candidates=1)
+DEVICE_SHORT = Size(rounds=5, num_candidates=1)
+"""On a device it is not the size that costs time."""
 
 
 class ConvCell(nn.Module):
@@ -110,44 +113,50 @@ def picard_step(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     return gx, ((gx - x).norm(dim=1) <= 1e-6 * gx.norm(dim=1)).all()
 
 
-def seconds_per_iteration(size: Size, device: torch.device) -> dict[str, Any]:
-    """Seconds of one iteration with an empty g, for each kind of loop."""
+Loop = Callable[[int], Any]
+
+
+def our_loops(size: Size, device: torch.device) -> dict[str, Loop]:
+    """Each solver by each route, on a g that is next to nothing."""
     x = torch.ones(size.tanh, device=device)
-    loops: dict[str, Callable[[int], Any]] = {}
+    loops: dict[str, Loop] = {}
     for route in routes_on(device):
         for solver in (fpi.Picard(), fpi.Anderson()):
             # -x is no trouble for Anderson, but nothing fixes x + 1.
             g = nothing if isinstance(solver, fpi.Picard) else lambda x, z: x + z
-            options = {"solver": solver, "rtol": 0.0, "route": route, "rowwise": False}
-            loops[f"{route} loop, {type(solver).__name__}"] = lambda steps, g=g, options=options: (
-                fpi.fixed_point(g, x, torch.ones_like(x), max_steps=steps, **options)
+            given = {"solver": solver, "rtol": 0.0, "route": route, "rowwise": False}
+            loops[f"{route} loop, {type(solver).__name__}"] = lambda steps, g=g, given=given: (
+                fpi.fixed_point(g, x, torch.ones_like(x), max_steps=steps, **given)
             )
-    loops["eager loop"] = lambda steps: eager_loop(x, x, steps, picard_step)
-    compiled = torch.compile(picard_step, dynamic=False, fullgraph=True)
-    loops["torch.compile loop"] = lambda steps: eager_loop(x, x, steps, compiled)
+    return loops
+
+
+def torch_loop(size: Size, device: torch.device, step: Callable[..., Any]) -> Loop:
+    """The same by hand."""
+    x = torch.ones(size.tanh, device=device)
+    return lambda steps: eager_loop(x, x, steps, step)
+
+
+def compiled_step() -> Callable[..., Any]:
+    return torch.compile(picard_step, dynamic=False, fullgraph=True)
+
+
+def seconds_per_iteration(loop: Loop, size: Size, device: torch.device) -> dict[str, float]:
+    """The slope of the time over the number of steps.
+
+    Raises:
+        RuntimeError: the loop ended before it had taken them.
+    """
     few, many = size.steps
-    calls = {
-        (name, steps): (lambda loop=loop, steps=steps: loop(steps))
-        for name, loop in loops.items()
-        for steps in (few, many)
-    }
+    calls = {"few": lambda: loop(few), "many": lambda: loop(many)}
     with torch.no_grad():
-        steps_taken = {key: steps_of(call(), key[1]) for key, call in calls.items()}
-        times = paired_rounds(calls, size.rounds, device)  # type: ignore[type-var]
-    return {
-        name: spread(
-            [
-                (late - early) / (steps_taken[name, many] - steps_taken[name, few])
-                for early, late in zip(times[name, few], times[name, many], strict=True)  # type: ignore[index]
-            ]
-        )
-        for name in loops
-    }
-
-
-def steps_of(result: Any, asked: int) -> int:
-    """Iterations of a call: what it reports, else what it was asked for."""
-    return int(result.num_steps.max()) if isinstance(result, fpi.Solution) else asked
+        for call, asked in zip(calls.values(), size.steps, strict=True):
+            result = call()
+            if isinstance(result, fpi.Solution) and int(result.num_steps.min()) < asked:
+                raise RuntimeError(f"{int(result.num_steps.min())} steps taken, {asked} asked for")
+        times = paired_rounds(calls, size.rounds, device)
+    pairs = zip(times["few"], times["many"], strict=True)
+    return spread([(late - early) / (many - few) for early, late in pairs])
 
 
 # Whole solves.
@@ -161,72 +170,58 @@ def routes_on(device: torch.device) -> tuple[str, ...]:
     return ROUTES if device.type == "cuda" else ("host",)
 
 
-def small_cell(size: Size, device: torch.device, modules: tuple[str, ...]) -> dict[str, Any]:
-    """Every library on the tanh cell, at equal true residual and gradient error."""
-    problem = tanh_cell(*size.tanh).to(device)
-    entries, skipped = load_entries(modules)
-    ours = [entry_of(route) for route in routes_on(device)]
-    task = make_task(problem, ours[0].candidates[0])
-    chosen: list[Chosen] = []
-    failed: dict[str, str] = {}
-    for entry in tqdm([*ours, *entries], desc="tanh: choose settings", unit="row"):
-        try:
-            chosen.append(choose(entry, task, size.num_candidates))
-        except RuntimeError as error:
-            failed[entry.label] = str(error)
-    rows = compare(chosen, problem, task.v, size.rounds, memory=device.type == "cuda")
-    return {"rows": rows, "failed": failed, "skipped": skipped}
-
-
 def entry_of(route: str) -> Entry:
     label = BASELINE if route == "host" else f"{BASELINE}, device loop"
     return Entry(label, (routed(route),))
 
 
-def large_cell(size: Size, device: torch.device) -> dict[str, Any]:
+class LargeCell:
     """The conv cell, at equal true residual; its gradient is checked against float64."""
-    problem = conv_problem(*size.conv).to(device)
-    peers: dict[str, Peer] = {
-        f"fpi_cuda, {route} loop": routed(route) for route in routes_on(device)
-    }
-    skipped: dict[str, str] = {}
-    try:
-        from bench.peers.torchdeq import TorchDEQ
-    except ImportError as error:
-        skipped["torchdeq"] = str(error)
-    else:
-        rel = {"stop_mode": "rel", "max_iter": problem.max_steps}
-        peers["torchdeq Anderson"] = TorchDEQ("rel", "anderson", "anderson", m=6, lam=1e-8, **rel)
-        peers["torchdeq Picard"] = TorchDEQ("rel", "fixed_point_iter", "fixed_point_iter", **rel)
-    v = torch.randn_like(problem.x0)
-    exact = routed("host").solve_and_grad(problem.double(), 1e-9, 1e-9, v.double())[1][0]
-    rows, calls = [], {}
-    for name, peer in tqdm(peers.items(), desc="conv: tolerances", unit="row"):
+
+    def __init__(self, size: Size, device: torch.device) -> None:
+        self.problem = conv_problem(*size.conv).to(device)
+        self.rounds = size.rounds
+        self.v = torch.randn_like(self.problem.x0)
+
+    @functools.cached_property
+    def exact(self) -> Tensor:
+        """The gradient in z."""
+        exact = self.problem.double()
+        return routed("host").solve_and_grad(exact, 1e-9, 1e-9, self.v.double())[1][0]
+
+    def row(self, name: str, peer: Peer) -> dict[str, Any]:
+        problem, v = self.problem, self.v
         found = loosest_tolerance(
-            lambda tol, peer=peer: problem.true_residual(peer.solve(problem, tol)),
+            lambda tol: problem.true_residual(peer.solve(problem, tol)),
             problem.rtol,
             peer.first_tolerance(problem),
         )
         z_grad = peer.solve_and_grad(problem, found.tol, found.tol, v)[1][0].double()
-        rows.append(
-            {
-                "label": name,
-                "tol": found.tol,
-                "solved": found.solved,
-                "worst_residual": found.worst,
-                "gradient_error": float((z_grad - exact).norm() / exact.norm()),
-                "steps_max": int(peer.num_steps(problem, found.tol).max()),
-            }
-        )
-        calls[f"{name} forward"] = lambda peer=peer, tol=found.tol: peer.solve(problem, tol)
-        calls[f"{name} both"] = lambda peer=peer, tol=found.tol: peer.solve_and_grad(
-            problem, tol, tol, v
-        )
-    times = paired_rounds(calls, size.rounds, device)
-    for row in rows:
-        row["forward"] = spread(times[f"{row['label']} forward"])
-        row["both"] = spread(times[f"{row['label']} both"])
-    return {"rows": rows, "skipped": skipped, "shape": list(size.conv)}
+        calls = {
+            "forward": lambda: peer.solve(problem, found.tol),
+            "both": lambda: peer.solve_and_grad(problem, found.tol, found.tol, v),
+        }
+        times = paired_rounds(calls, self.rounds, v.device)
+        return {
+            "label": name,
+            "tol": found.tol,
+            "solved": found.solved,
+            "worst_residual": found.worst,
+            "gradient_error": float((z_grad - self.exact).norm() / self.exact.norm()),
+            "steps_max": int(peer.num_steps(problem, found.tol).max()),
+            **{kind: spread(taken) for kind, taken in times.items()},
+        }
+
+
+def torchdeq_on(problem: Problem) -> dict[str, Peer]:
+    """What it has for a cell that no other peer has."""
+    from bench.peers.torchdeq import TorchDEQ
+
+    rel = {"stop_mode": "rel", "max_iter": problem.max_steps}
+    return {
+        "torchdeq Anderson": TorchDEQ("rel", "anderson", "anderson", m=6, lam=1e-8, **rel),
+        "torchdeq Picard": TorchDEQ("rel", "fixed_point_iter", "fixed_point_iter", **rel),
+    }
 
 
 def whole_and_chunked(size: Size, device: torch.device) -> dict[str, dict[str, float]]:
@@ -235,11 +230,13 @@ def whole_and_chunked(size: Size, device: torch.device) -> dict[str, dict[str, f
     problem = tanh_cell(16 * size.tanh[0], 16 * size.tanh[1]).to(device)
     peer = routed("device")
     times = {}
-    for name, most in (("whole batch", None), ("half the L2", l2 // 2), ("the L2", l2)):
-        chunks.CHUNK_BYTES = most
-        calls = {name: lambda: peer.solve(problem, 1e-6)}
-        times[name] = spread(paired_rounds(calls, size.rounds, device)[name])
-    chunks.CHUNK_BYTES = None
+    try:
+        for name, most in (("whole batch", None), ("half the L2", l2 // 2), ("the L2", l2)):
+            chunks.CHUNK_BYTES = most
+            calls = {name: lambda: peer.solve(problem, 1e-6)}
+            times[name] = spread(paired_rounds(calls, size.rounds, device)[name])
+    finally:
+        chunks.CHUNK_BYTES = None
     return times
 
 
@@ -280,43 +277,80 @@ def waits_in(call: Callable[[], object]) -> int:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    options = parse(arguments)
-    device = torch.device(options.device)
-    use_threads(options.threads)
-    size = SHORT if options.short else FULL
-    results: dict[str, Any] = {"kind": "device_loop", "size": dataclasses.asdict(size)}
-    results["seconds_per_iteration"] = seconds_per_iteration(size, device)
-    results["tanh"] = small_cell(size, device, tuple(filter(None, options.peers.split(","))))
-    results["conv"] = large_cell(size, device)
+def run(record: Record, size: Size, device: torch.device, modules: tuple[str, ...]) -> None:
+    """Measure everything, ours first, into `record`."""
+    results = record.results
+    results["size"] = dataclasses.asdict(size)
+    per_iteration = results["seconds_per_iteration"] = {}
+    entries, missing = load_entries(modules)
+    record.skipped.update(missing)
+    ours = [entry_of(route) for route in routes_on(device)]
+    small = Comparison(
+        tanh_cell(*size.tanh).to(device),
+        [*ours, *entries],
+        (size.tanh[0],),
+        size.tanh[0],
+        size.rounds,
+        size.num_candidates,
+    )
+    large = LargeCell(size, device)
+    results["tanh"] = small.result
+    results["conv"] = {"rows": [], "shape": list(size.conv)}
+
+    def slope(name: str, loop: Callable[[], Loop]) -> None:
+        measure = lambda: seconds_per_iteration(loop(), size, device)  # noqa: E731
+        record.row(name, measure, functools.partial(per_iteration.__setitem__, name))
+
+    def solves(entry: Entry) -> None:
+        measure = functools.partial(small.measure, entry)
+        record.row(f"tanh: {entry.label}", measure, functools.partial(small.keep, entry.label))
+
+    def conv(name: str, peer: Peer) -> None:
+        row = functools.partial(large.row, name, peer)
+        record.row(f"conv: {name}", row, results["conv"]["rows"].append)
+
+    for name, loop in our_loops(size, device).items():
+        slope(name, lambda loop=loop: loop)
+    slope("eager loop", lambda: torch_loop(size, device, picard_step))
+    for entry in ours:
+        solves(entry)
+    for route in routes_on(device):
+        conv(f"fpi_cuda, {route} loop", routed(route))
     if device.type == "cuda":
-        results["waits"] = waits(size, device)
-        results["chunks"] = whole_and_chunked(size, device)
+        for name, measure in (("waits", waits), ("chunks", whole_and_chunked)):
+            keep = functools.partial(results.__setitem__, name)
+            record.row(name, functools.partial(measure, size, device), keep)
     else:
         results["not_run"] = "the device loop, its chunks, waits of the host: no CUDA device"
-    results["machine"] = machine.describe(device, options.threads, machine.command_line())
-    results = report.finite(results)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "device_loop.json"
-    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    print(text(results))
-    print("written:", path)
+    if "torchdeq" in modules and "torchdeq" not in missing:
+        for name, peer in torchdeq_on(large.problem).items():
+            conv(name, peer)
+    ranked = by_worth(entries)
+    for entry in ranked:
+        if not entry.candidates[0].compiles:
+            solves(entry)
+    if "compiled" in modules:
+        slope("torch.compile loop", lambda: torch_loop(size, device, compiled_step()))
+    for entry in ranked:
+        if entry.candidates[0].compiles:
+            solves(entry)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    given = parse(arguments)
+    record = options.record_of(given)
+    short = SHORT if given.device.type == "cpu" else DEVICE_SHORT
+    run(record, short if given.short else FULL, given.device, given.peers)
+    print(text(finite(record.finish())))
+    print("written:", record.path)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="bench.device_loop", description=__doc__.split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="cuda, cuda:N or cpu")
-    parser.add_argument("--short", action="store_true", help="small sizes, a few rounds")
-    parser.add_argument("--threads", type=int, default=1, help="threads and cores of every library")
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="results folder")
-    parser.add_argument("--peers", default=",".join(PEERS), help="on the tanh cell, by commas")
-    options = parser.parse_args(arguments)
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no CUDA device here")
-    return options
+    return options.parse(parser, arguments, PEERS, device=default)
 
 
 def text(results: dict[str, Any]) -> str:
@@ -324,14 +358,17 @@ def text(results: dict[str, Any]) -> str:
     lines = [f"device: {results['machine']['device']}", "", "µs per iteration, empty g"]
     for name, times in results["seconds_per_iteration"].items():
         lines.append(f"  {1e6 * times['median']:10.2f}  {name}")
-    for name in ("tanh", "conv"):
+    tables = results["tanh"]["tables"]
+    for name, rows in (
+        ("tanh", tables[0]["rows"] if tables else []),
+        ("conv", results["conv"]["rows"]),
+    ):
         lines += ["", f"{name}: ms forward, ms forward+backward, solved"]
-        for row in results[name]["rows"]:
-            timings = [row.get(key) for key in ("forward", "both")]
-            shown = [seconds_in(t) for t in timings]
+        for row in rows:
+            shown = [seconds_in(row.get(key)) for key in ("forward", "both")]
             lines.append(f"  {shown[0]} {shown[1]}  {row['solved']:6.1%}  {row['label']}")
-        for label, why in {**results[name]["skipped"], **results[name].get("failed", {})}.items():
-            lines.append(f"  not run: {label}: {why}")
+    failed = {f"tanh: {label}": why for label, why in results["tanh"]["failed"].items()}
+    lines += wrapped(skipped_lines({**results["skipped"], **failed}))
     if "waits" in results:
         lines += ["", "waits of the host in one solve"]
         for route, counts in results["waits"].items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.report import Table, piped, rate, two
+from bench.record import skipped_lines
+from bench.report import Table, piped, rate, two, wrapped
 
 FAMILIES = {
     "fused": ("fpi_cuda Anderson, fused", "fpi_cuda Picard, fused"),
@@ -17,22 +18,39 @@ FAMILIES = {
 """Columns, and the rows that each is the fastest of."""
 
 
-def text(table: dict[str, Any]) -> list[str]:
-    """One problem's table for the terminal."""
-    lines = [table["name"], "  s fwd   s fwd+bwd  steps  GFLOP/s  grad err"]
-    for label, row in table["rows"].items():
-        lines.append(
-            f"  {row['forward']['median']:7.3f} {row['both']['median']:7.3f} "
-            f"{row['mean_steps']:8.1f} {row['gflops']:8.1f} {row['gradient_error']:9.1e}  {label}"
-        )
-    lines += [f"  left out: {label}: {why}" for label, why in table["left_out"].items()]
-    return lines
+def text(results: dict[str, Any]) -> list[str]:
+    """Everything measured, for the terminal."""
+    lines = []
+    for table in results["problems"]:
+        lines += [
+            table["name"],
+            "    s fwd s fwd+bwd    steps  GFLOP/s  grad err  busy fwd us/round",
+        ]
+        for label, row in table["rows"].items():
+            busy, slope = row.get("busy"), row.get("round")
+            lines.append(
+                f"  {row['forward']['median']:7.4f}   {row['both']['median']:7.4f} "
+                f"{row['mean_steps']:8.1f} {row['gflops']:8.1f} {row['gradient_error']:9.1e}  "
+                + ("       -" if busy is None else f"{busy:8.5f}")
+                + ("        -" if slope is None else f" {1e6 * slope['median']:8.2f}")
+                + f"  {label}"
+            )
+    for solver in ("Picard", "Anderson"):
+        if "early_exit" in results:
+            row = results["early_exit"][solver]
+            lines.append(
+                f"10% hard samples, {solver}: {row['fused']['of_ideal']:.2f} of the ideal fused, "
+                f"{row['host']['of_ideal']:.2f} by the host loop"
+            )
+    if "mm_gflops" in results:
+        lines.append(f"torch.mm: {results['mm_gflops']:.0f} GFLOP/s")
+    return lines + wrapped(skipped_lines(results["skipped"]))
 
 
 def readme(results: dict[str, Any]) -> str:
     """The section on the CPU: seconds of every contender, and what early exit saves."""
     where = results["machine"]
-    roof = results["fma_gflops"]
+    roof = results.get("fma_gflops")
     told = "" if roof is None else f", whose roof is {roof:.0f} GFLOP/s per core"
     parts = [
         "### The fused loop on the CPU",
@@ -46,8 +64,8 @@ def readme(results: dict[str, Any]) -> str:
         piped(times(results, "forward")),
         "**Forward and backward**",
         piped(times(results, "both")),
-        *missing(results),
-        early_exit(results["early_exit"]),
+        *skipped_lines(results["skipped"]),
+        *([early_exit(results["early_exit"])] if "early_exit" in results else []),
     ]
     command = f"`{where['command']}`"
     if "--quarter" in command:
@@ -77,17 +95,6 @@ def fastest(table: dict[str, Any], labels: tuple[str, ...], kind: str) -> dict[s
     """The row of the least time among these; None where none was measured."""
     rows = [table["rows"][label] for label in labels if label in table["rows"]]
     return min(rows, key=lambda row: row[kind]["median"], default=None)
-
-
-def missing(results: dict[str, Any]) -> list[str]:
-    """What could not be measured, and why."""
-    lines = [
-        f"{table['name']}, not measured: {label.removesuffix(' (best)')}: {why}"
-        for table in results["problems"]
-        for label, why in table["left_out"].items()
-    ]
-    lines += [f"Skipped: {name}: {why}" for name, why in results["skipped"].items()]
-    return lines
 
 
 def early_exit(exits: dict[str, Any]) -> str:

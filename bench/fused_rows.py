@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fpi_cuda as fpi
-from bench.measure import loosest_tolerance
+from bench.measure import busy_seconds, loosest_tolerance, seconds, spread
 from bench.peers import Entry, Peer
 from bench.peers.ours import FpiCuda
 from bench.problems import Problem
@@ -29,7 +31,7 @@ class Size:
     """Batch and features of each problem, and how often it is timed.
 
     Attributes:
-        peers: on how many of the problems they are measured.
+        peers: on how many of the problems they are measured, and our Triton kernels.
     """
 
     bibtex: tuple[int, int, int] = (2515, 159, 600)
@@ -47,6 +49,8 @@ SHORT = Size(
 )  # fmt: skip
 QUARTER = Size(dense=((2048, 512), (64, 2048), (16384, 64)), rounds=3)
 """The large batches cut to a quarter, for a CPU that others use too."""
+DEVICE_SHORT = Size(rounds=5, peers=1)
+"""On a device it is not the size that costs time, but what is compiled for each problem."""
 TINY = Size((16, 9, 12), ((16, 8),), (16, 8, 12), (20, 8), 1, 1)
 
 
@@ -87,11 +91,11 @@ def ours(device: torch.device) -> list[Entry]:
     """Both solvers by every route, and what tensor cores do to the same tolerance."""
     ways = [("fused", "ieee", None), ("host", "ieee", None)]
     if device.type == "cuda":
-        ways[1:1] = [
+        ways += [
+            ("device", "ieee", None),
             ("fused", "tf32x3", None),
             ("fused", "ieee", "triton"),
             ("fused", "tf32x3", "triton"),
-            ("device", "ieee", None),
         ]
     return [
         Entry(
@@ -133,21 +137,17 @@ def problem(name: str, cell: Any, batch: int) -> Problem:
 
 CLOCKS = {
     "cpu": "CPU seconds of the process",
-    "cuda": "seconds from one idle device to the next",
+    "cuda": "seconds from one idle device to the next; busy, of its work alone",
 }
 
 
 def spent(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, by the clock of this kind of device."""
-    if device.type == "cpu":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    if device.type == "cuda":
+        return seconds(call, device)
+    start = time.process_time()
     call()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def rounds(
@@ -182,44 +182,85 @@ def calibrated(peer: Peer, task: Problem) -> float:
     return found.tol
 
 
-def measure(task: Problem, entries: list[Entry], count: int) -> dict[str, Any]:
-    """Forward, and forward with backward, at equal true residual."""
-    v = torch.randn(task.x0.shape, generator=torch.Generator().manual_seed(1)).to(task.x0)
-    exact = reference_gradients(task, v)
-    rows: dict[str, dict[str, Any]] = {}
-    forward: dict[str, Callable[[], object]] = {}
-    both: dict[str, Callable[[], object]] = {}
-    left_out: dict[str, str] = {}
-    for entry in entries:
-        peer = entry.candidates[0]
-        try:
-            tol = calibrated(peer, task)
-            steps = peer.num_steps(task, tol).double()
-            _, grads = peer.solve_and_grad(task, tol, tol, v)
-        except Exception as error:
-            left_out[entry.label] = f"{type(error).__name__}: {str(error)[:200]}"
-            continue
-        rows[entry.label] = {
+class Contest:
+    """One problem with the gradient that every row's is held against."""
+
+    def __init__(self, task: Problem, rounds: int) -> None:
+        self.task = task
+        self.rounds = rounds
+        self.v = torch.randn(task.x0.shape, generator=torch.Generator().manual_seed(1)).to(task.x0)
+
+    @functools.cached_property
+    def exact(self) -> list[Tensor]:
+        """Gradients of the parameters, in float64 by the host loop."""
+        peer = Routed(fpi.Anderson(m=10), "host")
+        return peer.solve_and_grad(self.task.double(), 1e-9, 1e-9, self.v.double())[1][1:]
+
+    def row(self, peer: Peer) -> dict[str, Any]:
+        """Forward, and forward with backward, at equal true residual."""
+        task, v = self.task, self.v
+        tol = calibrated(peer, task)
+        steps = peer.num_steps(task, tol).double()
+        _, grads = peer.solve_and_grad(task, tol, tol, v)
+        row: dict[str, Any] = {
             "tol": tol,
             "mean_steps": float(steps.mean()),
             "max_steps": int(steps.max()),
-            "gradient_error": gradient_error(grads, exact),
+            "gradient_error": gradient_error(grads, self.exact),
         }
-        forward[entry.label] = lambda peer=peer, tol=tol: peer.solve(task, tol)
-        both[entry.label] = lambda peer=peer, tol=tol: peer.solve_and_grad(task, tol, tol, v)
-    for kind, calls in (("forward", forward), ("both", both)):
-        for label, times in rounds(calls, count, task.x0.device).items():
-            rows[label][kind] = {"seconds": times, "median": statistics.median(times)}
-    for row in rows.values():
+        calls: dict[str, Callable[[], object]] = {
+            "forward": lambda: peer.solve(task, tol),
+            "both": lambda: peer.solve_and_grad(task, tol, tol, v),
+        }
+        for kind, times in rounds(calls, self.rounds, task.x0.device).items():
+            row[kind] = {"seconds": times, "median": statistics.median(times)}
         row["iterations_per_second"] = row["mean_steps"] * task.batch / row["forward"]["median"]
-    return {"name": task.name, "rtol": task.rtol, "rows": rows, "left_out": left_out}
+        return row
+
+    def busy(self, row: dict[str, Any], peer: Peer) -> float:
+        """Seconds that the device works in a row's forward call."""
+        return busy_seconds(lambda: peer.solve(self.task, row["tol"]))
 
 
-def reference_gradients(task: Problem, v: Tensor) -> list[Tensor]:
-    """Of the parameters, in float64 by the host loop."""
-    exact = task.double()
-    peer = Routed(fpi.Anderson(m=10), "host")
-    return peer.solve_and_grad(exact, 1e-9, 1e-9, v.double())[1][1:]
+RESTLESS = 32.0
+"""Weights times this make a map that has no fixed point to find."""
+NUM_ROUNDS = (20, 120)
+GOING = 0.99
+
+
+def per_round(
+    task: Problem, peer: Routed, count: int, num_rounds: tuple[int, int] = NUM_ROUNDS
+) -> dict[str, float]:
+    """Seconds of one round of the loop in which hardly a sample stops.
+
+    The slope of the time over the number of rounds: what a call costs besides has no part in it.
+
+    Raises:
+        RuntimeError: samples stopped before the last round.
+    """
+    cell = copy.deepcopy(task.cell)
+    layers = getattr(cell, "energy", cell)
+    with torch.no_grad():
+        for name in ("A", "W"):
+            if hasattr(layers, name):
+                getattr(layers, name).weight.mul_(RESTLESS)
+    few, many = (dataclasses.replace(task, cell=cell, max_steps=n) for n in num_rounds)
+    taken = peer.num_steps(many, RTOL) - peer.num_steps(few, RTOL)
+    going = float((taken == many.max_steps - few.max_steps).double().mean())
+    if going < GOING:
+        raise RuntimeError(f"{1 - going:.1%} of the samples stop before round {many.max_steps}")
+    calls = {name: (lambda t=t: peer.solve(t, RTOL)) for name, t in (("few", few), ("many", many))}
+    times = rounds(calls, count, task.x0.device)
+    slopes = [
+        (late - early) / (many.max_steps - few.max_steps)
+        for early, late in zip(times["few"], times["many"], strict=True)
+    ]
+    flops = flops_per_step(task.cell) * task.batch
+    return {
+        **spread(slopes),
+        "going": going,
+        "gflops": flops / statistics.median(slopes) / 1e9,
+    }
 
 
 def gradient_error(grads: list[Tensor], exact: list[Tensor]) -> float:
@@ -249,7 +290,7 @@ def two_threads(task: Problem, count: int) -> dict[str, dict[str, float]]:
     """
     v = torch.ones_like(task.x0)
     kept = torch.get_num_threads()
-    seconds: dict[int, dict[str, list[float]]] = {}
+    times: dict[int, dict[str, list[float]]] = {}
     calls: dict[str, Callable[[], object]] = {}
     for solver in (fpi.Picard(), fpi.Anderson(m=5)):
         peer = Routed(solver, "fused")
@@ -259,13 +300,13 @@ def two_threads(task: Problem, count: int) -> dict[str, dict[str, float]]:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            seconds[threads] = rounds(calls, count, task.x0.device)
+            times[threads] = rounds(calls, count, task.x0.device)
     finally:
         torch.set_num_threads(kept)
     return {
         name: {
-            kind: statistics.median(seconds[2][f"{name} {kind}"])
-            / statistics.median(seconds[1][f"{name} {kind}"])
+            kind: statistics.median(times[2][f"{name} {kind}"])
+            / statistics.median(times[1][f"{name} {kind}"])
             for kind in ("forward", "both")
         }
         for name in ("Picard", "Anderson")

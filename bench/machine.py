@@ -34,6 +34,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def slug(device: torch.device) -> str:
+    """The device's name as it stands in file names."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
+
+
 def cpu_model() -> str:
     """The processor's name, with family and model where the kernel tells them."""
     try:
@@ -59,9 +64,12 @@ def commit() -> str:
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
-        run = subprocess.run(
-            ["git", "-C", str(here), *args], capture_output=True, text=True, check=False
-        )
+        try:
+            run = subprocess.run(
+                ["git", "-C", str(here), *args], capture_output=True, text=True, check=False
+            )
+        except OSError:  # there is no git
+            return ""
         return run.stdout.strip() if run.returncode == 0 else ""
 
     revision = git("rev-parse", "--short", "HEAD")

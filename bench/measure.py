@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,9 @@ SHORTEST_SAMPLE = 0.02
 LONGEST_ROW = 8.0
 FEWEST_ROUNDS = 3
 """A call leaves the rounds once it has taken so many seconds in so many of them."""
+
+SLEEPS = (5_000_000, 20_000_000, 80_000_000)
+"""Cycles that a device sleeps while the host issues a call: 2.5 to 40 ms at 2 GHz."""
 
 
 def use_threads(count: int) -> None:
@@ -119,26 +123,32 @@ def loosest_tolerance(
 
 
 @contextlib.contextmanager
-def time_limit(limit: float) -> Iterator[None]:
-    """Raise a TimeoutError once the block has taken so many seconds, before its next Python line.
+def time_limit(limit: float, error: type[BaseException] = TimeoutError) -> Iterator[None]:
+    """Raise `error` once the block has taken so many seconds, before its next Python line.
 
-    A call into compiled code ends first. No limit outside the main thread, or without SIGALRM.
+    A call into compiled code ends first. An earlier limit around this one holds in it. No limit
+    outside the main thread, or without SIGALRM.
     """
     usable = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
-    if not usable or math.isinf(limit):
+    around = signal.getitimer(signal.ITIMER_REAL)[0] if usable else 0.0
+    if not usable or math.isinf(limit) or 0.0 < around <= limit:
         yield
         return
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"takes more than {limit:g} s")
+        raise error(f"takes more than {limit:g} s")
 
+    began = time.perf_counter()
     handler = signal.signal(signal.SIGALRM, stop)
-    outer = signal.setitimer(signal.ITIMER_REAL, limit)
+    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *outer)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, handler)
+        if around > 0.0:
+            left = around - (time.perf_counter() - began)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 1e-3))
 
 
 def seconds(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
@@ -149,6 +159,70 @@ def seconds(call: Callable[[], object], device: torch.device, repeats: int = 1) 
         call()
     _synchronize(device)
     return (time.perf_counter() - start) / repeats
+
+
+class Timing(NamedTuple):
+    """Seconds of one call.
+
+    Attributes:
+        device: of its work there, without a gap; where the call waits, from start to end.
+        host: until the call has returned.
+        waits: whether the host waits for the device inside the call.
+    """
+
+    device: float
+    host: float
+    waits: bool
+
+
+Clock = Callable[[Callable[[], object], Callable[[], object]], Timing]
+"""clock(call, before): `before` is called ahead of every try, and is not timed."""
+
+
+def cpu_clock(call: Callable[[], object], before: Callable[[], object] = lambda: None) -> Timing:
+    """Host and device are the same."""
+    before()
+    taken = seconds(call, torch.device("cpu"))
+    return Timing(taken, taken, False)
+
+
+def cuda_clock(call: Callable[[], object], before: Callable[[], object] = lambda: None) -> Timing:
+    """Time a call that is issued while the device sleeps, so that it never waits for the host."""
+    for cycles in SLEEPS:
+        asleep, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        before()
+        torch.cuda.synchronize()
+        asleep.record()
+        torch.cuda._sleep(cycles)
+        begin.record()
+        started = time.perf_counter()
+        call()
+        host = time.perf_counter() - started
+        end.record()
+        torch.cuda.synchronize()
+        if host < asleep.elapsed_time(begin) / 1e3:
+            return Timing(begin.elapsed_time(end) / 1e3, host, False)
+    before()
+    taken = seconds(call, torch.device("cuda", torch.cuda.current_device()))
+    return Timing(taken, taken, True)
+
+
+def busy_seconds(call: Callable[[], object]) -> float:
+    """Seconds of all that a CUDA device does in one call, by the profiler's account."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    busy = [
+        event.time_range.elapsed_us()
+        for event in profile.events() or []
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+    ]
+    if not busy:
+        raise RuntimeError("the profiler saw no work of the device")
+    return sum(busy) / 1e6
 
 
 def quickest(call: Callable[[], object], device: torch.device, tries: int = 3) -> float:

@@ -27,12 +27,14 @@ LINES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "v", "D", "x")
 
 
-def plot(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write throughput.png, steps.png and traces.png to `folder`."""
+def plot(results: dict[str, Any], path: Path) -> list[Path]:
+    """Write the pictures of a results file beside it: <its name>-throughput.png and so on."""
+    results = results | {"problems": [p for p in results["problems"] if p["tables"]]}
+    if not results["problems"]:
+        return []
     return [
-        throughput(results, folder / "throughput.png"),
-        steps(results, folder / "steps.png"),
-        traces(results, folder / "traces.png"),
+        picture(results, path.with_name(f"{path.stem}-{picture.__name__}.png"))
+        for picture in (throughput, steps, traces)
     ]
 
 

@@ -130,7 +130,8 @@ def reference_solution(problem: Problem, x: Tensor, v: Tensor, newton_steps: int
     _, jacobian = _image_and_jacobian(exact.cell, state.detach(), prepared)
     adjoint = torch.linalg.solve((identity - jacobian).transpose(1, 2), v.double())
     z_grad, *parameter_grads = torch.autograd.grad(image, [z, *exact.parameters], adjoint)
-    inverse = torch.linalg.inv(identity - jacobian[valid])
+    # On the CPU: a device takes the singular values of one matrix after the other.
+    inverse = torch.linalg.inv(identity - jacobian[valid]).cpu()
     condition = float(torch.linalg.matrix_norm(inverse, 2).max()) if bool(valid.any()) else np.inf
     return Reference(state.detach(), valid, z_grad, parameter_grads, condition)
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from bench.plots import plot
+from bench.record import skipped_lines
 
 WIDTH = 100
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COLUMNS = (
     "library", "solved", "steps", "fwd/s", "time / ours", "grad.", "fwd+bwd/s", "time / ours", "MB",
 )  # fmt: skip
-
-__all__ = ["markdown", "plot", "text", "update_readme"]
 
 Table = list[tuple[str, ...]]
 
@@ -43,11 +40,12 @@ def text(results: dict[str, Any]) -> str:
         for table in problem["tables"]:
             lines += ["", title(problem, table["batch"]), *aligned(fitting_table(table))]
             lines += wrapped(left_out(table))
-        lines += wrapped(settings(problem) + faster(problem) + not_run(problem))
-        if "contamination" in problem:
+        ran = settings(problem) if problem["tables"] else []
+        lines += wrapped(ran + faster(problem) + not_run(problem))
+        if problem.get("contamination"):
             lines += ["", CONTAMINATION, *aligned(contamination_table(problem))]
             lines += ["", LOSS_SCALE, *aligned(loss_scale_table(problem))]
-    lines += ["", *wrapped([f"skipped {name}: {why}" for name, why in results["skipped"].items()])]
+    lines += ["", *wrapped(skipped_lines(results["skipped"]))]
     if "total_seconds" in results:
         lines.append(
             f"{results['training_seconds']:.0f} s of training, "
@@ -69,14 +67,16 @@ def markdown(results: dict[str, Any]) -> str:
         LEGEND,
     ]
     for problem in results["problems"]:
+        if not problem["tables"]:
+            parts += not_run(problem)
+            continue
         table = main_table(problem)
         parts += [f"**{title(problem, table['batch'])}**", piped(throughput_table(table))]
         parts += [*faster(problem), *not_run(problem), *beyond(problem)]
-        if "contamination" in problem:
+        if problem.get("contamination"):
             parts += [f"**{CONTAMINATION}**", piped(contamination_table(problem))]
             parts += [f"**{LOSS_SCALE}**", piped(loss_scale_table(problem))]
-    if results["skipped"]:
-        parts.append("Skipped: " + "; ".join(f"{k} ({v})" for k, v in results["skipped"].items()))
+    parts += skipped_lines(results["skipped"])
     return "\n\n".join(parts)
 
 
@@ -93,15 +93,6 @@ CAPTION = (
 )
 CONTAMINATION = "Batch contamination: how 32 easy samples fare beside 32 hard or NaN ones"
 LOSS_SCALE = "Largest gradient error of a sample, by loss scale"
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for every infinity or NaN in it, at any depth: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main_table(problem: dict[str, Any]) -> dict[str, Any]:

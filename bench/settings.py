@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -15,6 +14,7 @@ from torch import Tensor
 from bench.measure import Calibration, loosest_tolerance, quickest, seconds, time_limit
 from bench.peers import Entry, Peer
 from bench.problems import Problem, Reference, reference_solution
+from bench.record import reason
 
 SCREEN_BATCHES = (8, 64, 256)
 SCREEN_SECONDS = 2.0
@@ -263,12 +263,3 @@ def screen(peer: Peer, problem: Problem) -> None:
         taken = seconds(solve, problem.z.device)  # the first one may warm up
         if taken > SCREEN_SECONDS and (taken := seconds(solve, problem.z.device)) > SCREEN_SECONDS:
             raise RuntimeError(f"too slow, {taken:.1f} s for {few.batch} samples")
-
-
-def reason(error: Exception) -> str:
-    """The kind of an error and the first line of its message; of a traceback in it, the last."""
-    text = str(error).strip().splitlines()
-    raised = [line for line in text if re.match(r"\w*(Error|Exception): ", line)]
-    if raised and "Traceback" in text[0]:
-        return raised[-1][:160]
-    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__

@@ -1,130 +1,175 @@
 """Measures one Anderson step, g excluded, against its memory traffic and against peers.
 
-    python -m bench.step [--device cpu] [--short] [--threads N] [--rounds N] [--out DIR]
+    python -m bench.step [--device cpu] [--short] [--seconds N] [--threads N] [--rounds N]
+                         [--peers A,B] [--skip A,B] [--wheels DIR] [--out DIR]
 
 A step moves 2m + 4 times the state at least: that traffic over the time is set against a copy's,
-measured in the same run. Rows are timed in turn, round after round; each timed step starts from
-the same accelerated state. Results go to DIR/step.json, and a table to the terminal.
+measured in the same run. Each row is timed in turn with the best of ours, round after round; each
+timed step starts from the same accelerated state. Results go to DIR/step.json, on a device to
+DIR/step-<device>.json, row by row, and a table to the terminal.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from bench import machine
-from bench.measure import spread, use_threads
-from bench.report import aligned, piped
-from bench.step_rows import Case, Ours, Row, rows_of, snapshot
+from bench import options
+from bench.measure import Clock, Timing, cpu_clock, cuda_clock, spread
+from bench.record import Record, skipped_lines
+from bench.report import aligned, piped, wrapped
+from bench.step_rows import Case, Compiled, HandWritten, Ours, Row, TorchDEQ, right, snapshot
 from fpi_cuda import backends
 
 FULL = ((128, 65536, 5), (4096, 159, 5), (256, 128, 5), (1, 10**7, 5), (16384, 1024, 8))
 SHORT = ((16, 16384, 5), (256, 159, 5), (64, 128, 5), (1, 10**6, 5), (512, 1024, 8))
 DTYPES = (torch.float32, torch.bfloat16)
 BEST_FIRST = ("cuda", "native", "triton", "reference")
+PEERS = {"hand": HandWritten, "torchdeq": TorchDEQ, "compiled": Compiled}
 # Two of these do not fit in any cache.
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**27}
-# Longer than the host takes to issue a step, so that the device never waits for it.
-SLEEP_CYCLES = 5_000_000
-
-Clock = Callable[[Callable[[], None]], tuple[float, float]]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = parse(arguments)
-    use_threads(options.threads)
-    device = torch.device(options.device)
-    shapes = SHORT if options.short else FULL
+    given = parse(arguments)
+    record = options.record_of(given)
+    # On a device it is not the size that costs time, but what is compiled.
+    shapes = SHORT if given.short and given.device.type == "cpu" else FULL
     cases = [Case(*shape, dtype) for shape in shapes for dtype in DTYPES]
-    num_compiled = 1 if options.short else len(cases)
-    results = run(cases, device, options.rounds, num_compiled)
-    results["machine"] = machine.describe(device, options.threads, machine.command_line())
-    results["readme"] = markdown(results)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "step.json"
-    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    print(text(results))
-    print("written:", path)
+    num_compiled = 1 if given.short else len(cases)
+    run(record, cases, given.device, given.rounds, num_compiled, given.peers)
+    record.results["readme"] = markdown(record.results)
+    print(text(record.finish()))
+    print("written:", record.path)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="bench.step", description=__doc__.split("\n")[0])
-    parser.add_argument("--short", action="store_true", help="small shapes, compile one of them")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=1, help="threads and cores of torch")
     parser.add_argument("--rounds", type=int, default=15, help="timings of every row")
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="results folder")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1 or options.threads < 1:
-        parser.error("--rounds and --threads must be at least 1")
-    return options
+    given = options.parse(parser, arguments, tuple(PEERS))
+    if given.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return given
 
 
-def run(cases: list[Case], device: torch.device, rounds: int, num_compiled: int) -> dict[str, Any]:
-    """Measure every case, and return all that the table shows.
+def run(
+    record: Record,
+    cases: list[Case],
+    device: torch.device,
+    rounds: int,
+    num_compiled: int,
+    peers: tuple[str, ...] = tuple(PEERS),
+) -> None:
+    """Measure every case: the best of ours and the step by hand in all, then the other rows.
 
     Args:
+        record: gets all that the table shows.
         num_compiled: cases, from the first, in which the step by hand is compiled too.
     """
     clock = cuda_clock if device.type == "cuda" else cpu_clock
     copied = copy_bandwidth(device, clock)
-    measured = [
-        measure(case, device, clock, rounds, copied, number < num_compiled)
-        for number, case in enumerate(tqdm(cases, desc="step", unit="case"))
-    ]
-    return {"kind": "step", "copy_bytes_per_second": copied, "cases": measured}
+    tables = [described(case) for case in cases]
+    record.results |= {"copy_bytes_per_second": copied, "cases": tables}
+    for wave in range(3):
+        numbered = enumerate(zip(cases, tables, strict=True))
+        for number, (case, table) in tqdm(numbered, "step", len(cases), unit="case"):
+            start = functools.cache(functools.partial(snapshot, case, device, backends.reference))
+            ours = {
+                f"fpi_cuda {backend.name}": functools.partial(ours_of, backend, case, start)
+                for backend in available(device, case.dtype)
+            }
+            best = functools.cache(functools.partial(first_right, list(ours.values())))
+            for name, make in waves(ours, case, start, peers)[wave]:
+                if name == Compiled.name and number >= num_compiled:
+                    record.skipped[f"{name}, but in the first case"] = "compiled once (--short)"
+                    continue
+                measure = functools.partial(timed, make, best, clock, rounds, case, copied)
+                record.row(f"{case.title}: {name}", measure, table["rows"].append)
 
 
-def measure(
-    case: Case, device: torch.device, clock: Clock, rounds: int, copied: float, compiles: bool
-) -> dict[str, Any]:
-    """All rows of one case; `ratio` is the time over that of the first row, round by round."""
-    start = snapshot(case, device, backends.reference)
-    rows, missing = rows_of(case, start, available(device, case.dtype), compiles)
-    times: dict[str, list[tuple[float, float]]] = {row.name: [] for row in rows}
-    for row in rows:  # not counted: caches fill, kernels load
-        row.seconds(clock)
-    for _ in range(rounds):
-        for row in rows:
-            times[row.name].append(row.seconds(clock))
-    ours = [seconds for seconds, _ in times[rows[0].name]]
+Maker = Callable[[], Row]
+
+
+def waves(
+    ours: dict[str, Maker], case: Case, start: Callable[[], Any], peers: tuple[str, ...]
+) -> tuple[list[tuple[str, Maker]], ...]:
+    """The rows in the order of their worth: a wave goes through all cases before the next."""
+    first, *others = ours.items()
+    made = {
+        name: (PEERS[name].name, lambda name=name: PEERS[name](case, start())) for name in peers
+    }
+    return (
+        [first, *(made[name] for name in peers if name == "hand")],
+        [*others, *(made[name] for name in peers if name not in ("hand", "compiled"))],
+        [made[name] for name in peers if name == "compiled"],
+    )
+
+
+def ours_of(backend: ModuleType, case: Case, start: Callable[[], Any]) -> Ours:
+    return right(Ours(backend, case, start()))
+
+
+def first_right(makers: list[Callable[[], Ours]]) -> Ours:
+    """The first row that can be made."""
+    *more, last = makers
+    for make in more:
+        try:
+            return make()
+        except RuntimeError:  # told where the row itself is measured
+            continue
+    return last()
+
+
+def described(case: Case) -> dict[str, Any]:
     return {
         "batch": case.batch,
         "dim": case.dim,
         "depth": case.depth,
         "dtype": str(case.dtype).removeprefix("torch."),
         "bytes": case.bytes,
-        "missing": missing,
-        "rows": [account(row, times[row.name], ours, case, copied) for row in rows],
+        "rows": [],
     }
+
+
+def timed(
+    make: Maker, best: Callable[[], Ours], clock: Clock, rounds: int, case: Case, copied: float
+) -> dict[str, Any]:
+    """One row; `ratio` is its time over that of the best of ours, round by round."""
+    row, ours = make(), best()
+    rows = [ours, row] if row.name != ours.name else [row]
+    for each in rows:  # not counted: caches fill, kernels load
+        each.timing(clock)
+    times = [[each.timing(clock) for each in rows] for _ in range(rounds)]
+    return account(row, [turn[-1] for turn in times], [turn[0] for turn in times], case, copied)
 
 
 def account(
-    row: Row, times: list[tuple[float, float]], ours: list[float], case: Case, copied: float
+    row: Row, times: list[Timing], ours: list[Timing], case: Case, copied: float
 ) -> dict[str, Any]:
     """What is kept of one row."""
-    seconds = [device for device, _ in times]
-    rate = case.bytes / statistics.median(seconds)
-    return {
+    rate = case.bytes / statistics.median(timing.device for timing in times)
+    waits = any(timing.waits for timing in times)
+    found = {
         "name": row.name,
-        "seconds": spread(seconds),
-        "host_seconds": None if row.waits else statistics.median(host for _, host in times),
+        "seconds": spread([timing.device for timing in times]),
+        "host_seconds": None if waits else statistics.median(timing.host for timing in times),
         "bytes_per_second": rate,
         "share_of_copy": rate / copied,
-        "ratio": spread([mine / best for mine, best in zip(seconds, ours, strict=True)]),
+        "ratio": spread([mine.device / b.device for mine, b in zip(times, ours, strict=True)]),
         "is_ours": isinstance(row, Ours),
     }
+    if isinstance(row, Ours):
+        found |= {"active_before": row.active_before, "active_after": row.active_after}
+    return found
 
 
 def available(device: torch.device, dtype: torch.dtype) -> list[ModuleType]:
@@ -149,29 +194,8 @@ def copy_bandwidth(device: torch.device, clock: Clock, tries: int = 9) -> float:
         target.copy_(source)
 
     copy()
-    return 2 * source.nbytes / statistics.median(clock(copy)[0] for _ in range(tries))
-
-
-def cpu_clock(call: Callable[[], None]) -> tuple[float, float]:
-    """Seconds of one call, twice: host and device are the same."""
-    started = time.perf_counter()
-    call()
-    took = time.perf_counter() - started
-    return took, took
-
-
-def cuda_clock(call: Callable[[], None]) -> tuple[float, float]:
-    """Seconds that one call takes the device, and those that the host takes to issue it."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(SLEEP_CYCLES)
-    begin.record()
-    started = time.perf_counter()
-    call()
-    host = time.perf_counter() - started
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3, host
+    taken = [clock(copy, lambda: None).device for _ in range(tries)]
+    return 2 * source.nbytes / statistics.median(taken)
 
 
 COLUMNS = ("", "us/step", "min", "max", "host us", "GB/s", "of copy", "time / ours")
@@ -196,8 +220,7 @@ def text(results: dict[str, Any]) -> str:
                 )
             )
         lines += aligned(table)
-        lines += [f"  {name}: not measured, {why}" for name, why in case["missing"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *wrapped(skipped_lines(results["skipped"]))])
 
 
 def markdown(results: dict[str, Any]) -> str:

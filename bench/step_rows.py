@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.measure import Clock, Timing, seconds
 from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.options import Anderson
 from fpi_cuda.result import Status
@@ -46,14 +46,9 @@ class Case:
 
 
 class Row:
-    """One implementation of the step.
-
-    Attributes:
-        waits: the step reads from the device, so the host cannot run ahead of it.
-    """
+    """One implementation of the step."""
 
     name = ""
-    waits = False
 
     def reset(self) -> None:
         """Go back to where every timed step begins; not timed."""
@@ -62,10 +57,9 @@ class Row:
         """The step."""
         raise NotImplementedError
 
-    def seconds(self, clock: Callable[[Callable[[], None]], tuple[float, float]]) -> Any:
-        """(seconds on the device, seconds of the host) of one step."""
-        self.reset()
-        return clock(self.run)
+    def timing(self, clock: Clock) -> Timing:
+        """Of one step."""
+        return clock(self.run, self.reset)
 
 
 @dataclass
@@ -127,6 +121,7 @@ class Ours(Row):
         self.solver = Anderson(m=case.depth)
         self.x, self.work = start.x.clone(), copy_of(start.work)
         self.work.scratch = backend.scratch(self.x)
+        self.active_before = self.active_after = 1.0
 
     def reset(self) -> None:
         self.x.copy_(self.start.x)
@@ -138,6 +133,26 @@ class Ours(Row):
         loop.step(
             self.backend, self.solver, self.work, self.x, self.start.gx, None, RTOL, MAX_STEPS
         )
+
+    def timing(self, clock: Clock) -> Timing:
+        """Of one step in which no sample was free.
+
+        Raises:
+            RuntimeError: a sample was not active before the step, or not moved by it.
+        """
+        self.reset()
+        self.active_before = min(self.active_before, self.active())
+        if self.active_before < 1.0:
+            raise RuntimeError(f"{self.name}: {self.active_before:.2%} active before a timed step")
+        found = clock(self.run, self.reset)
+        self.active_after = min(self.active_after, self.active())
+        if not torch.equal(self.work.num_steps, self.start.work.num_steps + 1):
+            raise RuntimeError(f"{self.name}: a timed step left samples where they were")
+        return found
+
+    def active(self) -> float:
+        """Share of the samples that have not stopped."""
+        return float((self.work.status == Status.ACTIVE).double().mean())
 
     def require_right(self) -> None:
         """Raise where the step is not the reference's: no speed of a wrong result."""
@@ -164,7 +179,8 @@ def hand_written_step(
     F = (G - X).float()
     count = F.shape[1]
     gram = F @ F.transpose(1, 2) + lam * torch.eye(count, device=F.device)
-    alpha = torch.linalg.solve(gram, gram.new_ones(count))
+    # Not `solve`, which lets the host wait for the device.
+    alpha = torch.linalg.solve_ex(gram, gram.new_ones(count)).result
     alpha = (alpha / alpha.sum(1, keepdim=True)).to(G.dtype)
     stepped = (alpha[:, None] @ G)[:, 0]
     return stepped, (gx - x).norm(dim=1)
@@ -198,10 +214,12 @@ class Compiled(HandWritten):
 
 
 class TorchDEQ(Row):
-    """torchdeq's Anderson, by the difference of a long and a short solve on given images."""
+    """torchdeq's Anderson, by the difference of a long and a short solve on given images.
+
+    The host waits for the device in each of its steps, so that a clock of the host serves.
+    """
 
     name = "torchdeq"
-    waits = True
 
     def __init__(self, case: Case, start: Snapshot) -> None:
         from torchdeq.solver.anderson import anderson_solver
@@ -219,38 +237,13 @@ class TorchDEQ(Row):
         images = iter(self.images * steps)
         self.solver(lambda x: next(images), self.x0, max_iter=steps, tol=0.0, m=self.depth)
 
-    def seconds(self, clock: Callable[[Callable[[], None]], tuple[float, float]]) -> Any:
-        few = clock(lambda: self.solve(self.depth + 2))[0]
-        many = clock(lambda: self.solve(self.depth + 2 + self.more))[0]
+    def timing(self, clock: Clock) -> Timing:
+        few, many = (
+            seconds(lambda steps=steps: self.solve(steps), self.x0.device)
+            for steps in (self.depth + 2, self.depth + 2 + self.more)
+        )
         each = (many - few) / self.more
-        return each, each
-
-
-def rows_of(
-    case: Case, start: Snapshot, backends: list[ModuleType], compiles: bool
-) -> tuple[list[Row], dict[str, str]]:
-    """The rows that can be measured, the best of ours first, and why the others cannot."""
-    rows: list[Row] = []
-    missing: dict[str, str] = {}
-    makers: list[tuple[str, Callable[[], Row]]] = [
-        (f"fpi_cuda {b.name}", lambda b=b: right(Ours(b, case, start))) for b in backends
-    ]
-    makers += [("torchdeq", lambda: TorchDEQ(case, start))]
-    makers += [(HandWritten.name, lambda: HandWritten(case, start))]
-    if compiles:
-        makers += [(Compiled.name, lambda: Compiled(case, start))]
-    else:
-        missing[Compiled.name] = "compiled in the first case only (--short)"
-    for name, make in makers:
-        try:
-            row = make()
-            row.reset()
-            row.run() if not row.waits else None
-        except (ImportError, RuntimeError, NotImplementedError) as error:
-            missing[name] = " ".join(str(error).split())[:120]
-            continue
-        rows.append(row)
-    return rows, missing
+        return Timing(each, each, True)
 
 
 def right(row: Ours) -> Ours:

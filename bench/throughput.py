@@ -1,12 +1,13 @@
 """Trains small fixed-point layers on real data and measures convergence throughput against peers.
 
     python -m bench.throughput [--short] [--data DIR] [--device cpu] [--threads N] [--out DIR]
-                               [--resume]
+                               [--seconds N] [--peers A,B] [--skip A,B] [--wheels DIR] [--resume]
 
 Every library is set to the loosest tolerance at which each sample's residual, recomputed in
 float64 from what the library returns, meets the target; then all are timed in paired rounds. A
 row whose solves take too long at a batch size is left out there by name, with the time of one.
-Results go to DIR/throughput.json with plots beside it, and a table to the terminal.
+Results go to DIR/throughput.json, on a device to DIR/throughput-<device>.json, library by library,
+with plots beside it, and a table to the terminal.
 """
 
 from __future__ import annotations
@@ -23,20 +24,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench import machine, report
-from bench.compare import compare
-from bench.contamination import contamination
+from bench import machine, options, report
+from bench.compare import Comparison
 from bench.data import load_bibtex, load_digits
-from bench.loss_scale import loss_scale
-from bench.measure import use_threads
-from bench.peers import MODULES, Entry, load_entries
+from bench.peers import MODULES, Entry, by_worth, load_entries
 from bench.problems import Problem, tanh_cell
-from bench.settings import Chosen, Task, at_batch, choose, make_task, reason
-from bench.traces import residual_traces
-from bench.training import bibtex_recipes, digits_recipes, train
+from bench.record import OUT_OF_TIME, Record, finite, write_json
+from bench.training import Recipe, Trained, bibtex_recipes, digits_recipes, train
 
-TRACED = ("fpi_cuda Anderson", "fpi_cuda Picard", "torchdeq Anderson (best)")
-TRACED_SAMPLES = 16
 TRAINED_RTOL = 1e-5
 
 
@@ -73,34 +68,39 @@ SHORT = Size(
 )
 
 
+DEVICE_SHORT = dataclasses.replace(
+    SHORT, tanh_batches=(256, 4096), trained_batches=(256,), digits_epochs=4, bibtex_epochs=1,
+    num_candidates=1,
+)  # fmt: skip
+"""For a few minutes of a device: a larger batch in the place of a small one, less training."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    options = parse(arguments)
-    use_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    given = parse(arguments)
+    record = options.record_of(given)
     command = " ".join(machine.command_line())
-    parts = Parts(options.out / "throughput-parts.json", command, options.resume)
-    results = run(
-        SHORT if options.short else FULL,
-        data=options.data,
-        device=torch.device(options.device),
-        modules=tuple(options.peers.split(",")),
+    parts = Parts(given.path.with_name(f"{given.path.stem}-parts.json"), command, given.resume)
+    short = SHORT if given.device.type == "cpu" else DEVICE_SHORT
+    run(
+        record,
+        short if given.short else FULL,
+        data=given.data,
+        device=given.device,
+        modules=given.peers,
         parts=parts,
     )
-    results["machine"] = machine.describe(
-        torch.device(options.device), options.threads, machine.command_line()
-    )
-    results = report.finite(results)
-    path = options.out / "throughput.json"
-    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    pictures = report.plot(results, options.out)
+    results = finite(record.finish())
+    from bench.plots import plot
+
     print(report.text(results))
-    print("written:", path, *pictures)
-    parts.clear()
+    print("written:", record.path, *plot(results, record.path))
+    if OUT_OF_TIME not in record.skipped.values():
+        parts.clear()
 
 
 class Parts:
-    """The results of the problems measured so far, in a file: a run that breaks off can resume.
+    """What was measured so far, in a file: a run that breaks off can resume.
 
     Args:
         path: None keeps nothing.
@@ -120,10 +120,9 @@ class Parts:
     def once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """measure(), or what it returned before the run was broken off."""
         if name not in self.measured:
-            self.measured[name] = report.finite(measure())
+            self.measured[name] = finite(measure())
             if self.path is not None:
-                saved = {"command": self.command, "measured": self.measured}
-                self.path.write_text(json.dumps(saved, allow_nan=False))
+                write_json(self.path, {"command": self.command, "measured": self.measured})
         return dict(self.measured[name])
 
     def clear(self) -> None:
@@ -135,165 +134,85 @@ class Parts:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="bench.throughput", description=__doc__.split("\n")[0])
-    parser.add_argument("--short", action="store_true", help="a few minutes on two cores")
     parser.add_argument("--data", type=Path, help="folder that holds bibtex/; adds Bibtex layers")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=1, help="threads and cores of every library")
-    parser.add_argument("--resume", action="store_true", help="keep the problems already measured")
-    parser.add_argument("--out", type=Path, default=Path("bench/out"), help="results folder")
-    parser.add_argument(
-        "--peers", default=",".join(MODULES), help="libraries to compare, separated by commas"
-    )
-    options = parser.parse_args(arguments)
-    unknown = [name for name in options.peers.split(",") if name not in MODULES]
-    if unknown:
-        parser.error(f"--peers: unknown {unknown[0]!r}; there are {', '.join(MODULES)}")
-    if options.threads < 1:
-        parser.error(f"--threads must be at least 1, got {options.threads}")
-    return options
+    parser.add_argument("--resume", action="store_true", help="keep the rows already measured")
+    return options.parse(parser, arguments, MODULES)
 
 
 def run(
+    record: Record,
     size: Size,
     *,
     data: Path | None = None,
     device: torch.device | None = None,
     modules: tuple[str, ...] = MODULES,
     parts: Parts | None = None,
-) -> dict[str, Any]:
-    """Train, measure, and return everything that the report shows.
+) -> None:
+    """Train and measure everything that the report shows, into `record`.
 
     Args:
-        parts: keeps every problem's result as it comes.
+        parts: keeps every row as it comes.
     """
     parts = parts or Parts(None)
     device = device or torch.device("cpu")
     started = time.perf_counter()
     torch.manual_seed(0)
+    entries, missing = load_entries(modules)
+    record.skipped.update(missing)
+    results = record.results
+    results.update(kind="throughput", training=[], problems=[])
+    held: list[Comparison] = []
+
+    def measure(these: list[Entry], comparisons: list[Comparison]) -> None:
+        jobs = [(entry, comparison) for entry in by_worth(these) for comparison in comparisons]
+        for entry, comparison in tqdm(jobs, unit="row"):
+            name = f"{comparison.problem.name}: {entry.label}"
+            row = functools.partial(comparison.measure, entry)
+            keep = functools.partial(comparison.keep, entry.label)
+            record.row(name, functools.partial(parts.once, name, row), keep)
+            results["total_seconds"] = time.perf_counter() - started
+
+    def hold(problem: Problem, batches: tuple[int, ...], diagnose: bool = False) -> None:
+        held.append(
+            Comparison(
+                problem,
+                entries,
+                batches,
+                size.main_batch,
+                size.rounds,
+                size.num_candidates,
+                size.compile_everywhere,
+                diagnose,
+            )
+        )
+        results["problems"].append(held[-1].result)
+
+    def hold_trained(layer: Trained) -> None:
+        told = {"name": layer.name, "metric": layer.metric, "score": layer.score}
+        results["training"].append(told | {"history": layer.history})
+        split = next(recipe.split for recipe in recipes if recipe.name == layer.name)
+        hold(layer.problem(split.x_test.to(device), TRAINED_RTOL), size.trained_batches)
+
+    ours = [entry for entry in entries if entry.library == "fpi_cuda"]
+    hold(tanh_cell(size.main_batch, size.tanh_features).to(device), size.tanh_batches, True)
+    measure(ours, held)
+    begun = time.perf_counter()
+    recipes: list[Recipe] = []
+    record.row("data", lambda: read(data, size), recipes.extend)
+    for recipe in recipes:
+        fit = functools.partial(train, recipe, device)
+        record.row(f"{recipe.name}: training", fit, hold_trained)
+    results["training_seconds"] = time.perf_counter() - begun
+    measure(ours, held[1:])
+    measure([entry for entry in entries if entry not in ours], held)
+
+
+def read(data: Path | None, size: Size) -> list[Recipe]:
+    """The layers to train."""
     recipes = digits_recipes(load_digits(), size.digits_epochs)
     if data is not None:
         recipes += bibtex_recipes(load_bibtex(data), size.bibtex_epochs)
-    trained = [train(recipe, device) for recipe in recipes]
-    training_seconds = time.perf_counter() - started
-
-    entries, skipped = load_entries(modules)
-    tanh = tanh_cell(size.main_batch, size.tanh_features).to(device)
-    problems = [(tanh, size.tanh_batches)]
-    for recipe, layer in zip(recipes, trained, strict=True):
-        problem = layer.problem(recipe.split.x_test.to(device), TRAINED_RTOL)
-        problems.append((problem, size.trained_batches))
-    measured = [
-        parts.once(
-            problem.name,
-            functools.partial(measure, problem, batches, entries, size, diagnose=problem is tanh),
-        )
-        for problem, batches in problems
-    ]
-    return {
-        "kind": "throughput",
-        "skipped": skipped,
-        "training": [
-            {"name": t.name, "metric": t.metric, "score": t.score, "history": t.history}
-            for t in trained
-        ],
-        "training_seconds": training_seconds,
-        "total_seconds": training_seconds + sum(result["seconds"] for result in measured),
-        "problems": measured,
-    }
-
-
-def measure(
-    problem: Problem,
-    batches: tuple[int, ...],
-    entries: list[Entry],
-    size: Size,
-    *,
-    diagnose: bool,
-) -> dict[str, Any]:
-    """All libraries on one problem: settings chosen at the main batch, then every batch timed.
-
-    Args:
-        diagnose: also measure contamination and the gradient's dependence on the loss scale, and
-            compile the loop even where `size` compiles it in one place only.
-    """
-    started = time.perf_counter()
-    task = make_task(problem.with_batch(size.main_batch), entries[0].candidates[0])
-    chosen: list[Chosen] = []
-    failed: dict[str, str] = {}
-    for entry in tqdm(entries, desc=f"{problem.name}: choose settings", unit="row"):
-        compiles = entry.candidates[0].compiles
-        if compiles and not (size.compile_everywhere or diagnose):
-            failed[entry.label] = "compiled for the tanh cell only, in the short form"
-            continue
-        try:
-            chosen.append(choose(entry, task, size.num_candidates))
-        except RuntimeError as error:
-            failed[entry.label] = str(error)
-            continue
-        if chosen[-1].failures:
-            failed[f"{entry.label}, some settings"] = "; ".join(chosen[-1].failures)
-    tables = [
-        _table(problem, batch, chosen, task, size)
-        for batch in tqdm(batches, desc=f"{problem.name}: time batches", unit="batch")
-    ]
-    result = {
-        "name": problem.name,
-        "commit": machine.commit(),
-        "features": problem.x0.shape[1],
-        "dtype": str(problem.x0.dtype).removeprefix("torch."),
-        "rtol": problem.rtol,
-        "condition": task.reference.condition,
-        "gradient_rtol": task.gradient_rtol,
-        "failed": failed,
-        "tables": tables,
-        "steps": _steps(chosen, task.problem),
-        "traces": _traces(chosen, task.problem),
-    }
-    if diagnose:
-        bar = tqdm(chosen, desc=f"{problem.name}: contamination, loss scale", unit="row")
-        checked = [(contamination(item, problem), loss_scale(item, task)) for item in bar]
-        result["contamination"] = [moved for moved, _ in checked]
-        result["loss_scale"] = [scaled for _, scaled in checked]
-    return result | {"seconds": time.perf_counter() - started}
-
-
-def _table(
-    problem: Problem, batch: int, chosen: list[Chosen], task: Task, size: Size
-) -> dict[str, Any]:
-    if batch == size.main_batch:
-        rows = compare(chosen, task.problem, task.v, size.rounds, memory=True)
-        return {"batch": batch, "rows": rows, "left_out": {}}
-    sized = problem.with_batch(batch)
-    kept: list[Chosen] = []
-    left_out: dict[str, str] = {}
-    v = task.v[torch.arange(batch, device=task.v.device) % len(task.v)]
-    bar = tqdm(chosen, desc=f"{problem.name} B={batch}: tolerances", unit="row", leave=False)
-    for item in bar:
-        if not size.compile_everywhere and item.forward.peer.compiles:
-            continue
-        try:
-            kept.append(at_batch(item, sized, v))
-        except Exception as error:
-            left_out[item.label] = reason(error)
-    rows = compare(kept, sized, v, size.rounds, memory=False)
-    return {"batch": batch, "rows": rows, "left_out": left_out}
-
-
-def _steps(chosen: list[Chosen], problem: Problem) -> dict[str, list[int]]:
-    return {
-        item.label: item.forward.peer.num_steps(problem, item.forward.tol.tol).tolist()
-        for item in chosen
-        if item.label in TRACED
-    }
-
-
-def _traces(chosen: list[Chosen], problem: Problem) -> dict[str, list[list[float]]]:
-    few = problem.with_batch(min(TRACED_SAMPLES, problem.batch))
-    return {
-        item.label: residual_traces(item.forward.peer, few, item.forward.tol.tol)
-        for item in chosen
-        if item.label in TRACED
-    }
+    return recipes
 
 
 if __name__ == "__main__":

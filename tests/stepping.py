@@ -72,7 +72,11 @@ def begin(
     """A start of every sample from noise."""
     x = torch.randn(batch, dim, dtype=dtype)
     z = 0.3 * torch.randn(batch, dim, dtype=dtype)
-    return Batch(x.clone(), allocate(x, solver, 0.0), solver), z
+    work = allocate(x, solver, 0.0)
+    for array in (work.anchor, work.f_previous, work.partner_previous, work.columns_f,
+                  work.columns_g, work.gram):  # fmt: skip
+        array.fill_(torch.nan)  # what is allocated empty may hold anything
+    return Batch(x.clone(), work, solver), z
 
 
 def advance(

@@ -25,7 +25,9 @@ from bench.measure import loosest_tolerance, paired_rounds
 from bench.memory import torch_peak_bytes
 from bench.peers import Entry, Peer, load_entries
 from bench.peers.ours import FpiCuda
+from bench.plots import plot
 from bench.problems import Problem, reference_solution, tanh_cell
+from bench.record import Record, finite
 from bench.settings import Task, at_batch, choose, make_task, try_forward
 from bench.training import example_f1
 
@@ -366,7 +368,9 @@ def test_example_f1_by_hand() -> None:
 @pytest.fixture(scope="module")
 def results() -> dict:
     """The main job at a tiny size."""
-    measured = throughput.run(TINY, modules=("ours", "loop"))
+    record = Record()
+    throughput.run(record, TINY, modules=("ours", "loop"))
+    measured = record.finish()
     measured["machine"] = {
         "device": "cpu",
         "cpu": "a processor",
@@ -377,7 +381,7 @@ def results() -> dict:
         "command": "python -m bench.throughput",
         "date": "2000-01-01",
     }
-    return json.loads(json.dumps(report.finite(measured), allow_nan=False))
+    return json.loads(json.dumps(finite(measured), allow_nan=False))
 
 
 def test_main_job_measures_every_problem(results: dict) -> None:
@@ -446,8 +450,8 @@ def test_report_names_who_is_faster(results: dict) -> None:
 
 
 def test_plots_are_written(results: dict, tmp_path: Path) -> None:
-    written = report.plot(results, tmp_path)
-    assert [path.name for path in written] == ["throughput.png", "steps.png", "traces.png"]
+    written = plot(results, tmp_path / "a.json")
+    assert [path.name for path in written] == ["a-throughput.png", "a-steps.png", "a-traces.png"]
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -495,21 +499,20 @@ def test_jax_maps_equal_the_cells(activation: str) -> None:
 
 
 def test_the_device_loop_benchmark_says_what_it_could_not_run() -> None:
-    size = device_loop.Size(conv=(2, 8, 4), rounds=2)
-    conv = device_loop.large_cell(size, CPU)
-    labels = [row["label"] for row in conv["rows"]]
-    assert labels == ["fpi_cuda, host loop", "torchdeq Anderson", "torchdeq Picard"]
-    assert all(row["solved"] == 1.0 for row in conv["rows"])
-    assert conv["rows"][0]["gradient_error"] < 0.1
-    text = device_loop.text(
-        {
-            "machine": {"device": "cpu"},
-            "seconds_per_iteration": {"host loop": {"median": 2.5e-6}},
-            "tanh": {"rows": [], "skipped": {"jaxopt": "not installed"}},
-            "conv": conv,
-            "not_run": "the device loop",
-        }
-    )
-    assert "      2.50  host loop" in text
-    assert "not run: jaxopt: not installed" in text
+    size = device_loop.Size(tanh=(4, 8), conv=(2, 8, 4), steps=(2, 4), rounds=2, num_candidates=1)
+    record = Record(head={"machine": {"device": "cpu"}})
+    device_loop.run(record, size, CPU, ("loop", "torchdeq"))
+    record.skipped["jaxopt"] = "not installed"
+    results = finite(record.finish())
+    rows = results["conv"]["rows"]
+    labels = ["fpi_cuda, host loop", "torchdeq Anderson", "torchdeq Picard"]
+    assert [row["label"] for row in rows] == labels
+    assert all(row["solved"] == 1.0 for row in rows)
+    assert rows[0]["gradient_error"] < 0.1
+    times = results["seconds_per_iteration"]
+    assert list(times) == ["host loop, Picard", "host loop, Anderson", "eager loop"]
+    text = device_loop.text(results)
+    assert f"{1e6 * times['eager loop']['median']:10.2f}  eager loop" in text
+    assert "torch loop, per-sample stop" in text
+    assert "skipped, not installed: jaxopt" in text
     assert "NOT RUN: the device loop" in text

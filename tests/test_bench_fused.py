@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 import fpi_cuda as fpi
-from bench import fused, fused_rows, machine, report
+from bench import fused, fused_rows, machine
 from bench.fused_report import FAMILIES, readme
 from bench.peers import graphed, load_entries, loop
+from bench.record import Record, finite
 
 
 def test_the_benchmark_of_the_fused_loop() -> None:
-    results = fused.run(fused_rows.TINY, torch.device("cpu"), modules=("loop",))
+    record = Record()
+    fused.run(record, fused_rows.TINY, torch.device("cpu"), modules=("loop",))
+    results = record.finish()
+    assert results["skipped"] == {}
     assert [table["name"].split()[0] for table in results["problems"]] == [
         "FPI_NN",
         "dense",
@@ -23,12 +29,11 @@ def test_the_benchmark_of_the_fused_loop() -> None:
     assert labels <= set(first["rows"])
     assert "torch loop, per-sample stop" in first["rows"]
     for table in results["problems"]:
-        assert not table["left_out"]
         for row in table["rows"].values():
             assert row["gradient_error"] < 1e-2
             assert row["forward"]["median"] > 0
     results["machine"] = machine.describe(torch.device("cpu"), 1, ["python"])
-    section = readme(report.finite(results))
+    section = readme(finite(results))
     for table in results["problems"]:
         lines = [line for line in section.splitlines() if line.startswith(f"| {table['name']} |")]
         forward, both = (line.strip("| ").split(" | ") for line in lines)
@@ -65,12 +70,31 @@ def test_what_the_graph_holds_is_the_plain_loop(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.gpu
 def test_the_benchmark_on_a_device() -> None:
-    results = fused.run(fused_rows.TINY, torch.device("cuda"), modules=("loop", "graphed"))
+    record = Record()
+    fused.run(record, fused_rows.TINY, torch.device("cuda"), modules=("loop", "graphed"))
+    results = record.finish()
+    assert not [name for name in results["skipped"] if not name.endswith("a round")]
     for table in results["problems"]:
-        assert not table["left_out"]
         assert "torch loop in a CUDA graph" in table["rows"]
     for rows in results["precisions"].values():
         assert all(row["worst_residual"] <= 1.01 * row["rtol"] for row in rows.values())
+
+
+def test_a_round_is_timed_while_all_samples_take_it() -> None:
+    size = dataclasses.replace(fused_rows.TINY, dense=((256, 64),))
+    task = fused_rows.problems(size, torch.device("cpu"))[1]
+    for solver in (fpi.Picard(), fpi.Anderson(m=5)):
+        peer = fused_rows.Routed(solver, "fused")
+        found = fused_rows.per_round(task, peer, 3, (10, 400))
+        assert found["going"] == 1.0
+        assert found["median"] > 0
+
+
+def test_a_round_that_samples_leave_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_rows, "RESTLESS", 0.1)
+    task = fused_rows.problems(fused_rows.TINY, torch.device("cpu"))[1]
+    with pytest.raises(RuntimeError, match=r"100\.0% of the samples stop before round 400"):
+        fused_rows.per_round(task, fused_rows.Routed(fpi.Picard(), "fused"), 3, (10, 400))
 
 
 def test_products_are_counted() -> None:

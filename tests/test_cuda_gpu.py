@@ -100,8 +100,12 @@ def test_a_sample_gets_the_same_bits_in_any_batch(
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=short)
 def test_whole_solves_agree_with_the_cpu(cuda: Any, solver: FixedPointSolver) -> None:
-    """In status, and in steps to two: rounding differs."""
-    scale = torch.linspace(-0.6, 0.9, 260)
+    """In status, and in steps to two: rounding differs.
+
+    The slope stays below 0.8: near 1 two roundings of an accelerated solve part by many steps,
+    on the CPU between its own backends too.
+    """
+    scale = torch.linspace(-0.6, 0.7, 260)
     z = torch.randn(64, 260)
 
     def run(device: str) -> list[Tensor]:
@@ -170,7 +174,7 @@ def test_steps_run_on_the_device_of_the_state(cuda: Any) -> None:
     with torch.cuda.device(0):
         result = solve(smooth(z), torch.zeros_like(z), Anderson(m=3), rtol=1e-5, atol=0.0,
                        max_steps=100, backend=cuda)  # fmt: skip
-    assert result.value.device == z.device
+    assert result.x.device == z.device
     assert (result.status == Status.CONVERGED).all()
 
 

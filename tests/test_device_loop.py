@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from fpi_cuda import backends, device_loop
 from fpi_cuda.device_loop import chunks
 from fpi_cuda.device_loop.cache import MOST_REBUILDS, PlanCache
 from fpi_cuda.device_loop.method import numeric_flags
+from fpi_cuda.device_loop.trace import Recorder
 from fpi_cuda.implicit.late import Late
 from fpi_cuda.state import Layout
 
@@ -491,6 +493,37 @@ def test_what_cannot_be_captured_says_why(
     assert "host loop: torch evaluates g, then one solver step" in layer.explain()
     assert reason in layer.explain()
     assert len(device_loop.plans) == 0
+
+
+def test_a_warning_that_is_an_error_is_not_remembered(tape: TapeGraphs) -> None:
+    """As pytest's filters make one of those that torch gives once in a process or a thread."""
+
+    class WarnsOnce(Cell):
+        warned = False
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            if tape.open and not self.warned:
+                self.warned = True
+                warnings.warn("torch has something to say once", UserWarning, stacklevel=1)
+            return super().forward(x, z)
+
+    g = WarnsOnce()
+    x0, z = inputs()
+    with pytest.raises(RuntimeError, match=r"cannot run there: .*something to say once"):
+        solve(g, x0, z)
+    assert_like_host(g, x0, z)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_where_an_op_puts_what_it_makes_is_no_part_of_a_trace(where: str) -> None:
+    """The seeds of CUDA's attention lie on the host, but on the device inside of a capture."""
+    tokens = []
+    for device in ("cpu", where):
+        recorder = Recorder(torch.device("cpu"), [])
+        seed = torch.empty((), dtype=torch.int64, device=device)
+        recorder._meet(seed)
+        tokens.append(recorder._token(seed))
+    assert tokens[0] == tokens[1]
 
 
 def test_kernels_behind_torchs_back_are_refused(tape: TapeGraphs) -> None:

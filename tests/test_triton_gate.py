@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,37 @@ def test_a_kernel_is_held_to_its_budget(
     assert "triton gate: 1 kernels" in done.stdout, done.stderr
     assert (done.returncode == 0) == (failure is None)
     assert (failure or "") in done.stderr
+
+
+SELF_DIFFERENCE = """
+import sys
+sys.path.insert(0, {gate!r})
+import check_triton, triton
+import triton.language as tl
+
+@triton.jit
+def finite_kernel(x, best):
+    v = tl.load(x) * tl.load(best)
+    tl.store(best, tl.where({test}, v, 0.0))
+
+check_triton.built(finite_kernel, {{}}, "fp64", "fp64", (), {{}}, check_triton.CAPABILITY)
+"""
+
+
+@pytest.mark.parametrize(
+    ("test", "passes"), [("v - v == 0", False), ("tl.abs(v) < float('inf')", True)]
+)
+def test_no_kernel_takes_a_product_from_itself(tmp_path: Path, test: str, passes: bool) -> None:
+    pytest.importorskip("triton")
+    file = tmp_path / "kernel.py"
+    file.write_text(SELF_DIFFERENCE.format(gate=str(GATE.parent), test=test))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(file)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) == passes, done.stderr
+    assert passes or "finite_kernel takes a number from itself" in done.stderr
 
 
 def test_a_name_that_fits_no_kernel_fails() -> None:

@@ -110,22 +110,22 @@ class JaxPeer(Peer):
     def solve(self, problem: Problem, tol: float) -> Tensor:
         compiled = self._of(problem)
         x, _ = compiled.forward(compiled.weights, compiled.z, compiled.x0, tol)
-        return _to_torch(x)
+        return _to_torch(x, problem.x0.device)
 
     def num_steps(self, problem: Problem, tol: float) -> Tensor:
         compiled = self._of(problem)
         _, steps = compiled.forward(compiled.weights, compiled.z, compiled.x0, tol)
-        return _to_torch(steps)
+        return _to_torch(steps, problem.x0.device)
 
     def solve_and_grad(
         self, problem: Problem, tol: float, adjoint_tol: float, v: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         compiled = self._of(problem)
         (weight_grads, z_grad), x = compiled.backward(
-            compiled.weights, compiled.z, compiled.x0, tol, adjoint_tol, v.cpu().numpy()
+            compiled.weights, compiled.z, compiled.x0, tol, adjoint_tol, _to_jax(v)
         )
         ordered = [weight_grads[name] for name, _ in problem.cell.named_parameters()]
-        return _to_torch(x), [_to_torch(grad) for grad in (z_grad, *ordered)]
+        return _to_torch(x, v.device), [_to_torch(g, v.device) for g in (z_grad, *ordered)]
 
     def peak_bytes(self, problem: Problem, tol: float) -> int:
         """XLA's own plan of the compiled solve: temporaries and outputs."""
@@ -140,11 +140,10 @@ class _Compiled:
         prepare, step = maps_of(problem.cell)
         cap = problem.max_steps
         self.weights = {
-            name: jnp.asarray(value.detach().cpu().numpy())
-            for name, value in problem.cell.named_parameters()
+            name: _to_jax(value.detach()) for name, value in problem.cell.named_parameters()
         }
-        self.z = jnp.asarray(problem.z.cpu().numpy())
-        self.x0 = jnp.asarray(problem.x0.cpu().numpy())
+        self.z = _to_jax(problem.z)
+        self.x0 = _to_jax(problem.x0)
 
         def forward(weights: Weights, z: Any, x0: Any, tol: Any, adjoint_tol: Any = None) -> Any:
             prepared = jax.vmap(prepare, in_axes=(0, None))(z, weights)
@@ -162,5 +161,14 @@ class _Compiled:
         self.backward = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
-def _to_torch(array: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(jax.block_until_ready(array)).copy())
+def _to_jax(t: Tensor) -> Any:
+    """The same numbers where they are; from the CPU, wherever JAX computes."""
+    return jnp.from_dlpack(t.contiguous()) if t.is_cuda else jnp.asarray(t.numpy())
+
+
+def _to_torch(array: Any, device: torch.device) -> Tensor:
+    """Computed, and the same numbers on `device`: without a copy where they are there."""
+    jax.block_until_ready(array)
+    if device.type == "cuda" and array.devices().pop().platform != "cpu":
+        return torch.from_dlpack(array)
+    return torch.from_numpy(np.asarray(array).copy()).to(device)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "control.h"
+#include "is_finite.h"
 #include "macros.h"
 #include "status.h"
 
@@ -61,8 +62,6 @@ struct Safeguard {
   static constexpr double kGain = 0.9;
   static constexpr double kFloor = 64.0;       // epsilons, relative to ||g||
 };
-
-FPI_HD bool is_finite(double v) { return v - v == 0.0; }
 
 FPI_HD double larger(double a, double b) { return a > b ? a : b; }
 FPI_HD double smaller(double a, double b) { return a < b ? a : b; }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "control.h"
+#include "is_finite.h"
 #include "macros.h"
 
 namespace fpi {
@@ -49,7 +50,7 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
       value -= entry * s.gamma[slot_of(b)];
     }
     // A NaN or Inf in the Gram matrix fails this test too.
-    s.kept[a] = pivot >= kSmallestPivot && value - value == 0.0 && pivot - pivot == 0.0;
+    s.kept[a] = pivot >= kSmallestPivot && is_finite(value) && is_finite(pivot);
     if (!s.kept[a]) continue;
     s.factor[a][a] = 1.0 / sqrt(pivot);
     s.gamma[slot] = value * s.factor[a][a];

@@ -125,7 +125,7 @@ FPI_INLINE void step_back(const Row<T, H>& row, int64_t begin, int64_t end) {
     const C x = static_cast<C>(row.x[j]);
     const C best = static_cast<C>(row.best[j]);
     const C middle = best + C(0.5) * (x - best);
-    row.x[j] = static_cast<T>(middle - middle == C(0) ? middle : best);
+    row.x[j] = static_cast<T>(is_finite(middle) ? middle : best);
   }
 }
 

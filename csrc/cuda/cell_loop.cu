@@ -73,6 +73,24 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) cell_loop_kernel
   }
 }
 
+const char* attribute(cudaDeviceAttr which, int& value) {
+  int device = 0;
+  const char* failed = described(cudaGetDevice(&device));
+  return failed ? failed : described(cudaDeviceGetAttribute(&value, which, device));
+}
+
+}  // namespace
+
+const char* device_limits(DeviceLimits& limits) {
+  int cores = 0, shared_bytes = 0;
+  const char* error = attribute(cudaDevAttrMultiProcessorCount, cores);
+  if (!error) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_bytes);
+  limits = {cores, shared_bytes};
+  return error;
+}
+
+namespace {
+
 template <class Product>
 const char* run(const CellLoopParams& p, const CellLoopPlan& plan, unsigned char* workspace,
                 void* stream) {
@@ -85,38 +103,21 @@ const char* run(const CellLoopParams& p, const CellLoopPlan& plan, unsigned char
                               kMostThreads, 0, stream, p, plan, workspace);
   if (packed) return packed;
   const auto kernel = cell_loop_kernel<Product>;
-  constexpr int64_t kUnasked = 48 * 1024;  // bytes of shared memory
-  if (plan.shared_bytes > kUnasked) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        static_cast<int>(plan.shared_bytes));
-    if (error != cudaSuccess) {
-      cudaGetLastError();  // or the next call that checks would report it as its own
-      return cudaGetErrorString(error);
-    }
+  // Not what this plan asks for: the limit is the kernel's, and another thread may launch it with
+  // a larger plan before this one does.
+  DeviceLimits limits;
+  const char* failed = device_limits(limits);
+  if (!failed) {
+    failed = described(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(limits.shared_bytes)));
   }
+  if (failed) return failed;
   return launch(kernel, plan.blocks, plan.warps * kWarpThreads, plan.shared_bytes, stream, p, plan,
                 workspace);
 }
 
-const char* attribute(cudaDeviceAttr which, int& value) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, which, device);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next call that checks would report it as its own
-  return cudaGetErrorString(error);
-}
-
 }  // namespace
-
-const char* device_limits(DeviceLimits& limits) {
-  int cores = 0, shared_bytes = 0;
-  const char* error = attribute(cudaDevAttrMultiProcessorCount, cores);
-  if (!error) error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, shared_bytes);
-  limits = {cores, shared_bytes};
-  return error;
-}
 
 const char* cell_loop_cuda(const CellLoopParams& p, StateType state, const CellLoopPlan& plan,
                            void* workspace, void* stream) {

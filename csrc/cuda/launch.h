@@ -5,6 +5,13 @@
 
 namespace fpi {
 
+// What went wrong, or null.
+inline const char* described(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next call that checks would report it as its own
+  return cudaGetErrorString(error);
+}
+
 // Returns what went wrong, or null.
 template <class... Args>
 const char* launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t shared_bytes,
@@ -12,13 +19,9 @@ const char* launch(void (*kernel)(Args...), int64_t blocks, int threads, size_t 
   constexpr int64_t kMostBlocks = 2147483647;
   if (blocks > kMostBlocks) return "more blocks than a grid can hold";
   void* pointers[] = {&args...};
-  const cudaError_t error =
-      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
-                       dim3(static_cast<unsigned>(threads)), pointers, shared_bytes,
-                       static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next call that checks would report it as its own
-  return cudaGetErrorString(error);
+  return described(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)),
+                                    dim3(static_cast<unsigned>(threads)), pointers, shared_bytes,
+                                    static_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace fpi

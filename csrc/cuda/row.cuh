@@ -56,7 +56,7 @@ __device__ __forceinline__ void step_back(const Row<T, H>& row, const Tile<C>& t
 #pragma unroll
   for (int e = 0; e < Tile<C>::kElements; ++e) {
     const C middle = best[e] + C(0.5) * (x[e] - best[e]);
-    x[e] = middle - middle == C(0) ? middle : best[e];
+    x[e] = is_finite(middle) ? middle : best[e];
   }
   tile.store(row.x, x);
 }

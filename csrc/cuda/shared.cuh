@@ -66,7 +66,10 @@ struct Shared {
     if (Step::kUsesGram) {
       const int size = p.depth * p.depth;
       const double* kept = p.gram + sample * size;
-      for (int k = Team::thread(); k < size; k += Team::threads()) gram[k] = kept[k];
+      const bool empty = p.num_steps[sample] == 0;  // nothing was ever written to it
+      for (int k = Team::thread(); k < size; k += Team::threads()) {
+        gram[k] = empty ? 0.0 : kept[k];
+      }
     }
     Team::sync();
   }

@@ -77,9 +77,6 @@ __device__ void seat(const CellLoopParams& p, TileHeader& tile, int slot, int64_
   for (int64_t k = lane_index(); k < p.dim; k += kWarpThreads) x[k] = best[k] = x0[k];
   double* control = step.control + slot * kControlSize;
   for (int k = lane_index(); k < kControlSize; k += kWarpThreads) control[k] = 0.0;
-  // A step reads all of it, and writes what it needs of it as the history grows.
-  double* gram = step.gram + slot * p.depth * p.depth;
-  for (int k = lane_index(); k < p.depth * p.depth; k += kWarpThreads) gram[k] = 0.0;
   if (lane_index() == 0) {
     const_cast<double*>(step.atol)[slot] = p.atol[sample];
     step.status[slot] = kActive;

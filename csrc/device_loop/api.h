@@ -22,6 +22,10 @@ FPI_API const char* fpi_device_loop_unsupported();
 // The number of nodes captured on `stream` (a cudaStream_t) so far; -1 where it is not capturing.
 FPI_API const char* fpi_captured_nodes(void* stream, int64_t* count);
 
+// Ends the capture on `stream` that a call has made void, and begins one in its place that can be
+// ended without an error: torch gives up its memory pools only then.
+FPI_API const char* fpi_restart_capture(void* stream);
+
 // An executable graph that repeats `body` (a cudaGraph_t, copied) while any of status (batch,) is 0
 // and fewer than `max_steps` rounds were run, on the current device. `rounds` (1,) counts them. The
 // memory that body, status and rounds live in must outlast the loop.

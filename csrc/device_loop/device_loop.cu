@@ -223,6 +223,17 @@ const char* fpi_captured_nodes(void* stream, int64_t* count) {
   });
 }
 
+const char* fpi_restart_capture(void* stream) {
+  return fpi::guarded([&]() -> std::string {
+    const auto at = static_cast<cudaStream_t>(stream);
+    cudaGraph_t partial = nullptr;
+    if (cudaStreamEndCapture(at, &partial) == cudaSuccess) cudaGraphDestroy(partial);
+    cudaGetLastError();  // that of the void capture
+    return fpi::described("cudaStreamBeginCapture",
+                          cudaStreamBeginCapture(at, cudaStreamCaptureModeThreadLocal));
+  });
+}
+
 const char* fpi_device_loop_create(void* body, const int8_t* status, int64_t batch,
                                    int32_t* rounds, int64_t max_steps, FpiDeviceLoop** loop) {
   return fpi::guarded([&]() -> std::string {

@@ -76,7 +76,8 @@ class DeviceAdjoint:
                 return
             self._build(key, recorder, x_star)
         except Refused as reason:
-            self._cache.refuse(key, str(reason))
+            if not reason.passing:
+                self._cache.refuse(key, str(reason))
             raise
 
     def skip(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -77,9 +78,11 @@ class CudaSession:
                 try:
                     body()
                 except BaseException:
-                    with contextlib.suppress(RuntimeError), self._pool_ended():
-                        graph.capture_end()
+                    self._abandon(graph)
                     raise
+                if native.captured_nodes(self._stream.cuda_stream) < 0:
+                    self._abandon(graph)
+                    raise Refused("g cannot be captured: it does what a capture forbids")
                 with self._pool_ended():
                     graph.capture_end()
         except Refused:
@@ -90,9 +93,22 @@ class CudaSession:
             torch._C._cuda_clearCublasWorkspaces()
         return graph, max(0, torch.cuda.memory_reserved(self._device) - before)
 
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed, so that torch's allocators leave its pool, the host's too.
+
+        torch before 2.12 keeps them in it where the stream's capture ends with an error.
+        """
+        with contextlib.suppress(RuntimeError), self._pool_ended(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
+            native.restart_capture(self._stream.cuda_stream)
+            graph.capture_end()
+
     @contextlib.contextmanager
     def _pool_ended(self) -> Iterator[None]:
-        """Take the allocator out of a capture that did not begin or end well; torch leaves it."""
+        """Take the device's allocator out of a capture that did not begin or end well.
+
+        So ends one in which g leaves work on a stream of its own.
+        """
         try:
             yield
         except BaseException:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 
 class Refused(Exception):
-    """This solve cannot run on the device; the text says why."""
+    """This solve cannot run on the device; the text says why.
+
+    Args:
+        passing: the next solve may fare better.
+    """
+
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 class Replayable(Protocol):

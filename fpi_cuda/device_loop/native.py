@@ -14,6 +14,7 @@ SIGNATURES = {
     "fpi_node_refusal": (ctypes.c_int,),
     "fpi_device_loop_unsupported": (),
     "fpi_captured_nodes": (Pointer, ctypes.POINTER(ctypes.c_int64)),
+    "fpi_restart_capture": (Pointer,),
     "fpi_device_loop_create": (
         Pointer,
         Pointer,
@@ -61,10 +62,15 @@ def node_refusal(node_type: int) -> str | None:
 
 
 def captured_nodes(stream: int) -> int:
-    """Nodes captured on a cudaStream_t so far; -1 where it is not capturing."""
+    """Nodes captured on a cudaStream_t so far; -1 where it is not capturing, or in vain."""
     count = ctypes.c_int64()
     check(library().fpi_captured_nodes(stream, ctypes.byref(count)))
     return count.value
+
+
+def restart_capture(stream: int) -> None:
+    """Replace the void capture on a cudaStream_t by an empty one, which can be ended well."""
+    check(library().fpi_restart_capture(stream))
 
 
 def check(error: bytes | None) -> None:

@@ -77,7 +77,8 @@ def solve(
                 result = plan.build(flat_map, x0, atol)
                 require_agreement(result, on_host(flat_map, x0, method, atol))
     except Refused as reason:
-        cache.refuse(key, str(reason))
+        if not reason.passing:
+            cache.refuse(key, str(reason))
         raise
     cache.give_back(plan)
     return result
@@ -104,7 +105,10 @@ def failures_refused() -> Iterator[None]:
     except Refused:
         raise
     except Exception as error:
-        raise Refused(f"g fails while it is captured: {first_line(error)}") from error
+        # A warning that the user has made an error: torch gives some of its own only once.
+        passing = isinstance(error, Warning)
+        reason = f"g fails while it is captured: {first_line(error)}"
+        raise Refused(reason, passing=passing) from error
 
 
 def on_host(flat_map: FlatMap, x0: Tensor, method: Method, atol: float | Tensor) -> SolveResult:

@@ -181,6 +181,10 @@ class Recorder(TorchDispatchMode):
         known = self._known.get(storage._cdata)
         if known is not None:
             name, begin = known
+            if name[0] == "made":
+                # Where an op puts what it makes follows from the op. The seeds of attention, which
+                # it ignores without dropout, lie on the host but for a capture.
+                form = (t.dtype, *form[2:])
             return (*name, offset - begin, *form)
         if t.device.type != self._device.type:
             return ("host", *form, self._host_numbers(t))

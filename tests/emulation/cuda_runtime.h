@@ -188,6 +188,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   if (bytes < 0 || bytes > kMostSharedOfDevice) return cudaErrorInvalidValue;
+  // A device lowers it, and then fails the larger launch that another thread is about to make.
+  if (static_cast<size_t>(bytes) < emulation::allowed_shared(kernel)) return cudaErrorInvalidValue;
   emulation::allow_shared(kernel, static_cast<size_t>(bytes));
   return cudaSuccess;
 }

@@ -224,7 +224,7 @@ def judge(
         is_fresh = slots == fresh[None, :]
         dfdf = tl.sum(tl.where(is_fresh, with_df, 0.0), axis=0)
         noise = norm_gx * EPSILON * 0.5
-        admits = differs & onward & (dfdf - dfdf == 0) & (tl.sqrt(dfdf) > noise)
+        admits = differs & onward & (dfdf < float("inf")) & (tl.sqrt(dfdf) > noise)
         columns = tl.where(differs, tl.minimum(columns, DEPTH - 1), columns)
         columns = tl.where(admits, columns + 1, columns)
         head = tl.where(admits, fresh.to(tl.int32), head)
@@ -237,14 +237,15 @@ def judge(
         is_fresh = admits[None, :] & is_fresh
         in_row, in_column = is_fresh[:, None, :], is_fresh[None, :, :]
         is_new = in_row | in_column
-        matrix = tl.load(place, mask=stored & (is_new == 0), other=0.0)
+        both = valid[:, None, :] & valid[None, :, :]
+        matrix = tl.load(place, mask=alive[None, None, :] & both & (is_new == 0), other=0.0)
         matrix = tl.where(in_row, with_df[None, :, :], matrix)
         matrix = tl.where(in_column, with_df[:, None, :], matrix)
         tl.store(place, matrix, mask=stored & is_new)
 
         taking_part = tl.where(alive & (move == MIX), tl.minimum(columns, dim), 0)
         rhs = tl.where(valid, with_f, 0.0)
-        matrix = tl.where(valid[:, None, :] & valid[None, :, :], matrix, 0.0)
+        matrix = tl.where(both, matrix, 0.0)
         solved = solve_small(matrix, rhs, age, taking_part, ridge, S, M)
         mixes = (move == MIX) & worth_mixing(solved, rhs, norm_f * norm_f)
         gamma = tl.where(mixes[None, :], solved, 0.0)

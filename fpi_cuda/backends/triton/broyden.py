@@ -177,7 +177,7 @@ def judge(
     tl.store(control + HEAD, tl.where(step == 1, 0.0, head))
     tl.store(control + HAS_PREVIOUS, tl.where(onward, 1.0, 0.0).to(tl.float64))
     # A difference that is rounding noise would fill H with it.
-    sound = (yy - yy == 0) & (tl.sqrt(yy) > norm_gx * EPSILON * 0.5) & (ss > 0)
+    sound = (yy < float("inf")) & (tl.sqrt(yy) > norm_gx * EPSILON * 0.5) & (ss > 0)
     updates = onward & has_previous & (step > 1) & sound
     return move, improved, anchors, beta * mixing_scale, kept, updates
 
@@ -286,7 +286,7 @@ def form_soundly(
 def is_sound(fresh_vv, fresh_vy, fresh_vf, yy):
     """Whether s^T H y = v.y is large enough to divide by."""
     size = tl.sqrt(fresh_vv) * tl.sqrt(yy)
-    finite = (size - size == 0) & (fresh_vf - fresh_vf == 0)
+    finite = (size < float("inf")) & (tl.abs(fresh_vf) < float("inf"))
     return finite & (tl.abs(fresh_vy) > size * SMALLEST_COSINE)
 
 

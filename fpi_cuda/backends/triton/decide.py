@@ -2,8 +2,9 @@
 
 Here and in the other kernels small expressions are written out, not made functions: Triton's
 interpreter, which tests run under, takes a millisecond to call one. It cannot spread a boolean
-scalar over a block either: hence tl.where(flag, mask, False) for `flag & mask`. `v - v == 0` is
-false for NaN and Inf.
+scalar over a block either: hence tl.where(flag, mask, False) for `flag & mask`. What is finite
+is found by size: `v - v == 0` of a product v is contracted to a fused multiply-add on a device,
+which leaves the product's rounding.
 """
 
 import triton
@@ -105,7 +106,7 @@ def decide(
     columns = tl.where(first_step, 0.0, tl.load(control + COLUMNS))
     anchored = tl.where(first_step, 0.0, tl.load(control + ANCHORED))
 
-    finite = residual - residual == 0
+    finite = residual < float("inf")
     rejections = tl.where(finite, 0.0, rejections + 1)
     hopeless = (finite == 0) & (first_step | (rejections >= REJECTIONS))
     improved = finite & (first_step | (residual < best))

@@ -40,7 +40,7 @@ def scaled_norm(x, gx, dim, alive, OF: tl.constexpr, S: tl.constexpr, BLOCK: tl.
         value = tl.abs(elements(x, gx, at, dim, alive, OF, BLOCK))
         largest = tl.where(value > largest, value, largest)
     scale = tl.max(largest, axis=1)
-    usable = (scale > 0) & (scale - scale == 0)
+    usable = (scale > 0) & (scale < float("inf"))
     total = tl.zeros([S, BLOCK], tl.float64)
     for at in range(0, dim, BLOCK):
         value = elements(x, gx, at, dim, alive, OF, BLOCK)
@@ -132,7 +132,7 @@ def go(
     kept = tl.load(best, mask=tl.where(returns | (move == REJECT), inside, False), other=0.0)
     near, far = kept.to(COMPUTE), here.to(COMPUTE)
     middle = near + (far - near) * 0.5
-    back = tl.where(middle - middle == 0, middle, near)
+    back = tl.where(tl.abs(middle) < float("inf"), middle, near)
     to = narrowed(tl.where(move == REJECT, back, stepped), STATE)
     to = tl.where(returns, kept, to)
     to = tl.where(((move == STOP) | (move == RETURN)) & improved, here, to)

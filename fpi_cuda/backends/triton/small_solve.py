@@ -42,7 +42,8 @@ def solve_small(gram, rhs, age, columns, ridge, S: tl.constexpr, M: tl.constexpr
         below = tl.sum(tl.where(here[None, :, :], rest, 0.0), axis=1)
         pivot = tl.sum(tl.where(here, below, 0.0), axis=0)
         value = tl.sum(tl.where(here, target, 0.0), axis=0)
-        keeps = (pivot >= SMALLEST_PIVOT) & (pivot - pivot == 0) & (value - value == 0)
+        keeps = (pivot >= SMALLEST_PIVOT) & (pivot < float("inf"))
+        keeps &= tl.abs(value) < float("inf")
         root = tl.sqrt(tl.where(keeps, pivot, 1.0))[None, :]
         below = tl.where(keeps[None, :] & (age > a), below / root, 0.0)
         value = tl.where(keeps[None, :], value[None, :] / root, 0.0)

@@ -1,0 +1,106 @@
+"""A benchmark's results, on disk as soon as they are measured, and the time that it may take."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bench.measure import time_limit
+
+OUT_OF_TIME = "out of time"
+
+T = TypeVar("T")
+
+
+class OutOfTime(BaseException):
+    """The run's seconds are spent. Not an Exception: no library is to catch it."""
+
+
+class Record:
+    """Results in a file that is written anew after every row: a killed run leaves what it had.
+
+    Args:
+        path: of the JSON file; None keeps none.
+        head: what is known before the first row.
+        seconds: after which no row is begun, and the one under way is given up.
+    Attributes:
+        results: with `complete`, false until `finish`, and `skipped`: why there is no such row.
+    """
+
+    def __init__(
+        self,
+        path: Path | None = None,
+        head: dict[str, Any] | None = None,
+        seconds: float = math.inf,
+    ) -> None:
+        self.path = path
+        self.ends = time.perf_counter() + seconds
+        self.skipped: dict[str, str] = {}
+        self.results: dict[str, Any] = {"complete": False, **(head or {}), "skipped": self.skipped}
+        self.save()
+
+    def row(self, name: str, measure: Callable[[], T], keep: Callable[[T], object]) -> None:
+        """keep(measure()) and write the file; `skipped` tells by name why there is no result."""
+        left = self.ends - time.perf_counter()
+        if left <= 0:
+            self.skipped[name] = OUT_OF_TIME
+            return
+        try:
+            with time_limit(left, OutOfTime):
+                found = measure()
+            keep(found)
+        except OutOfTime:
+            self.skipped[name] = OUT_OF_TIME
+        except Exception as error:
+            self.skipped[name] = reason(error)
+        self.save()
+
+    def finish(self) -> dict[str, Any]:
+        """All results, marked as complete."""
+        self.results["complete"] = True
+        self.save()
+        return self.results
+
+    def save(self) -> None:
+        if self.path is not None:
+            write_json(self.path, self.results)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file in one move: at any moment it holds the old or the new value."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+    os.replace(partial, path)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for every infinity or NaN in it, at any depth: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message; of a traceback in it, the last."""
+    text = str(error).strip().splitlines()
+    raised = [line for line in text if re.match(r"\w*(Error|Exception): ", line)]
+    if raised and "Traceback" in text[0]:
+        return raised[-1][:160]
+    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
+
+
+def skipped_lines(skipped: dict[str, str]) -> list[str]:
+    """A line for each reason, with the names that share it."""
+    names: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        names.setdefault(why, []).append(name)
+    return [f"skipped, {why}: {', '.join(which)}" for why, which in names.items()]
