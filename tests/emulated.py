@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,7 +27,6 @@ FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     # The kernels read four numbers at a time, as nvcc lets them.
     "-fno-strict-aliasing",
-    *SANITIZE,
     *("-I", str(EMULATION), "-I", str(ROOT / "csrc")),
 ]
 STATES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -40,20 +39,33 @@ def compile_driver(folder: Path) -> Path:
     return build(SOURCES, folder / "driver")
 
 
-def build(sources: list[Path], program: Path) -> Path:
-    """Compile and link a program, its objects beside it."""
-    compiler = shutil.which("g++")
-    assert compiler is not None
+def build(sources: list[Path], program: Path, objects: Sequence[Path] = ()) -> Path:
+    """Compile and link a program under ASan and UBSan; `objects` are linked as they are."""
+    compiled = compile_all(sources, program, SANITIZE)
+    return link([*compiled, *objects], program, SANITIZE)
+
+
+def compile_all(sources: list[Path], program: Path, flags: list[str]) -> list[Path]:
+    """The objects of a program's sources, beside where it will be."""
 
     def compile_one(source: Path) -> Path:
         output = program.with_name(f"{program.name}-{source.stem}.o")
-        run([compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(output)])
+        run([compiler(), *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", str(output)])
         return output
 
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(compile_one, sources))
-    run([compiler, *SANITIZE, *map(str, objects), "-o", str(program)])
+        return list(pool.map(compile_one, sources))
+
+
+def link(objects: list[Path], program: Path, flags: list[str]) -> Path:
+    run([compiler(), *flags, *map(str, objects), "-o", str(program)])
     return program
+
+
+def compiler() -> str:
+    found = shutil.which("g++")
+    assert found is not None
+    return found
 
 
 def run(command: list[str]) -> None:

@@ -2,11 +2,10 @@
 // under sanitizers: each CUDA thread is a fiber, each block runs by itself.
 //
 // What it finds: out-of-bounds and misaligned accesses (ASan, UBSan, with dynamic shared memory
-// cut to the size of the launch), reads of memory that nobody wrote (it holds NaNs, or the byte that
-// EMULATION_FILL gives: a result that differs between two of them depends on such a read), missing
-// barriers (threads run in an order that the seed picks, of which EMULATION_SEED is the first, so that a race changes results),
-// barriers and shuffles that part of a warp or block does not reach (the run aborts). What it
-// cannot show: races between blocks, memory ordering, speed.
+// cut to the size of the launch), reads of memory that nobody wrote (it holds NaNs; initcheck.h
+// finds those that change nothing, too), missing barriers (threads run in an order that the seed
+// picks, so that a race changes results), barriers and shuffles that part of a warp or block does
+// not reach (the run aborts). What it cannot show: races between blocks, memory ordering, speed.
 #pragma once
 
 #include <cstddef>
@@ -158,14 +157,8 @@ cudaError_t cudaMalloc(void** address, size_t bytes);
 cudaError_t cudaFree(void* address);
 
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemset(void* to, int value, size_t bytes);
 
 // That of an H100, for a block that asks for it.
 constexpr int kMostSharedOfDevice = 227 * 1024;

@@ -12,6 +12,8 @@
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
 
+#include "initcheck.h"
+
 #include "cuda_runtime.h"  // last: its __noinline__ is another one than the compiler's
 
 thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -62,14 +64,7 @@ std::mt19937 order;
 unsigned order_seed = 0;
 std::map<const void*, size_t> shared_limits;
 
-int from_environment(const char* name, int otherwise) {
-  const char* text = std::getenv(name);
-  return text ? std::atoi(text) : otherwise;
-}
-
-// What memory holds that nobody wrote: NaN in every floating type, but for another byte.
-const int fill = from_environment("EMULATION_FILL", 0xff);
-const bool seeded = (set_seed(from_environment("EMULATION_SEED", 0)), true);
+constexpr int kNobodyWrote = 0xff;  // every byte of such memory: NaN in every floating type
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "emulation: %s (block %u, thread %u of %u)\n", what, blockIdx.x,
@@ -221,7 +216,10 @@ void commit_copies() {
 void await_copies(int pending) {
   auto& groups = running->groups;
   while (groups.size() > static_cast<size_t>(pending)) {
-    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const Copy& copy : groups.front()) {
+      is_read(copy.from, copy.bytes);
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
     groups.erase(groups.begin());
   }
 }
@@ -270,7 +268,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), v
   for (const unsigned b : turn) {
     blockIdx = dim3(b);
     ASAN_UNPOISON_MEMORY_REGION(dynamic_shared_memory, kMostShared);
-    std::memset(dynamic_shared_memory, fill, shared_bytes);
+    std::memset(dynamic_shared_memory, kNobodyWrote, shared_bytes);
     ASAN_POISON_MEMORY_REGION(dynamic_shared_memory + shared_bytes, kMostShared - shared_bytes);
     run_block(threads);
   }
@@ -281,11 +279,26 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), v
 cudaError_t cudaMalloc(void** address, size_t bytes) {
   constexpr size_t kAlignment = 256;
   if (posix_memalign(address, kAlignment, bytes)) return cudaErrorMemoryAllocation;
-  std::memset(*address, emulation::fill, bytes);
+  std::memset(*address, emulation::kNobodyWrote, bytes);
+  emulation::is_allocated(*address, bytes);
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* address) {
+  emulation::is_freed(address);
   std::free(address);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  emulation::is_read(from, bytes);
+  std::memcpy(to, from, bytes);
+  emulation::is_written(to, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  std::memset(to, value, bytes);
+  emulation::is_written(to, bytes);
   return cudaSuccess;
 }

@@ -36,13 +36,15 @@ class DeviceArray {
       std::fprintf(stderr, "sanitize_kernels: an array of another size than its values\n");
       std::exit(1);
     }
-    if (bytes_) check_cuda(cudaMemcpy(data(), values.data(), bytes_, cudaMemcpyHostToDevice), "put");
+    if (bytes_ == 0) return;
+    check_cuda(cudaMemcpy(data(), values.data(), bytes_, cudaMemcpyHostToDevice), "put");
   }
 
   template <class T>
   std::vector<T> get() const {
     std::vector<T> values(bytes_ / sizeof(T));
-    if (bytes_) check_cuda(cudaMemcpy(values.data(), data(), bytes_, cudaMemcpyDeviceToHost), "get");
+    if (bytes_ == 0) return values;
+    check_cuda(cudaMemcpy(values.data(), data(), bytes_, cudaMemcpyDeviceToHost), "get");
     return values;
   }
 

@@ -46,7 +46,8 @@ void solve(Family& family, const StepCase& c) {
     check_cuda(cudaStreamSynchronize(stream.get()), "a device loop");
     const std::vector<int32_t> steps = solve.steps_taken();
     const int32_t ran = rounds.get<int32_t>()[0];
-    family.expect(ran > 1 && ran < kMostRounds && ran == *std::max_element(steps.begin(), steps.end()),
+    const int32_t most = *std::max_element(steps.begin(), steps.end());
+    family.expect(ran > 1 && ran < kMostRounds && ran == most,
                   "ran " + std::to_string(ran) + " rounds");
     family.launched(nullptr, 1 + ran * (2 + solve.kernels_of_a_step()));
     solve.verify(family, ran);

@@ -194,7 +194,7 @@ class StepSolve {
   DeviceArray& at(int array) { return arrays_[array]; }
   S start_of(int64_t sample) const { return start_[sample]; }
 
-  // As fpi_cuda/solvers/workspace.py has it; what is not put or zeroed by start() stays as it comes.
+  // As fpi_cuda/solvers/workspace.py has it; what start() leaves out stays as it comes.
   void allocate() {
     const bool anderson = case_.solver == Solver::kAnderson;
     const int64_t rows = static_cast<int64_t>(samples_.size()), dim = case_.dim;
