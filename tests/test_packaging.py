@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,15 @@ def test_import_makes_no_noise() -> None:
 def test_version_is_that_of_the_metadata() -> None:
     assert fpi_cuda.__version__ == importlib.metadata.version("fpi_cuda")
     assert f"## {fpi_cuda.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_warnings_are_errors_but_for_the_scripting_of_torch(category: type[Warning]) -> None:
+    torch.jit.script(torch.nn.Identity())
+    text = "`torch.jit.script` is deprecated. Please switch to `torch.compile` or `torch.export`."
+    warnings.warn(text, category, stacklevel=1)
+    with pytest.raises(category, match="map"):
+        warnings.warn("`map` is deprecated.", category, stacklevel=1)
 
 
 # The build, on a copy of the project with one op and one kernel.
