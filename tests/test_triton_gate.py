@@ -41,6 +41,16 @@ def test_a_kernel_is_held_to_its_budget(
     assert (failure or "") in done.stderr
 
 
+def test_a_budget_may_be_that_of_one_triton(tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    series = "Triton " + ".".join(triton.__version__.split(".")[:2])
+    budgets = {f"{series} {KERNEL}": {}, f"Triton 0.1 {KERNEL}": {"registers": 8}}
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps({"anderson_step_kernel": {"registers": 8}, **budgets}))
+    done = run_gate(KERNEL, "--budgets", str(file))
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_name_that_fits_no_kernel_fails() -> None:
     done = run_gate("no_such_kernel")
     assert done.returncode == 1
