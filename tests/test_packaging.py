@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 
 import fpi_cuda
 from fpi_cuda import _extension
@@ -112,6 +113,16 @@ def test_warnings_are_errors_but_for_the_scripting_of_torch(category: type[Warni
     warnings.warn(text, category, stacklevel=1)
     with pytest.raises(category, match="map"):
         warnings.warn("`map` is deprecated.", category, stacklevel=1)
+
+
+# What the CUDA builds of torch pin.
+TRITONS = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.12.0": "3.7.0", "2.14.1": "3.8.0"}
+
+
+@pytest.mark.parametrize("torch_version", TRITONS)
+def test_the_extra_for_tests_takes_the_triton_of_every_torch(torch_version: str) -> None:
+    (found,) = re.findall(r'"triton([^;]+);', (ROOT / "pyproject.toml").read_text())
+    assert TRITONS[torch_version] in SpecifierSet(found)
 
 
 # The build, on a copy of the project with one op and one kernel.
