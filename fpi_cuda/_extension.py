@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 import torch
 
 LIBRARY = Path(__file__).with_name("libfpi_cuda.so")
+
+
+def _other_copy() -> str | None:
+    """The library of another copy of this package that has registered torch.ops.fpi_cuda.
+
+    A second registration ends the process: torch's stable headers go on with the library that
+    torch has refused to make. LIBRARY itself may be loaded again: dlopen knows it by then.
+    """
+    if not hasattr(torch.ops.fpi_cuda, "build_info"):
+        return None
+    try:
+        ctypes.CDLL(str(LIBRARY.resolve()), mode=os.RTLD_NOLOAD)
+    except OSError:
+        loaded = (path for path in torch.ops.loaded_libraries if Path(path).name == LIBRARY.name)
+        return next(loaded, "one that torch.ops.load_library did not load")
+    return None
 
 
 def _load() -> str | None:
@@ -18,6 +35,12 @@ def _load() -> str | None:
         return (
             f"built without the extension (no {LIBRARY.name} in the package). Reinstall with "
             "pip install . in the source folder"
+        )
+    other = _other_copy()
+    if other is not None:
+        return (
+            f"a process holds one copy of the extension: {other} was loaded before {LIBRARY}. "
+            "Import fpi_cuda from one folder only, or use a process for each"
         )
     try:
         torch.ops.load_library(str(LIBRARY))

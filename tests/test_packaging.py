@@ -88,6 +88,37 @@ def test_import_works_with_a_broken_library(copy_without_library: Path) -> None:
     assert "pip install ." in done.stdout
 
 
+TWO_COPIES = """
+import importlib, sys
+for folder in {folders!r}:
+    sys.path.insert(0, folder)
+    for name in [n for n in sys.modules if n.split(".")[0] == "fpi_cuda"]:
+        del sys.modules[name]
+    _extension = importlib.import_module("fpi_cuda._extension")
+    assert _extension.LIBRARY.parents[1].samefile(folder)
+    print(_extension.load_error)
+"""
+
+
+def test_a_second_copy_in_a_process_is_refused_by_name(copy_without_library: Path) -> None:
+    library = copy_without_library / "fpi_cuda" / "libfpi_cuda.so"
+    shutil.copy(_extension.LIBRARY, library)
+    done = run(TWO_COPIES.format(folders=[str(ROOT), str(copy_without_library)]))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "None"
+    assert second.startswith("a process holds one copy of the extension: ")
+    assert f"{_extension.LIBRARY} was loaded before {library}" in second
+    assert "from one folder only" in second
+
+
+def test_a_copy_may_be_imported_again(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(ROOT)
+    done = run(TWO_COPIES.format(folders=[str(ROOT), str(ROOT), str(tmp_path / "link")]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["None"] * 3
+
+
 def test_build_info_without_the_library_says_why() -> None:
     code = "from fpi_cuda import _extension; _extension.build_info()"
     done = run(code, FPI_CUDA_DISABLE_EXTENSION="1")
