@@ -10,6 +10,9 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libfpi_cuda.so")
 
+INTERFACE = 1
+"""kInterface of csrc/bindings.cpp: a library with another number was built from other sources."""
+
 
 def _other_copy() -> str | None:
     """The library of another copy of this package that has registered torch.ops.fpi_cuda.
@@ -50,7 +53,23 @@ def _load() -> str | None:
             f"the extension does not load under torch {torch.__version__} ({reason}). Reinstall "
             "with pip install . in the source folder"
         )
+    found = _built().get("interface", "none")
+    if found != str(INTERFACE):
+        source = LIBRARY.parents[1]
+        return (
+            f"{LIBRARY} was built from other sources than this Python code, which needs interface "
+            f"{INTERFACE} and gets {found}. "
+            + (
+                f"Run python setup.py build_ext --inplace in {source}"
+                if (source / "setup.py").exists()
+                else "Reinstall with pip install . in the source folder"
+            )
+        )
     return None
+
+
+def _built() -> dict[str, str]:
+    return dict(line.split("=", 1) for line in torch.ops.fpi_cuda.build_info().splitlines())
 
 
 load_error: str | None = _load()
@@ -63,14 +82,15 @@ def native_available() -> bool:
 
 
 def build_info() -> dict[str, str]:
-    """How the library was built: compiler, torch_headers, torch_target, and what follows.
+    """How the library was built: interface, compiler, torch_headers, torch_target, and more.
 
-    `cuda` holds the architectures, or `no_cuda` the reason why there are none; `activations` the
-    names of those that were added to the fused loop's own.
+    `interface` is the number that Python code and library must share; `cuda` holds the
+    architectures, or `no_cuda` the reason why there are none; `activations` the names of those that
+    were added to the fused loop's own.
 
     Raises:
         RuntimeError: the library is not loaded.
     """
     if load_error is not None:
         raise RuntimeError(f"build_info: the library is unavailable: {load_error}.")
-    return dict(line.split("=", 1) for line in torch.ops.fpi_cuda.build_info().splitlines())
+    return _built()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -19,7 +20,9 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 import fpi_cuda
-from fpi_cuda import _extension
+from fpi_cuda import Status, _extension, lowered, precision
+from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.device_loop import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +54,28 @@ def test_library_needs_no_python_and_no_cuda_library() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(\S+?)\.so", listing)
     assert {"libtorch", "libtorch_cpu"} <= set(needed)
     assert not [name for name in needed if re.search("python|cuda|cudart|c10", name)]
+
+
+def test_a_changed_interface_has_a_new_number() -> None:
+    """Raised by hand, so that an edit of Python or of a kernel asks for no new build."""
+    csrc = ROOT / "csrc"
+    sources = "".join(path.read_text() for path in sorted(csrc.glob("*.cpp")))
+    (number,) = re.findall(r"kInterface = (\d+);", sources)
+    assert int(number) == _extension.INTERFACE
+    assert _extension.build_info()["interface"] == number
+    calls = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', sources)
+    schemas = sorted("".join(re.findall(r'"([^"]*)"', call)) for call in calls)
+    ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fpi_cuda::")]
+    assert {f"fpi_cuda::{schema.partition('(')[0]}" for schema in schemas} == set(ops)
+    functions = re.findall(r"FPI_API (\w[^;]*);", (csrc / "device_loop" / "api.h").read_text())
+    assert len(functions) == len(native.SIGNATURES)
+    # What the arguments mean; other tests hold these to the headers.
+    meanings = (CONTROL_FIELDS, [*map(int, Status)], lowered.ACTIVATIONS, precision.NAMES)
+    shared = (schemas, [" ".join(function.split()) for function in functions], *meanings)
+    digest = hashlib.sha256(repr(shared).encode()).hexdigest()[:16]
+    assert (digest, _extension.INTERFACE) == ("4790d9340c9b125b", 1), (
+        "the interface has changed: raise INTERFACE and kInterface by one, and put both here"
+    )
 
 
 MISSING = """
@@ -86,6 +111,23 @@ def test_import_works_with_a_broken_library(copy_without_library: Path) -> None:
     assert done.stdout.startswith("False the extension does not load")
     assert "libfpi_cuda.so" in done.stdout
     assert "pip install ." in done.stdout
+
+
+@pytest.mark.parametrize("is_source_tree", [False, True])
+def test_a_stale_library_is_refused(copy_without_library: Path, is_source_tree: bool) -> None:
+    package = copy_without_library / "fpi_cuda"
+    shutil.copy(_extension.LIBRARY, package)
+    text = (package / "_extension.py").read_text()
+    newer = f"\nINTERFACE = {_extension.INTERFACE + 1}\n"
+    (package / "_extension.py").write_text(re.sub(r"\nINTERFACE = \d+\n", newer, text))
+    if is_source_tree:
+        (copy_without_library / "setup.py").touch()
+    done = run(MISSING.format(folder=str(copy_without_library)))
+    assert done.returncode == 0, done.stderr
+    assert "libfpi_cuda.so was built from other sources than this Python code" in done.stdout
+    needs = f"needs interface {_extension.INTERFACE + 1} and gets {_extension.INTERFACE}. "
+    in_place = f"Run python setup.py build_ext --inplace in {copy_without_library}"
+    assert needs + (in_place if is_source_tree else "Reinstall with pip install .") in done.stdout
 
 
 TWO_COPIES = """
