@@ -52,8 +52,9 @@ def find_torch():
             found.append(version["__version__"])
     sys.exit(
         f"fpi_cuda: torch >= 2.10 is needed to build, found {', '.join(found) or 'none'}. First "
-        'pip install "torch>=2.10" in the environment that you build for, and add '
-        "--no-build-isolation if it is there already."
+        'pip install "torch>=2.10" in the environment that you build for. If it is there already, '
+        "an isolated build does not see it: add --no-build-isolation to pip install, or "
+        "--no-isolation to python -m build."
     )
 
 

@@ -337,6 +337,8 @@ def test_build_without_a_usable_torch_says_what_to_install(
     with pytest.raises(SystemExit, match=f"found {found}. First pip install") as error:
         isolated.find_torch()
     assert "\n" not in str(error.value)
+    assert "--no-build-isolation to pip install" in str(error.value)
+    assert "--no-isolation to python -m build" in str(error.value)
 
 
 CPU_TORCH = {"__version__": "2.13.0+cpu", "cuda": None}
