@@ -394,6 +394,32 @@ def test_an_impossible_choice_of_cuda_is_an_error(
         setup_py.plan_cuda(CUDA_TORCH)
 
 
+@pytest.mark.parametrize(
+    ("release", "cuda", "warns"),
+    [
+        ("13.0", "12.8", True),
+        ("13.0", "13.0", False),
+        ("12.8", "13.0", False),
+        ("12.9", "12.6", False),
+        ("13.0", None, False),
+        ("unknown", "12.8", False),
+    ],
+)
+def test_a_toolkit_too_new_for_the_driver_of_torch_is_named(
+    setup_py: types.ModuleType, tmp_path: Path, release: str, cuda: str | None, warns: bool
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
+    said = setup_py.newer_toolkit(str(nvcc), {"__version__": "2.10.0", "cuda": cuda})
+    assert (said is not None) == warns
+    if warns:
+        start = "fpi_cuda: warning: nvcc is of CUDA 13.0, torch 2.10.0 of CUDA 12.8: "
+        assert said.startswith(start)
+        assert "set CUDA_HOME to a toolkit of CUDA 12." in said
+        assert "\n" not in said
+
+
 def test_architectures_become_options_of_nvcc(setup_py: types.ModuleType) -> None:
     assert list(setup_py.arch_flags("8.0;9.0a+PTX")) == [
         "-gencode=arch=compute_80,code=sm_80",
