@@ -52,8 +52,9 @@ def find_torch():
             found.append(version["__version__"])
     sys.exit(
         f"fpi_cuda: torch >= 2.10 is needed to build, found {', '.join(found) or 'none'}. First "
-        'pip install "torch>=2.10" in the environment that you build for, and add '
-        "--no-build-isolation if it is there already."
+        'pip install "torch>=2.10" in the environment that you build for. If it is there already, '
+        "an isolated build does not see it: add --no-build-isolation to pip install, or "
+        "--no-isolation to python -m build."
     )
 
 
@@ -76,6 +77,23 @@ def plan_cuda(torch_version):
     if reason and choice == "1":
         sys.exit(f"fpi_cuda: FPI_CUDA=1 asks for the CUDA kernels, but: {reason}")
     return (None, reason) if reason else (nvcc, None)
+
+
+def newer_toolkit(nvcc, torch_version):
+    """Return a warning where nvcc is of a later major version than torch's CUDA, else None.
+
+    A driver that is new enough for this torch may then refuse the library's kernels.
+    """
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release ((\d+)\.\d+)", said)
+    cuda = torch_version.get("cuda")
+    if not release or not cuda or int(release[2]) <= int(cuda.split(".")[0]):
+        return None
+    return (
+        f"fpi_cuda: warning: nvcc is of CUDA {release[1]}, torch {torch_version['__version__']} of "
+        f"CUDA {cuda}: a driver that serves this torch may be too old for the CUDA backend. Have a "
+        f"driver for CUDA {release[2]}, or set CUDA_HOME to a toolkit of CUDA {cuda.split('.')[0]}."
+    )
 
 
 def arch_flags(archs):
@@ -135,6 +153,9 @@ class BuildLibrary(build_ext):
         archs = os.getenv("FPI_CUDA_ARCHS") or os.getenv("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX"
         cuda = f"CUDA backend for {archs}" if nvcc else f"no CUDA backend ({no_cuda})"
         print(f"fpi_cuda: native CPU backend, {cuda}; torch {version['__version__']}", flush=True)
+        warning = newer_toolkit(nvcc, version) if nvcc else None
+        if warning:
+            print(warning, flush=True)
         cxx = shlex.split(os.getenv("CXX", "c++"))
         if not shutil.which(cxx[0]):
             sys.exit(f"fpi_cuda: a C++17 compiler is needed, but there is no {cxx[0]}. Set CXX.")

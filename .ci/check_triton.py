@@ -1,9 +1,11 @@
 """Compile the Triton kernels ahead of time and hold each to its register budget.
 
 .ci/triton_budgets.json names what a kernel may use where it is more than the default; the longest
-key that the name of a variant contains applies:
+key that the name of a variant contains applies, and a name begins with Triton's version, as each
+comes with another compiler:
 
-    {"broyden_step_kernel fp64/fp64 m=16": {"registers": 255, "spill_bytes": 64}}
+    {"broyden_step_kernel fp64/fp64 m=16": {"registers": 255, "spill_bytes": 64},
+     "Triton 3.8 cell_loop_kernel": {"registers": 255, "spill_bytes": 896}}
 
 No GPU is needed. Where Triton is not installed, says so and succeeds: the gate was not run.
 """
@@ -250,6 +252,8 @@ def main():
     os.environ.pop("TRITON_INTERPRET", None)
     sys.path.insert(0, str(ROOT))
     failures = []
+    version = importlib.metadata.version("triton")
+    series = "Triton " + ".".join(version.split(".")[:2])
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(min(len(chosen), os.cpu_count())) as pool:
@@ -257,8 +261,7 @@ def main():
             for name, job in waiting:
                 capability, *used = job.result()
                 print(f"  sm_{capability} {used[0]:3} registers, {used[1]} spill bytes: {name}")
-                failures += filter(None, [over_budget(name, *used, budgets)])
-    version = importlib.metadata.version("triton")
+                failures += filter(None, [over_budget(f"{series} {name}", *used, budgets)])
     print(f"triton gate: {len(chosen)} kernels by Triton {version}, {len(failures)} over budget")
     if failures:
         sys.exit("triton gate: over budget\n" + "\n".join(failures))

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
 import torch
 
 LIBRARY = Path(__file__).with_name("libfpi_cuda.so")
+
+INTERFACE = 1
+"""kInterface of csrc/bindings.cpp: a library with another number was built from other sources."""
+
+
+def _other_copy() -> str | None:
+    """The library of another copy of this package that has registered torch.ops.fpi_cuda.
+
+    A second registration ends the process: torch's stable headers go on with the library that
+    torch has refused to make. LIBRARY itself may be loaded again: dlopen knows it by then.
+    """
+    if not hasattr(torch.ops.fpi_cuda, "build_info"):
+        return None
+    try:
+        ctypes.CDLL(str(LIBRARY.resolve()), mode=os.RTLD_NOLOAD)
+    except OSError:
+        loaded = (path for path in torch.ops.loaded_libraries if Path(path).name == LIBRARY.name)
+        return next(loaded, "one that torch.ops.load_library did not load")
+    return None
 
 
 def _load() -> str | None:
@@ -19,6 +39,12 @@ def _load() -> str | None:
             f"built without the extension (no {LIBRARY.name} in the package). Reinstall with "
             "pip install . in the source folder"
         )
+    other = _other_copy()
+    if other is not None:
+        return (
+            f"a process holds one copy of the extension: {other} was loaded before {LIBRARY}. "
+            "Import fpi_cuda from one folder only, or use a process for each"
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
@@ -27,7 +53,23 @@ def _load() -> str | None:
             f"the extension does not load under torch {torch.__version__} ({reason}). Reinstall "
             "with pip install . in the source folder"
         )
+    found = _built().get("interface", "none")
+    if found != str(INTERFACE):
+        source = LIBRARY.parents[1]
+        return (
+            f"{LIBRARY} was built from other sources than this Python code, which needs interface "
+            f"{INTERFACE} and gets {found}. "
+            + (
+                f"Run python setup.py build_ext --inplace in {source}"
+                if (source / "setup.py").exists()
+                else "Reinstall with pip install . in the source folder"
+            )
+        )
     return None
+
+
+def _built() -> dict[str, str]:
+    return dict(line.split("=", 1) for line in torch.ops.fpi_cuda.build_info().splitlines())
 
 
 load_error: str | None = _load()
@@ -40,14 +82,15 @@ def native_available() -> bool:
 
 
 def build_info() -> dict[str, str]:
-    """How the library was built: compiler, torch_headers, torch_target, and what follows.
+    """How the library was built: interface, compiler, torch_headers, torch_target, and more.
 
-    `cuda` holds the architectures, or `no_cuda` the reason why there are none; `activations` the
-    names of those that were added to the fused loop's own.
+    `interface` is the number that Python code and library must share; `cuda` holds the
+    architectures, or `no_cuda` the reason why there are none; `activations` the names of those that
+    were added to the fused loop's own.
 
     Raises:
         RuntimeError: the library is not loaded.
     """
     if load_error is not None:
         raise RuntimeError(f"build_info: the library is unavailable: {load_error}.")
-    return dict(line.split("=", 1) for line in torch.ops.fpi_cuda.build_info().splitlines())
+    return _built()

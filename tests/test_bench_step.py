@@ -126,8 +126,6 @@ def test_the_step_by_hand_converges() -> None:
     torch.testing.assert_close(x, b / (1 - slopes), rtol=1e-2, atol=0)
 
 
-# torchdeq scripts functions.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_figures_add_up() -> None:
     record = Record()
     step.run(record, [CASE], CPU, rounds=3, num_compiled=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -11,13 +12,17 @@ import subprocess
 import sys
 import sysconfig
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
 
 import fpi_cuda
-from fpi_cuda import _extension
+from fpi_cuda import Status, _extension, lowered, precision
+from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.device_loop import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +54,28 @@ def test_library_needs_no_python_and_no_cuda_library() -> None:
     needed = re.findall(r"\(NEEDED\).*\[(\S+?)\.so", listing)
     assert {"libtorch", "libtorch_cpu"} <= set(needed)
     assert not [name for name in needed if re.search("python|cuda|cudart|c10", name)]
+
+
+def test_a_changed_interface_has_a_new_number() -> None:
+    """Raised by hand, so that an edit of Python or of a kernel asks for no new build."""
+    csrc = ROOT / "csrc"
+    sources = "".join(path.read_text() for path in sorted(csrc.glob("*.cpp")))
+    (number,) = re.findall(r"kInterface = (\d+);", sources)
+    assert int(number) == _extension.INTERFACE
+    assert _extension.build_info()["interface"] == number
+    calls = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', sources)
+    schemas = sorted("".join(re.findall(r'"([^"]*)"', call)) for call in calls)
+    ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fpi_cuda::")]
+    assert {f"fpi_cuda::{schema.partition('(')[0]}" for schema in schemas} == set(ops)
+    functions = re.findall(r"FPI_API (\w[^;]*);", (csrc / "device_loop" / "api.h").read_text())
+    assert len(functions) == len(native.SIGNATURES)
+    # What the arguments mean; other tests hold these to the headers.
+    meanings = (CONTROL_FIELDS, [*map(int, Status)], lowered.ACTIVATIONS, precision.NAMES)
+    shared = (schemas, [" ".join(function.split()) for function in functions], *meanings)
+    digest = hashlib.sha256(repr(shared).encode()).hexdigest()[:16]
+    assert (digest, _extension.INTERFACE) == ("a9aab4976dd488f1", 1), (
+        "the interface has changed: raise INTERFACE and kInterface by one, and put both here"
+    )
 
 
 MISSING = """
@@ -86,6 +113,54 @@ def test_import_works_with_a_broken_library(copy_without_library: Path) -> None:
     assert "pip install ." in done.stdout
 
 
+@pytest.mark.parametrize("is_source_tree", [False, True])
+def test_a_stale_library_is_refused(copy_without_library: Path, is_source_tree: bool) -> None:
+    package = copy_without_library / "fpi_cuda"
+    shutil.copy(_extension.LIBRARY, package)
+    text = (package / "_extension.py").read_text()
+    newer = f"\nINTERFACE = {_extension.INTERFACE + 1}\n"
+    (package / "_extension.py").write_text(re.sub(r"\nINTERFACE = \d+\n", newer, text))
+    if is_source_tree:
+        (copy_without_library / "setup.py").touch()
+    done = run(MISSING.format(folder=str(copy_without_library)))
+    assert done.returncode == 0, done.stderr
+    assert "libfpi_cuda.so was built from other sources than this Python code" in done.stdout
+    needs = f"needs interface {_extension.INTERFACE + 1} and gets {_extension.INTERFACE}. "
+    in_place = f"Run python setup.py build_ext --inplace in {copy_without_library}"
+    assert needs + (in_place if is_source_tree else "Reinstall with pip install .") in done.stdout
+
+
+TWO_COPIES = """
+import importlib, sys
+for folder in {folders!r}:
+    sys.path.insert(0, folder)
+    for name in [n for n in sys.modules if n.split(".")[0] == "fpi_cuda"]:
+        del sys.modules[name]
+    _extension = importlib.import_module("fpi_cuda._extension")
+    assert _extension.LIBRARY.parents[1].samefile(folder)
+    print(_extension.load_error)
+"""
+
+
+def test_a_second_copy_in_a_process_is_refused_by_name(copy_without_library: Path) -> None:
+    library = copy_without_library / "fpi_cuda" / "libfpi_cuda.so"
+    shutil.copy(_extension.LIBRARY, library)
+    done = run(TWO_COPIES.format(folders=[str(ROOT), str(copy_without_library)]))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "None"
+    assert second.startswith("a process holds one copy of the extension: ")
+    assert f"{_extension.LIBRARY} was loaded before {library}" in second
+    assert "from one folder only" in second
+
+
+def test_a_copy_may_be_imported_again(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(ROOT)
+    done = run(TWO_COPIES.format(folders=[str(ROOT), str(ROOT), str(tmp_path / "link")]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["None"] * 3
+
+
 def test_build_info_without_the_library_says_why() -> None:
     code = "from fpi_cuda import _extension; _extension.build_info()"
     done = run(code, FPI_CUDA_DISABLE_EXTENSION="1")
@@ -102,6 +177,25 @@ def test_import_makes_no_noise() -> None:
 def test_version_is_that_of_the_metadata() -> None:
     assert fpi_cuda.__version__ == importlib.metadata.version("fpi_cuda")
     assert f"## {fpi_cuda.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_warnings_are_errors_but_for_the_scripting_of_torch(category: type[Warning]) -> None:
+    torch.jit.script(torch.nn.Identity())
+    text = "`torch.jit.script` is deprecated. Please switch to `torch.compile` or `torch.export`."
+    warnings.warn(text, category, stacklevel=1)
+    with pytest.raises(category, match="map"):
+        warnings.warn("`map` is deprecated.", category, stacklevel=1)
+
+
+# What the CUDA builds of torch pin.
+TRITONS = {"2.10.0": "3.6.0", "2.11.0": "3.6.0", "2.12.0": "3.7.0", "2.14.1": "3.8.0"}
+
+
+@pytest.mark.parametrize("torch_version", TRITONS)
+def test_the_extra_for_tests_takes_the_triton_of_every_torch(torch_version: str) -> None:
+    (found,) = re.findall(r'"triton([^;]+);', (ROOT / "pyproject.toml").read_text())
+    assert TRITONS[torch_version] in SpecifierSet(found)
 
 
 # The build, on a copy of the project with one op and one kernel.
@@ -243,6 +337,8 @@ def test_build_without_a_usable_torch_says_what_to_install(
     with pytest.raises(SystemExit, match=f"found {found}. First pip install") as error:
         isolated.find_torch()
     assert "\n" not in str(error.value)
+    assert "--no-build-isolation to pip install" in str(error.value)
+    assert "--no-isolation to python -m build" in str(error.value)
 
 
 CPU_TORCH = {"__version__": "2.13.0+cpu", "cuda": None}
@@ -296,6 +392,32 @@ def test_an_impossible_choice_of_cuda_is_an_error(
     monkeypatch.setenv("FPI_CUDA", choice)
     with pytest.raises(SystemExit, match=message):
         setup_py.plan_cuda(CUDA_TORCH)
+
+
+@pytest.mark.parametrize(
+    ("release", "cuda", "warns"),
+    [
+        ("13.0", "12.8", True),
+        ("13.0", "13.0", False),
+        ("12.8", "13.0", False),
+        ("12.9", "12.6", False),
+        ("13.0", None, False),
+        ("unknown", "12.8", False),
+    ],
+)
+def test_a_toolkit_too_new_for_the_driver_of_torch_is_named(
+    setup_py: types.ModuleType, tmp_path: Path, release: str, cuda: str | None, warns: bool
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.chmod(0o755)
+    said = setup_py.newer_toolkit(str(nvcc), {"__version__": "2.10.0", "cuda": cuda})
+    assert (said is not None) == warns
+    if warns:
+        start = "fpi_cuda: warning: nvcc is of CUDA 13.0, torch 2.10.0 of CUDA 12.8: "
+        assert said.startswith(start)
+        assert "set CUDA_HOME to a toolkit of CUDA 12." in said
+        assert "\n" not in said
 
 
 def test_architectures_become_options_of_nvcc(setup_py: types.ModuleType) -> None:

@@ -274,7 +274,8 @@ def test_a_transform_around_an_earlier_solve_is_refused(transform: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.fx")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_tracers_are_refused_by_name() -> None:
     with pytest.raises(RuntimeError, match=r"torch\.func.jvp"):

@@ -73,6 +73,16 @@ def test_no_kernel_takes_a_product_from_itself(tmp_path: Path, test: str, passes
     assert passes or "finite_kernel takes a number from itself" in done.stderr
 
 
+def test_a_budget_may_be_that_of_one_triton(tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+    series = "Triton " + ".".join(triton.__version__.split(".")[:2])
+    budgets = {f"{series} {KERNEL}": {}, f"Triton 0.1 {KERNEL}": {"registers": 8}}
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps({"anderson_step_kernel": {"registers": 8}, **budgets}))
+    done = run_gate(KERNEL, "--budgets", str(file))
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_name_that_fits_no_kernel_fails() -> None:
     done = run_gate("no_such_kernel")
     assert done.returncode == 1
