@@ -517,6 +517,25 @@ def test_a_capture_that_fails_leaves_nothing_open(own_plans: PlanCache) -> None:
     assert (torch.ones(3, device="cuda") + 1).tolist() == [2.0] * 3
 
 
+def test_work_left_on_another_stream_is_refused() -> None:
+    side = torch.cuda.Stream()
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            x.abs()  # nobody waits for it: the capture cannot end
+        return torch.tanh(0.5 * x + z)
+
+    x0 = torch.zeros(BATCH, 64, device="cuda")
+    z = torch.ones_like(x0)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="cannot run there: g cannot be captured"):
+            fpi.fixed_point(g, x0, z, route="device")
+        assert torch.empty(64, pin_memory=True).is_pinned()
+        found = fpi.fixed_point(lambda x, z: torch.tanh(0.5 * x + z), x0, z, route="device")
+        assert torch.equal(found.value, fpi.fixed_point(g, x0, z, route="host").value)
+
+
 def test_failed_captures_do_not_eat_memory() -> None:
     def g(x: Tensor, z: Tensor) -> Tensor:
         y = torch.tanh(0.5 * x + z)
