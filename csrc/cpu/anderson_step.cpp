@@ -134,12 +134,15 @@ struct AndersonStep {
   static constexpr int kPasses = 2;
 
   static FPI_INLINE void pass(int which, const StepParams& p, const Row<T, H>& row,
-                              const Plan& plan, int64_t begin, int64_t end, bool wide, Sums& out) {
+                              const Plan& plan, int64_t begin, int64_t end, Sums& out) {
     using C = typename Numeric<T>::Compute;
     if (which == 1) return advance(row, plan, begin, end);
-    const bool first = p.num_steps[row.sample] == 0;
-    if (wide) return measure<double, true>(row, begin, end, first, out);
-    measure<C, false>(row, begin, end, first, out);
+    measure<C, false>(row, begin, end, p.num_steps[row.sample] == 0, out);
+  }
+
+  static FPI_INLINE void wide_pass(int, const StepParams& p, const Row<T, H>& row, const Plan&,
+                                   int64_t begin, int64_t end, Sums& out) {
+    measure<double, true>(row, begin, end, p.num_steps[row.sample] == 0, out);
   }
 
   // Float sums left the range in which nothing is lost: take them again in double.

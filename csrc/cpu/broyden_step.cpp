@@ -70,8 +70,9 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
   }
 }
 
-// v = H^T s into its slot, and s - H y beside it, not yet divided by s^T H y.
-template <class Acc, class T, class H>
+// v = H^T s into its slot, and s - H y beside it, not yet divided by s^T H y. A second time finds
+// both written, and takes the sums alone.
+template <class Acc, bool kAgain, class T, class H>
 FPI_INLINE void form(const Row<T, H>& row, const Plan& plan, int64_t begin, int64_t end,
                      Sums& out) {
   using C = typename Row<T, H>::C;
@@ -87,7 +88,7 @@ FPI_INLINE void form(const Row<T, H>& row, const Plan& plan, int64_t begin, int6
       u[j] = s + beta * y[j];
       v[j] = -beta * s;
     }
-    for (int k = 0; k < plan.columns; ++k) {
+    for (int k = 0; k < plan.columns && !kAgain; ++k) {
       const C vy = static_cast<C>(plan.vy[k]);
       const C us = static_cast<C>(plan.us[k]);
       const H* column_u = row.column_f(k) + at;
@@ -100,8 +101,10 @@ FPI_INLINE void form(const Row<T, H>& row, const Plan& plan, int64_t begin, int6
     H* fresh_u = row.column_f(plan.columns) + at;
     H* fresh_v = row.column_g(plan.columns) + at;
     for (int j = 0; j < n; ++j) {
-      fresh_u[j] = static_cast<H>(u[j]);
-      fresh_v[j] = static_cast<H>(v[j]);
+      if (!kAgain) {
+        fresh_u[j] = static_cast<H>(u[j]);
+        fresh_v[j] = static_cast<H>(v[j]);
+      }
       v[j] = static_cast<C>(fresh_v[j]);
     }
     out.fresh_vv += dot<Acc>(v, v, n);
@@ -154,17 +157,21 @@ struct BroydenStep {
   static constexpr int kPasses = 3;
 
   static FPI_INLINE void pass(int which, const StepParams& p, const Row<T, H>& row,
-                              const Plan& plan, int64_t begin, int64_t end, bool wide, Sums& out) {
+                              const Plan& plan, int64_t begin, int64_t end, Sums& out) {
     using C = typename Numeric<T>::Compute;
-    const bool first = p.num_steps[row.sample] == 0;
     if (which == 0) {
-      wide ? measure<double>(row, begin, end, first, out)
-           : measure<C>(row, begin, end, first, out);
+      measure<C>(row, begin, end, p.num_steps[row.sample] == 0, out);
     } else if (which == 1) {
-      wide ? form<double>(row, plan, begin, end, out) : form<C>(row, plan, begin, end, out);
+      form<C, false>(row, plan, begin, end, out);
     } else {
       advance(row, plan, begin, end);
     }
+  }
+
+  static FPI_INLINE void wide_pass(int which, const StepParams& p, const Row<T, H>& row,
+                                   const Plan& plan, int64_t begin, int64_t end, Sums& out) {
+    if (which == 1) return form<double, true>(row, plan, begin, end, out);
+    measure<double>(row, begin, end, p.num_steps[row.sample] == 0, out);
   }
 
   static bool needs_wide(const Row<T, H>& row, int pass, const Sums& sums, const Plan& plan) {

@@ -9,6 +9,17 @@
 
 namespace fpi {
 
+// Takes the sums of a pass again, in double. Out of line and one for every machine: it is rare, and
+// a copy in each clone of its callers doubles the time that they take to compile.
+template <class Kernel>
+__attribute__((noinline)) void run_wide_pass(const StepParams& p, int64_t i, int pass,
+                                             int64_t begin, int64_t end,
+                                             const typename Kernel::Scratch& scratch,
+                                             typename Kernel::Partial& out) {
+  using R = Row<typename Kernel::State, typename Kernel::History>;
+  Kernel::wide_pass(pass, p, R(p, i), scratch, begin, end, out);
+}
+
 template <class Kernel>
 FPI_CLONES void run_rows(const StepParams& p, int64_t first, int64_t last) {
   using R = Row<typename Kernel::State, typename Kernel::History>;
@@ -18,11 +29,11 @@ FPI_CLONES void run_rows(const StepParams& p, int64_t first, int64_t last) {
     typename Kernel::Scratch scratch;
     for (int pass = 0; pass < Kernel::kPasses; ++pass) {
       typename Kernel::Partial sums;
-      Kernel::pass(pass, p, row, scratch, 0, row.dim, false, sums);
+      Kernel::pass(pass, p, row, scratch, 0, row.dim, sums);
       if (pass + 1 == Kernel::kPasses) break;
       if (Kernel::needs_wide(row, pass, sums, scratch)) {
         sums = {};
-        Kernel::pass(pass, p, row, scratch, 0, row.dim, true, sums);
+        run_wide_pass<Kernel>(p, i, pass, 0, row.dim, scratch, sums);
       }
       Kernel::between(pass, p, row, sums, scratch);
     }
@@ -31,11 +42,11 @@ FPI_CLONES void run_rows(const StepParams& p, int64_t first, int64_t last) {
 
 template <class Kernel>
 FPI_CLONES void run_panel(const StepParams& p, int64_t i, int pass, int64_t begin, int64_t end,
-                          const typename Kernel::Scratch& scratch, bool wide,
+                          const typename Kernel::Scratch& scratch,
                           typename Kernel::Partial& out) {
   using R = Row<typename Kernel::State, typename Kernel::History>;
   const R row(p, i);
-  Kernel::pass(pass, p, row, scratch, begin, end, wide, out);
+  Kernel::pass(pass, p, row, scratch, begin, end, out);
 }
 
 template <class Kernel>
@@ -46,16 +57,16 @@ void run_panels(const StepParams& p, ParallelFor run) {
   for (int64_t i = 0; i < p.rows; ++i) active[i] = p.status[R(p, i).sample] == kActive;
   std::vector<typename Kernel::Scratch> scratch(p.rows);
   std::vector<typename Kernel::Partial> partial(p.rows * panels);
-  std::vector<char> wide(p.rows, 0);
-  const auto sweep = [&](int pass, bool only_wide) {
+  std::vector<char> wide(p.rows);
+  const auto sweep = [&](int pass, bool again) {
+    const auto run_part = again ? run_wide_pass<Kernel> : run_panel<Kernel>;
     run(0, p.rows * panels, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const int64_t i = task / panels;
-        if (!active[i] || (only_wide && !wide[i])) continue;
+        if (!active[i] || (again && !wide[i])) continue;
         const int64_t begin = (task % panels) * kPanel;
         partial[task] = {};
-        run_panel<Kernel>(p, i, pass, begin, std::min(begin + kPanel, p.dim), scratch[i], wide[i],
-                          partial[task]);
+        run_part(p, i, pass, begin, std::min(begin + kPanel, p.dim), scratch[i], partial[task]);
       }
     });
   };
