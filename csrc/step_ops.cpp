@@ -109,8 +109,9 @@ StepParams checked_params(const char* op, StepTensors& t, bool uses_gram) {
   check_type(op, "f_previous", t.f_previous, compute);
   check_type(op, "partner_previous", t.partner_previous, compute);
   check_type(op, "columns_g", t.columns_g, t.columns_f.scalar_type());
-  const bool narrow =
-      state == ScalarType::Float && t.columns_f.scalar_type() == ScalarType::BFloat16;
+  // Anderson's alone: an option says so.
+  const bool narrow = uses_gram && state == ScalarType::Float &&
+                      t.columns_f.scalar_type() == ScalarType::BFloat16;
   if (!narrow) check_type(op, "columns_f", t.columns_f, state);
   if (uses_gram) check_type(op, "gram", t.gram, ScalarType::Double);
   check_type(op, "control", t.control, ScalarType::Double);

@@ -132,6 +132,7 @@ struct AndersonStep {
   using Partial = Sums;
   using Scratch = Plan;
   static constexpr int kPasses = 2;
+  static constexpr bool kNarrowHistory = true;
 
   static FPI_INLINE void pass(int which, const StepParams& p, const Row<T, H>& row,
                               const Plan& plan, int64_t begin, int64_t end, Sums& out) {

@@ -155,6 +155,7 @@ struct BroydenStep {
   using Partial = Sums;
   using Scratch = Plan;
   static constexpr int kPasses = 3;
+  static constexpr bool kNarrowHistory = false;
 
   static FPI_INLINE void pass(int which, const StepParams& p, const Row<T, H>& row,
                               const Plan& plan, int64_t begin, int64_t end, Sums& out) {

@@ -99,7 +99,7 @@ void run_step(const StepParams& p, ParallelFor run) {
       [&p](int64_t first, int64_t last) { run_rows<Kernel>(p, first, last); });
 }
 
-// The history is stored as the state, or in bfloat16 under a float32 state.
+// The history is stored as the state, or, by a step that allows it, in bfloat16 under float32.
 template <template <class, class> class Kernel>
 void launch(const StepParams& p, StateType state, StateType history, ParallelFor run) {
   switch (state) {
@@ -107,7 +107,9 @@ void launch(const StepParams& p, StateType state, StateType history, ParallelFor
     case StateType::kBFloat16: return run_step<Kernel<BFloat16, BFloat16>>(p, run);
     default: break;
   }
-  if (history == StateType::kBFloat16) return run_step<Kernel<float, BFloat16>>(p, run);
+  if constexpr (Kernel<float, float>::kNarrowHistory) {
+    if (history == StateType::kBFloat16) return run_step<Kernel<float, BFloat16>>(p, run);
+  }
   run_step<Kernel<float, float>>(p, run);
 }
 

@@ -25,6 +25,7 @@ struct BroydenStep {
   struct SmallProblem {};
   static constexpr int kPasses = 2;
   static constexpr bool kUsesGram = false;
+  static constexpr bool kNarrowHistory = false;
   static constexpr int kElements = Tile<C>::kElements;
 
   template <int kPass, class Acc, class Team>

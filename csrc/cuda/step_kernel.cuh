@@ -145,7 +145,7 @@ const char* run_step(const StepParams& p, void* scratch, void* stream) {
                 aligned, scratch);
 }
 
-// The history is stored as the state, or in bfloat16 under a float32 state.
+// The history is stored as the state, or, by a step that allows it, in bfloat16 under float32.
 template <template <class, class> class Step>
 const char* run_step(const StepParams& p, StateType state, StateType history, void* scratch,
                      void* stream) {
@@ -155,9 +155,12 @@ const char* run_step(const StepParams& p, StateType state, StateType history, vo
     case StateType::kFloat16: return run_step<Step<Float16, Float16>>(p, scratch, stream);
     case StateType::kFloat32: break;
   }
-  if (history == StateType::kBFloat16) {
-    return run_step<Step<float, BFloat16>>(p, scratch, stream);
+  if constexpr (Step<float, float>::kNarrowHistory) {
+    if (history == StateType::kBFloat16) {
+      return run_step<Step<float, BFloat16>>(p, scratch, stream);
+    }
   }
+  if (history != StateType::kFloat32) return "the history must have the dtype of the state";
   return run_step<Step<float, float>>(p, scratch, stream);
 }
 

@@ -70,7 +70,6 @@ void broyden_warp(Family& f) {
   solve<float>(f, {kBroyden, 132, 16, kNamed});
   solve<double>(f, {kBroyden, 31, 3, false, kShifted});
   solve<fpi::BFloat16>(f, {kBroyden, 33, 5});
-  solve<float, fpi::BFloat16>(f, {kBroyden, 31, 3});
 }
 
 void broyden_block(Family& f) {
