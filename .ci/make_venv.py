@@ -23,10 +23,14 @@ def usable_torch():
 
 folder, requirement = Path(sys.argv[1]), sys.argv[2]
 borrow = usable_torch()
-venv.create(folder, system_site_packages=borrow, with_pip=True, clear=True)
+inside = sys.prefix != sys.base_prefix
+# system_site_packages means those of the base interpreter, not of the environment we run in: only
+# where that one sees them too, or a pytest plugin that lies there comes along.
+settings = Path(sys.prefix, "pyvenv.cfg").read_text() if inside else ""
+system = borrow and (not inside or "include-system-site-packages = true" in settings)
+venv.create(folder, system_site_packages=system, with_pip=True, clear=True)
 python = folder / "bin" / "python"
-if borrow and sys.prefix != sys.base_prefix:
-    # system_site_packages means those of the base interpreter, not of the environment we run in.
+if borrow and inside:
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = subprocess.check_output([python, "-c", query], text=True).strip()
     parent = sysconfig.get_path("purelib")
