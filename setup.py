@@ -79,20 +79,25 @@ def plan_cuda(torch_version):
     return (None, reason) if reason else (nvcc, None)
 
 
-def newer_toolkit(nvcc, torch_version):
-    """Return a warning where nvcc is of a later major version than torch's CUDA, else None.
+def newer_toolkit(nvcc, torch_version, archs):
+    """Return a warning where nvcc is later than torch's CUDA in what a driver minds, else None.
 
-    A driver that is new enough for this torch may then refuse the library's kernels.
+    A driver that is new enough for this torch may refuse kernels of a later major version, and PTX
+    of any later one.
     """
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release ((\d+)\.\d+)", said)
     cuda = torch_version.get("cuda")
-    if not release or not cuda or int(release[2]) <= int(cuda.split(".")[0]):
+    if not release or not cuda:
+        return None
+    minded = 2 if "+PTX" in archs else 1
+    ours, theirs = ([*map(int, v.split(".")[:minded])] for v in (release[1], cuda))
+    if ours <= theirs:
         return None
     return (
         f"fpi_cuda: warning: nvcc is of CUDA {release[1]}, torch {torch_version['__version__']} of "
         f"CUDA {cuda}: a driver that serves this torch may be too old for the CUDA backend. Have a "
-        f"driver for CUDA {release[2]}, or set CUDA_HOME to a toolkit of CUDA {cuda.split('.')[0]}."
+        f"driver for CUDA {release[1]}, or set CUDA_HOME to a toolkit of CUDA {cuda}."
     )
 
 
@@ -153,7 +158,7 @@ class BuildLibrary(build_ext):
         archs = os.getenv("FPI_CUDA_ARCHS") or os.getenv("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX"
         cuda = f"CUDA backend for {archs}" if nvcc else f"no CUDA backend ({no_cuda})"
         print(f"fpi_cuda: native CPU backend, {cuda}; torch {version['__version__']}", flush=True)
-        warning = newer_toolkit(nvcc, version) if nvcc else None
+        warning = newer_toolkit(nvcc, version, archs) if nvcc else None
         if warning:
             print(warning, flush=True)
         cxx = shlex.split(os.getenv("CXX", "c++"))

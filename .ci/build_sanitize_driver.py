@@ -12,6 +12,7 @@ Where there is no nvcc, says so and succeeds: nothing was built.
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def run(command):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="9.0", help="compute capability of the device")
+    archs = re.findall(r"\d+\.\d", os.environ.get("FPI_CUDA_ARCHS", "9.0"))
+    parser.add_argument("--arch", default=archs[-1], help="the last of FPI_CUDA_ARCHS, else 9.0")
     parser.add_argument("--own-objects", action="store_true", help="compile the kernels anew")
     options = parser.parse_args()
     nvcc = find_nvcc()

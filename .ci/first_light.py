@@ -245,180 +245,6 @@ def side_streams() -> Any:
     return "equal bits"
 
 
-# The graph that iterates.
-
-
-def looped(body: Callable[[Any], Any], batch: int, most: int) -> Any:
-    """`body(status)` in a WHILE graph: the capture, the loop, status and rounds."""
-    import torch
-
-    from fpi_cuda.device_loop import native
-
-    status = torch.zeros(batch, dtype=torch.int8, device="cuda")
-    rounds = torch.zeros(1, dtype=torch.int32, device="cuda")
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        body(status)
-    loop = native.DeviceLoop(
-        graph.raw_cuda_graph(), status.data_ptr(), batch, rounds.data_ptr(), most
-    )
-    return graph, loop, status, rounds
-
-
-def launch(loop: Any) -> None:
-    import torch
-
-    loop.launch(torch.cuda.current_stream().cuda_stream)
-
-
-@device_check
-def while_graph_counts() -> Any:
-    import torch
-
-    counter = torch.zeros(1000, dtype=torch.int32, device="cuda")
-
-    def body(status: Any) -> None:
-        counter.add_(1)
-        status.copy_(counter >= 7)
-
-    _graph, loop, status, rounds = looped(body, 1000, 100)
-    for _ in range(2):
-        counter.zero_()
-        status.zero_()
-        launch(loop)
-        assert rounds.item() == int(counter.max()) == 7, (rounds, counter.max())
-    _graph, loop, _status, _rounds = looped(lambda _: counter.add_(1), 1000, 1000)
-    launch(loop)
-    torch.cuda.synchronize()
-    milliseconds = timed(lambda: launch(loop))
-    return f"7 rounds; {milliseconds:.2f} us a round of one add"
-
-
-def timed(call: Callable[[], Any], cycles: int = 10_000_000) -> float:
-    """Milliseconds of the device; it sleeps while the host issues the call."""
-    import torch
-
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(cycles)
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
-
-
-@device_check
-def while_graph_of_linear_and_tanh() -> Any:
-    import torch
-
-    linear = torch.nn.Linear(256, 256, device="cuda")
-    x, z = torch.zeros(64, 256, device="cuda"), torch.randn(64, 256, device="cuda")
-    with torch.no_grad():
-        torch.tanh(0.5 * linear(x) + z)  # cuBLAS sets itself up
-        loop = looped(lambda _: x.copy_(torch.tanh(0.5 * linear(x) + z)), 64, 9)
-        x.zero_()
-        launch(loop[1])
-        y = torch.zeros_like(x)
-        for _ in range(9):
-            y = torch.tanh(0.5 * linear(y) + z)
-    return loop[3].item(), close(x, y, 1e-5, "linear and tanh")
-
-
-@device_check
-def while_graph_of_autograd() -> Any:
-    import torch
-
-    from fpi_cuda.device_loop.cuda_graphs import CudaGraphs
-
-    linear = torch.nn.Linear(64, 64, device="cuda")
-    v, c = torch.randn(8, 64, device="cuda"), torch.randn(8, 64, device="cuda")
-    kept: list[Any] = []
-
-    def at_x() -> None:
-        w = v.detach().requires_grad_()
-        with torch.enable_grad():
-            kept.append((w, torch.tanh(0.5 * linear(w))))
-
-    def body() -> None:
-        w, g = kept[-1]
-        c.copy_(torch.autograd.grad(g, w, c, retain_graph=True)[0])
-
-    at_x()
-    body()
-    torch.cuda.synchronize()  # kernels, handles and autograd's thread are there
-    start = c.clone()
-    status = torch.zeros(8, dtype=torch.int8, device="cuda")
-    rounds = torch.zeros(1, dtype=torch.int32, device="cuda")
-    with CudaGraphs().session(torch.device("cuda", 0)) as session:
-        first = session.capture(at_x)
-        loop = session.capture_loop(body, status, rounds, 3)
-    c.copy_(start)
-    first.replay()
-    loop.replay()
-    y, w = start.clone(), v.detach().requires_grad_()
-    g = torch.tanh(0.5 * linear(w))
-    for _ in range(3):
-        y = torch.autograd.grad(g, w, y, retain_graph=True)[0]
-    return rounds.item(), close(c, y, 1e-5, "vjp")
-
-
-@device_check
-def device_route_end_to_end() -> Any:
-    import torch
-
-    import fpi_cuda as fpi
-
-    g = fpi.cells.Dense(16, 256).to("cuda")
-    x0 = torch.zeros(6, 256, device="cuda")
-    said = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        z = torch.randn(6, 16, device="cuda")
-        runs = []
-        for route in ("device", "host"):
-            leaf = z.clone().requires_grad_()
-            sol = fpi.fixed_point(g, x0, leaf, rtol=1e-5, rowwise=False, route=route)
-            loss = sol.value.square().sum()
-            runs.append((sol.value, *torch.autograd.grad(loss, [leaf, *g.parameters()])))
-        errors = [close(a, b, 1e-3, "device and host") for a, b in zip(*runs, strict=True)]
-        said.append(max(errors, key=float))
-    return said
-
-
-@device_check
-def a_failed_capture_leaves_nothing_open() -> Any:
-    import torch
-
-    import fpi_cuda as fpi
-
-    x0 = torch.zeros(4, 8, device="cuda")
-    z = torch.ones_like(x0)
-
-    def reads(x: Any, z: Any) -> Any:
-        return torch.tanh(0.5 * x + z) * (1.0 + 0.0 * x.sum().item())
-
-    def waits(x: Any, z: Any) -> Any:
-        torch.cuda.synchronize()  # torch's dispatcher does not see it, a capture forbids it
-        return torch.tanh(0.5 * x + z)
-
-    said = []
-    with torch.no_grad():
-        for g in (reads, waits):
-            try:
-                fpi.fixed_point(g, x0, z, route="device")
-            except RuntimeError as error:
-                said.append(str(error).split("cannot run there: ")[1][:50])
-            assert not torch.cuda.is_current_stream_capturing()
-            torch.empty(64, pin_memory=True)
-            torch.empty(1 << 20, device="cuda")
-        assert len(said) == 2, f"not refused: {said}"
-        sol = fpi.fixed_point(lambda x, z: torch.tanh(0.5 * x + z), x0, z, route="device")
-    assert bool(sol.converged.all())
-    return said
-
-
 # The fused loop.
 
 
@@ -546,11 +372,174 @@ def triton_loop_bf16() -> Any:
     return products_agree("bf16", 1e-3, [(300, 96)], "triton")
 
 
+# The graph that iterates.
+
+
+def looped(body: Callable[[Any], Any], batch: int, most: int) -> Any:
+    """`body(status)` in a WHILE graph: the capture, the loop, status and rounds."""
+    import torch
+
+    from fpi_cuda.device_loop import native
+
+    status = torch.zeros(batch, dtype=torch.int8, device="cuda")
+    rounds = torch.zeros(1, dtype=torch.int32, device="cuda")
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        body(status)
+    loop = native.DeviceLoop(
+        graph.raw_cuda_graph(), status.data_ptr(), batch, rounds.data_ptr(), most
+    )
+    return graph, loop, status, rounds
+
+
+def launch(loop: Any) -> None:
+    import torch
+
+    loop.launch(torch.cuda.current_stream().cuda_stream)
+
+
+@device_check
+def while_graph_counts() -> Any:
+    import torch
+
+    counter = torch.zeros(1000, dtype=torch.int32, device="cuda")
+
+    def body(status: Any) -> None:
+        counter.add_(1)
+        status.copy_(counter >= 7)
+
+    _graph, loop, status, rounds = looped(body, 1000, 100)
+    for _ in range(2):
+        counter.zero_()
+        status.zero_()
+        launch(loop)
+        assert rounds.item() == int(counter.max()) == 7, (rounds, counter.max())
+    _graph, loop, _status, rounds = looped(lambda _: counter.add_(1), 1000, 1000)
+    launch(loop)
+    assert rounds.item() == 1000, rounds
+    return f"7 rounds; {1e3 * seconds(lambda: launch(loop)):.2f} us a round of one add"
+
+
+@device_check
+def while_graph_of_linear_and_tanh() -> Any:
+    import torch
+
+    linear = torch.nn.Linear(256, 256, device="cuda")
+    x, z = torch.zeros(64, 256, device="cuda"), torch.randn(64, 256, device="cuda")
+    with torch.no_grad():
+        torch.tanh(0.5 * linear(x) + z)  # cuBLAS sets itself up
+        loop = looped(lambda _: x.copy_(torch.tanh(0.5 * linear(x) + z)), 64, 9)
+        x.zero_()
+        launch(loop[1])
+        y = torch.zeros_like(x)
+        for _ in range(9):
+            y = torch.tanh(0.5 * linear(y) + z)
+    return loop[3].item(), close(x, y, 1e-5, "linear and tanh")
+
+
+@device_check
+def while_graph_of_autograd() -> Any:
+    import torch
+
+    from fpi_cuda.device_loop.cuda_graphs import CudaGraphs
+
+    linear = torch.nn.Linear(64, 64, device="cuda")
+    v, c = torch.randn(8, 64, device="cuda"), torch.randn(8, 64, device="cuda")
+    kept: list[Any] = []
+
+    def at_x() -> None:
+        w = v.detach().requires_grad_()
+        with torch.enable_grad():
+            kept.append((w, torch.tanh(0.5 * linear(w))))
+
+    def body() -> None:
+        w, g = kept[-1]
+        c.copy_(torch.autograd.grad(g, w, c, retain_graph=True)[0])
+
+    at_x()
+    body()
+    torch.cuda.synchronize()  # kernels, handles and autograd's thread are there
+    start = c.clone()
+    status = torch.zeros(8, dtype=torch.int8, device="cuda")
+    rounds = torch.zeros(1, dtype=torch.int32, device="cuda")
+    with CudaGraphs().session(torch.device("cuda", 0)) as session:
+        first = session.capture(at_x)
+        loop = session.capture_loop(body, status, rounds, 3)
+    c.copy_(start)
+    first.replay()
+    loop.replay()
+    y, w = start.clone(), v.detach().requires_grad_()
+    g = torch.tanh(0.5 * linear(w))
+    for _ in range(3):
+        y = torch.autograd.grad(g, w, y, retain_graph=True)[0]
+    return rounds.item(), close(c, y, 1e-5, "vjp")
+
+
+@device_check
+def device_route_end_to_end() -> Any:
+    import torch
+
+    import fpi_cuda as fpi
+
+    g = fpi.cells.Dense(16, 256).to("cuda")
+    x0 = torch.zeros(6, 256, device="cuda")
+    said = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        z = torch.randn(6, 16, device="cuda")
+        runs = []
+        for route in ("device", "host"):
+            leaf = z.clone().requires_grad_()
+            sol = fpi.fixed_point(g, x0, leaf, rtol=1e-5, rowwise=False, route=route)
+            loss = sol.value.square().sum()
+            runs.append((sol.value, *torch.autograd.grad(loss, [leaf, *g.parameters()])))
+        errors = [close(a, b, 1e-3, "device and host") for a, b in zip(*runs, strict=True)]
+        said.append(max(errors, key=float))
+    return said
+
+
+@device_check
+def a_failed_capture_leaves_nothing_open() -> Any:
+    import torch
+
+    import fpi_cuda as fpi
+
+    x0 = torch.zeros(4, 8, device="cuda")
+    z = torch.ones_like(x0)
+
+    def reads(x: Any, z: Any) -> Any:
+        return torch.tanh(0.5 * x + z) * (1.0 + 0.0 * x.sum().item())
+
+    def waits(x: Any, z: Any) -> Any:
+        torch.cuda.synchronize()  # torch's dispatcher does not see it, a capture forbids it
+        return torch.tanh(0.5 * x + z)
+
+    said = []
+    with torch.no_grad():
+        for g in (reads, waits):
+            try:
+                fpi.fixed_point(g, x0, z, route="device")
+            except RuntimeError as error:
+                said.append(str(error).split("cannot run there: ")[1][:50])
+            assert not torch.cuda.is_current_stream_capturing()
+            torch.randn(1 << 20, device="cuda")  # a generator still in a capture would refuse
+        assert len(said) == 2, f"not refused: {said}"
+        sol = fpi.fixed_point(lambda x, z: torch.tanh(0.5 * x + z), x0, z, route="device")
+    assert bool(sol.converged.all())
+    return said
+
+
 # First figures.
 
 
-def median(times: list[float]) -> float:
-    return sorted(times)[len(times) // 2]
+def seconds(call: Callable[[], Any], times: int = 1) -> float:
+    """Of the device, for one call: the median of some."""
+    from statistics import median
+
+    from bench.measure import cuda_clock
+
+    return median(cuda_clock(call).device for _ in range(times))
 
 
 @device_check
@@ -562,8 +551,7 @@ def timings() -> Any:
 
     source = torch.empty(2**28, device="cuda").normal_()
     target = torch.empty_like(source)
-    copied = median([timed(functools.partial(target.copy_, source)) for _ in range(5)])
-    rate = 2 * source.nbytes / copied * 1e3
+    rate = 2 * source.nbytes / seconds(functools.partial(target.copy_, source), 5)
     said: dict[str, str] = {"copy": f"{rate / 1e12:.2f} TB/s read and written"}
     del source, target
     cases = [
@@ -604,8 +592,8 @@ def one_step(case: Any, rate: float) -> str:
     for _ in range(9):
         row.reset()
         assert bool((row.work.status == Status.ACTIVE).all()), "a sample has stopped"
-        times.append(timed(row.run))
-    us = 1e3 * median(times)
+        times.append(seconds(row.run))
+    us = 1e6 * sorted(times)[len(times) // 2]
     return f"{us:.1f} us, {us / (1e6 * case.bytes / rate):.2f} of 2m+4 passes"
 
 
@@ -632,8 +620,8 @@ def round_of_the_loop(precision: str, solver: str) -> str:
                 max_steps=most, precision=precision,
             )  # fmt: skip
             assert bool((run().num_steps == most).all()), "a sample has stopped"
-            taken[most] = median([timed(run) for _ in range(5)])
-    return f"{1e3 * (taken[60] - taken[20]) / 40:.1f} us a round"
+            taken[most] = seconds(run, 5)
+    return f"{1e6 * (taken[60] - taken[20]) / 40:.1f} us a round"
 
 
 ALONE = ("timings",)
@@ -675,7 +663,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", choices=[*CHECKS])
     parser.add_argument("--cpu", action="store_true", help="the native backend, without a device")
-    parser.add_argument("--list", action="store_true", help="the names, those to run alone last")
+    parser.add_argument("--list", action="store_true", help="the names, the risky ones last")
     options = parser.parse_args()
     if options.list or options.name is None:
         print("\n".join(CHECKS))

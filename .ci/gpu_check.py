@@ -42,12 +42,17 @@ LIBRARY = ROOT / "fpi_cuda" / "libfpi_cuda.so"
 DRIVER = ROOT / "build" / "sanitize" / "sanitize_kernels"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND_BY_SANITIZER = 9
-# Of the kernels. The WHILE graph is run plainly alone: see tests/sanitize.
+# Of the kernels. No tool sees the WHILE graph: tests/sanitize/device_loops.cu says why.
 FAMILIES = ("picard", "anderson", "broyden", "cell_loop")
 FIGURES_SHARE = 0.6  # of the whole budget
 FIGURES = ("step", "fused", "device_loop", "throughput")
 WIDTH = 100
+LOGS = "gpu-check-logs.tar.gz"
+OUT_OF_TIME = "out of time"
 LEAST_SECONDS = 2.0  # under which nothing is begun
+
+sys.path.insert(0, str(ROOT))
+from bench import checkout  # noqa: E402
 
 Parse = Callable[["Task", str, Path], tuple[str, Any]]
 
@@ -113,7 +118,7 @@ def library_stage(_: argparse.Namespace) -> Stage:
     tasks = [Task("load", (PYTHON, "-c", code), 60)]
     if not LIBRARY.exists():
         build = (PYTHON, "setup.py", "-q", "build_ext", "--inplace")
-        tasks.insert(0, Task("build", build, 600, {"FPI_CUDA": "1"}, alone=True))
+        tasks.insert(0, Task("build", build, 600, {"FPI_CUDA": "1"}))
     return Stage("library", tasks, 0.9, 1, needed=True)
 
 
@@ -121,11 +126,11 @@ def light_stage(options: argparse.Namespace) -> Stage:
     """Every mechanism by itself."""
     module = load(CI / "first_light.py")
     more = ("--cpu",) if options.cpu else ()
-    missing = dict.fromkeys(module.NEEDS_DEVICE if options.cpu else (), "it needs a device")
     tasks = [
         Task(name, (PYTHON, str(CI / "first_light.py"), name, *more), 60,
-             {"OMP_NUM_THREADS": "2"}, name in module.ALONE, missing.get(name), parse_light)
+             {"OMP_NUM_THREADS": "2"}, name in module.ALONE, None, parse_light)
         for name in module.CHECKS
+        if not (options.cpu and name in module.NEEDS_DEVICE)
     ]  # fmt: skip
     return Stage("light", tasks, 0.4, options.jobs)
 
@@ -286,7 +291,7 @@ class Runner:
         with self._lock:
             self._stopped = True
             for process in self._running:
-                kill_group(process)
+                kill_group(process, wait=False)
 
     def run(self, task: Task, stage_end: float) -> Outcome:
         """Run one task to its end, to its own clock's, or to its stage's."""
@@ -294,7 +299,7 @@ class Runner:
             return Outcome(task.name, "not run", 0.0, task.missing)
         left = min(stage_end - time.monotonic(), self.left())
         if left < LEAST_SECONDS:
-            return Outcome(task.name, "not run", 0.0, "out of time")
+            return Outcome(task.name, "not run", 0.0, OUT_OF_TIME)
         log = self._work / f"{task.name}.log"
         path = os.pathsep.join(
             filter(None, [str(ROOT), task.environment.get("PYTHONPATH"), os.getenv("PYTHONPATH")])
@@ -308,7 +313,7 @@ class Runner:
             except OSError as error:
                 return Outcome(task.name, "fail", 0.0, str(error))
             if process is None:
-                return Outcome(task.name, "not run", 0.0, "out of time")
+                return Outcome(task.name, "not run", 0.0, OUT_OF_TIME)
             try:
                 code: int | None = process.wait(min(task.seconds, left))
             except subprocess.TimeoutExpired:
@@ -321,7 +326,7 @@ class Runner:
         output = log.read_text(errors="replace")
         detail, found = self._parsed(task, output)
         if code is None:
-            cut = seconds < task.seconds - 0.5
+            cut = left < task.seconds
             return Outcome(task.name, "cut" if cut else "hung", seconds, detail, found)
         if code < 0:
             return Outcome(task.name, "cut" if self._stopped else "crashed", seconds,
@@ -346,15 +351,17 @@ class Runner:
             return last_line(output), None
         try:
             return task.parse(task, output, self._work)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a command that was cut has left
             return f"its output does not parse ({error!r})", None
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a command and all that it started."""
+def kill_group(process: subprocess.Popen[bytes], wait: bool = True) -> None:
+    """End a command and all that it started; one that hangs in the driver is left to itself."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if wait:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
 
 
 class Report:
@@ -366,6 +373,7 @@ class Report:
         self._lock = threading.Lock()
         self.results: dict[str, Any] = {**about, "complete": False, "stages": {}}
         out.mkdir(parents=True, exist_ok=True)
+        (out / LOGS).unlink(missing_ok=True)  # of an earlier run
         self._write()
 
     def add(self, stage: str, outcome: Outcome) -> None:
@@ -374,13 +382,23 @@ class Report:
             self.results["stages"].setdefault(stage, []).append(vars(outcome))
             self._write()
 
+    def covers(self, stages: list[Stage]) -> bool:
+        """Whether every task has ended by itself, or could not run here at all."""
+        ended = {
+            (stage, outcome["name"])
+            for stage, outcomes in self.results["stages"].items()
+            for outcome in outcomes
+            if outcome["result"] != "cut" and outcome["detail"] != OUT_OF_TIME
+        }
+        return ended >= {(stage.name, task.name) for stage in stages for task in stage.tasks}
+
     def finish(self, complete: bool) -> None:
         """Close the account, and pack the logs."""
         with self._lock:
             self.results["complete"] = complete
             self.results["readme"] = readme(self.results)
             self._write()
-        with tarfile.open(self._out / "gpu-check-logs.tar.gz", "w:gz") as archive:
+        with tarfile.open(self._out / LOGS, "w:gz") as archive:
             for log in sorted(self._work.iterdir()):
                 archive.add(log, log.name)
 
@@ -457,21 +475,17 @@ def row(outcome: dict[str, Any]) -> str:
 def run_stage(stage: Stage, runner: Runner, report: Report, budget: float) -> bool:
     """Run its tasks, those alone after the others; whether all have passed."""
     end = time.monotonic() + min(stage.share * budget, runner.left())
-    good = True
 
-    def run_one(task: Task) -> None:
-        nonlocal good
+    def passes(task: Task) -> bool:
         outcome = runner.run(task, end)
-        good &= outcome.result == "pass"
         report.add(stage.name, outcome)
         print(f"[{stage.name}]{row(vars(outcome))[1:]}", flush=True)
+        return outcome.result == "pass"
 
     with ThreadPoolExecutor(stage.jobs) as pool:
-        list(pool.map(run_one, [task for task in stage.tasks if not task.alone]))
-    for task in stage.tasks:
-        if task.alone:
-            run_one(task)
-    return good
+        good = list(pool.map(passes, [task for task in stage.tasks if not task.alone]))
+    good += [passes(task) for task in stage.tasks if task.alone]
+    return all(good)
 
 
 def visible_gpu() -> str | None:
@@ -484,30 +498,16 @@ def visible_gpu() -> str | None:
     return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
 
 
-def commit_here() -> str:
-    """The commit of this checkout, with a + where it is changed."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=7"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # there is no git
-        return "unknown"
-    return done.stdout.strip() or "unknown"
-
-
-def command_line(arguments: list[str] | None) -> str:
-    """What was asked for, without this machine's folders."""
-    words = sys.argv[1:] if arguments is None else arguments
-    return " ".join(re.sub(r"^(\S*=)?.*/.*$", r"\1DIR", word) for word in words)
-
-
 def keep(file: Path, folder: Path) -> list[Path]:
     """Put a run's results where README is made from: the figures into files of their own."""
     results = json.loads(file.read_text())
-    slug = re.sub(r"[^a-z0-9]+", "-", results["device"].split(",")[0].lower()).strip("-")
+    slug = checkout.slug(results["device"].split(",")[0])
     kept = {f"gpu-check-{slug}.json": results}
     for outcome in results["stages"].get("figures", []):
         found = outcome.pop("found")
-        if found:
+        if found and not found["complete"]:
+            print(f"not filed, for it did not come to its end: {outcome['name']}")
+        elif found:
             kept[f"{outcome['name']}-{slug}.json"] = found
     for name, value in kept.items():
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")
@@ -529,7 +529,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", default="", help="for a checkout without git")
     options = parser.parse_args(arguments)
     options.stages = options.stages.split(",")
-    options.commit = options.commit or commit_here()
+    options.commit = options.commit or checkout.commit()
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:
         parser.error(f"unknown stage {unknown[0]!r}; there are {', '.join(STAGES)}")
@@ -562,11 +562,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.keep:
         print(*keep(options.keep, ROOT / "bench" / "results"), sep="\n")
         return 0
+    asked = sys.argv[1:] if arguments is None else arguments
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         options.work = Path(folder)
         stages = planned(options)
         device = "no GPU, by the CPU" if options.cpu else visible_gpu()
+        if not any(stage.tasks for stage in stages):
+            sys.exit(f"gpu-check: no task's name contains {options.only!r}: --dry-run lists them")
         if options.dry_run:
             dry_run(stages)
             print(f"device: {device or 'none visible'}")
@@ -581,13 +584,16 @@ def main(arguments: list[str] | None = None) -> int:
             "commit": options.commit,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "minutes": options.minutes,
-            "command": "make gpu-check ARGS=" + json.dumps(command_line(arguments)),
+            "command": "make gpu-check ARGS=" + json.dumps(checkout.without_folders(asked)),
         }
         report = Report(options.out, options.work, about)
-        with ended_by_signals(runner):
-            good = run_stages(stages, runner, report, 60 * options.minutes)
-        complete = runner.left() > 0
-        report.finish(complete)
+        complete = good = False
+        try:
+            with ended_by_signals(runner):
+                good = run_stages(stages, runner, report, 60 * options.minutes)
+            complete = report.covers(stages)
+        finally:
+            report.finish(complete)
     print("\n" + summary(report.results))
     print(f"gpu-check: {time.monotonic() - started:.0f} s, written to {options.out}")
     return 0 if good and complete else 1
@@ -607,10 +613,10 @@ def run_stages(stages: list[Stage], runner: Runner, report: Report, budget: floa
 
 @contextlib.contextmanager
 def ended_by_signals(runner: Runner) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end what runs, and the account is closed all the same."""
+    """SIGTERM, SIGHUP and Ctrl-C end what runs, and the account is closed all the same."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             before[number] = signal.signal(
                 number, lambda *_: threading.Thread(target=runner.stop).start()
             )

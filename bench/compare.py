@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import machine
+from bench import checkout
 from bench.contamination import contamination
 from bench.loss_scale import loss_scale
 from bench.measure import paired_rounds, spread
@@ -136,7 +136,7 @@ class Comparison:
             if f["failures"]:
                 failed[f"{label}, some settings"] = "; ".join(f["failures"])
         self.result |= {
-            "commit": machine.commit(),
+            "commit": checkout.commit(),
             "features": self.problem.x0.shape[1],
             "dtype": str(self.problem.x0.dtype).removeprefix("torch."),
             "rtol": self.problem.rtol,

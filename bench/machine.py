@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench import checkout
 
 LIBRARIES = ("torch", "numpy", "torchdeq", "xitorch", "jax", "jaxopt", "optimistix")
 
@@ -25,19 +25,14 @@ def describe(device: torch.device, threads: int, command: list[str]) -> dict[str
         "threads": threads,
         "python": platform.python_version(),
         "versions": {name: version for name in LIBRARIES if (version := version_of(name))},
-        "commit": commit(),
-        "command": " ".join(re.sub(r"^(\S*=)?.*/.*$", r"\1DIR", word) for word in command),
+        "commit": checkout.commit(),
+        "command": checkout.without_folders(command),
         "date": datetime.date.today().isoformat(),
     }
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def slug(device: torch.device) -> str:
-    """The device's name as it stands in file names."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", device_name(device)).strip("-").lower()
 
 
 def cpu_model() -> str:
@@ -58,30 +53,6 @@ def version_of(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def commit() -> str:
-    """The commit of this checkout, with "+" where tracked files differ from it.
-
-    FPI_COMMIT names it where the files were copied without git.
-    """
-    if named := os.environ.get("FPI_COMMIT"):
-        return named
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        try:
-            run = subprocess.run(
-                ["git", "-C", str(here), *args], capture_output=True, text=True, check=False
-            )
-        except OSError:  # there is no git
-            return ""
-        return run.stdout.strip() if run.returncode == 0 else ""
-
-    revision = git("rev-parse", "--short", "HEAD")
-    if not revision:
-        return "unknown"
-    return revision + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def command_line() -> list[str]:

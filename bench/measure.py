@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -234,7 +234,6 @@ def paired_rounds(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, list[float]]:
     """Time every call once per round, A B C A B C ..., after a warm-up round.
 
@@ -247,7 +246,7 @@ def paired_rounds(
         for name, call in calls.items()
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in progress(range(rounds)):
+    for _ in range(rounds):
         for name, call in calls.items():
             spent = sum(times[name]) * repeats[name]
             if len(times[name]) < FEWEST_ROUNDS or spent < LONGEST_ROW:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench import machine
+from bench import checkout, machine
 from bench.measure import use_threads
 from bench.record import Record
 
@@ -67,10 +67,11 @@ def parse(
     if options.device.type == "cpu":
         use_threads(options.threads)
     name = parser.prog.removeprefix("bench.")
-    on = "" if options.device.type == "cpu" else f"-{machine.slug(options.device)}"
+    called = machine.device_name(options.device)
+    on = "" if called == "cpu" else f"-{checkout.slug(called)}"
     options.path = options.out / f"{name}{on}.json"
     if options.wheels is not None:
-        offer_wheels(options.wheels)
+        offer_wheels(options.wheels.resolve())
     return options
 
 

@@ -57,10 +57,9 @@ class Record:
     ) -> None:
         """keep(measure()) and write the file; `skipped` tells by name why there is no result."""
         left = self.ends - time.perf_counter()
-        if left <= (COMPILATION if compiles else 0.0):
-            self.skipped[name] = OUT_OF_TIME
-            return
         try:
+            if left <= (COMPILATION if compiles else 0.0):
+                raise OutOfTime
             with time_limit(left, OutOfTime):
                 found = measure()
             keep(found)

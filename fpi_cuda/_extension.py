@@ -11,7 +11,11 @@ import torch
 LIBRARY = Path(__file__).with_name("libfpi_cuda.so")
 
 INTERFACE = 1
-"""kInterface of csrc/bindings.cpp: a library with another number was built from other sources."""
+"""kInterface of csrc/bindings.cpp: a library with another number was built from other sources.
+
+It counts changes of the ops and of what their arguments mean, not of the kernels' rules: a library
+whose rules are older loads.
+"""
 
 
 def _other_copy() -> str | None:

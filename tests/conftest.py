@@ -37,7 +37,6 @@ TORCH_SAYS = (
     "Attempting to run cuBLAS, but there was no current CUDA context",
     "Synchronization debug mode is a prototype feature",
     "Warning. Profiler clears events at the end of each cycle",
-    "The AccumulateGrad node's stream does not match",
 )
 
 

@@ -465,6 +465,8 @@ def test_two_streams_take_turns_on_one_plan() -> None:
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
+# A plan keeps the parameters' gradient nodes alive, on the stream of the thread that made it.
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning")
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_threads_with_streams_of_their_own(name: str) -> None:
     g, x0 = made(name)
@@ -531,7 +533,7 @@ def test_work_left_on_another_stream_is_refused() -> None:
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="cannot run there: g cannot be captured"):
             fpi.fixed_point(g, x0, z, route="device")
-        assert torch.empty(64, pin_memory=True).is_pinned()
+        torch.randn(3, device="cuda")  # a generator still in a capture would refuse
         found = fpi.fixed_point(lambda x, z: torch.tanh(0.5 * x + z), x0, z, route="device")
         assert torch.equal(found.value, fpi.fixed_point(g, x0, z, route="host").value)
 

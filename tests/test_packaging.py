@@ -395,28 +395,34 @@ def test_an_impossible_choice_of_cuda_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("release", "cuda", "warns"),
+    ("release", "cuda", "archs", "warns"),
     [
-        ("13.0", "12.8", True),
-        ("13.0", "13.0", False),
-        ("12.8", "13.0", False),
-        ("12.9", "12.6", False),
-        ("13.0", None, False),
-        ("unknown", "12.8", False),
+        ("13.0", "12.8", "9.0", True),
+        ("13.0", "13.0", "9.0+PTX", False),
+        ("12.8", "13.0", "9.0+PTX", False),
+        ("12.9", "12.6", "8.0 9.0", False),
+        ("12.9", "12.6", "8.0 9.0+PTX", True),
+        ("13.0", None, "9.0+PTX", False),
+        ("unknown", "12.8", "9.0", False),
     ],
 )
 def test_a_toolkit_too_new_for_the_driver_of_torch_is_named(
-    setup_py: types.ModuleType, tmp_path: Path, release: str, cuda: str | None, warns: bool
+    setup_py: types.ModuleType,
+    tmp_path: Path,
+    release: str,
+    cuda: str | None,
+    archs: str,
+    warns: bool,
 ) -> None:
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
     nvcc.chmod(0o755)
-    said = setup_py.newer_toolkit(str(nvcc), {"__version__": "2.10.0", "cuda": cuda})
+    said = setup_py.newer_toolkit(str(nvcc), {"__version__": "2.10.0", "cuda": cuda}, archs)
     assert (said is not None) == warns
     if warns:
-        start = "fpi_cuda: warning: nvcc is of CUDA 13.0, torch 2.10.0 of CUDA 12.8: "
+        start = f"fpi_cuda: warning: nvcc is of CUDA {release}, torch 2.10.0 of CUDA {cuda}: "
         assert said.startswith(start)
-        assert "set CUDA_HOME to a toolkit of CUDA 12." in said
+        assert f"set CUDA_HOME to a toolkit of CUDA {cuda}." in said
         assert "\n" not in said
 
 

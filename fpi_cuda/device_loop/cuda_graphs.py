@@ -77,14 +77,12 @@ class CudaSession:
                     graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     body()
+                    if native.captured_nodes(self._stream.cuda_stream) < 0:
+                        raise Refused("g cannot be captured: it does what a capture forbids")
+                    graph.capture_end()
                 except BaseException:
                     self._abandon(graph)
                     raise
-                if native.captured_nodes(self._stream.cuda_stream) < 0:
-                    self._abandon(graph)
-                    raise Refused("g cannot be captured: it does what a capture forbids")
-                with self._pool_ended():
-                    graph.capture_end()
         except Refused:
             raise
         except RuntimeError as error:
@@ -105,10 +103,7 @@ class CudaSession:
 
     @contextlib.contextmanager
     def _pool_ended(self) -> Iterator[None]:
-        """Take the device's allocator out of a capture that did not begin or end well.
-
-        So ends one in which g leaves work on a stream of its own.
-        """
+        """Take the device's allocator out of a capture that did not begin or end well."""
         try:
             yield
         except BaseException:
