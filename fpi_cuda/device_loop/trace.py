@@ -177,19 +177,18 @@ class Recorder(TorchDispatchMode):
             return None
         storage = t.untyped_storage()
         offset = t.storage_offset()
-        form = (t.dtype, t.device, tuple(t.shape), t.stride(), t.is_conj(), t.is_neg())
+        form = (t.dtype, tuple(t.shape), t.stride(), t.is_conj(), t.is_neg())
         known = self._known.get(storage._cdata)
         if known is not None:
             name, begin = known
-            if name[0] == "made":
-                # Where an op puts what it makes follows from the op. The seeds of attention, which
-                # it ignores without dropout, lie on the host but for a capture.
-                form = (t.dtype, *form[2:])
-            return (*name, offset - begin, *form)
+            # Where an op puts what it makes follows from the op. The seeds of attention, which it
+            # ignores without dropout, lie on the host but for a capture.
+            place = () if name[0] == "made" else (t.device,)
+            return (*name, offset - begin, *place, *form)
         if t.device.type != self._device.type:
-            return ("host", *form, self._host_numbers(t))
+            return ("host", t.device, *form, self._host_numbers(t))
         self.externals.append((t, version_of(t)))
-        return ("external", t.data_ptr(), *form)
+        return ("external", t.data_ptr(), t.device, *form)
 
     def _host_numbers(self, t: Tensor) -> Any:
         if t.device.type != "cpu" or t.numel() > MOST_HOST_NUMBERS:
