@@ -32,8 +32,11 @@ FPI_CLONES void run_rows(const StepParams& p, int64_t first, int64_t last) {
       Kernel::pass(pass, p, row, scratch, 0, row.dim, sums);
       if (pass + 1 == Kernel::kPasses) break;
       if (Kernel::needs_wide(row, pass, sums, scratch)) {
-        sums = {};
-        run_wide_pass<Kernel>(p, i, pass, 0, row.dim, scratch, sums);
+        // Copies: what an address was taken of would be read from memory in every loop above.
+        const typename Kernel::Scratch plan = scratch;
+        typename Kernel::Partial again;
+        run_wide_pass<Kernel>(p, i, pass, 0, row.dim, plan, again);
+        sums = again;
       }
       Kernel::between(pass, p, row, sums, scratch);
     }
