@@ -517,7 +517,9 @@ def keep(file: Path, folder: Path) -> list[Path]:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=15.0, help="for everything")
+    parser.add_argument(
+        "--minutes", type=float, default=15.0, help="for everything, 15 if not said"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "out" / "gpu-check")
     parser.add_argument("--stages", default=",".join(STAGES), help="separated by commas")
     parser.add_argument("--only", default="", help="tasks whose name contains one of these")
@@ -606,7 +608,8 @@ def run_stages(stages: list[Stage], runner: Runner, report: Report, budget: floa
         passed = run_stage(stage, runner, report, budget)
         good &= passed
         if stage.needed and not passed:
-            print(f"gpu-check: nothing works without the stage {stage.name}")
+            print(f"gpu-check: nothing works without the stage {stage.name} under {PYTHON}; "
+                  "PYTHON=... names another")  # fmt: skip
             break
     return good
 

@@ -312,6 +312,8 @@ class Solved(Dataset):
 
 # Python 3.12 and later warn of what the fork here is a test of.
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+# JAX, where an earlier test has imported it.
+@pytest.mark.filterwarnings("ignore:os.fork.* was called:RuntimeWarning")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_data_loader_workers(start: str) -> None:
     data = Solved()

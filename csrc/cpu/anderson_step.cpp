@@ -132,7 +132,6 @@ struct AndersonStep {
   using Partial = Sums;
   using Scratch = Plan;
   static constexpr int kPasses = 2;
-  static constexpr bool kNarrowHistory = true;
 
   static FPI_INLINE void pass(int which, const StepParams& p, const Row<T, H>& row,
                               const Plan& plan, int64_t begin, int64_t end, Sums& out) {
@@ -164,7 +163,7 @@ struct AndersonStep {
 }  // namespace
 
 void anderson_step_cpu(const StepParams& p, StateType state, StateType history, ParallelFor run) {
-  launch<AndersonStep>(p, state, history, run);
+  launch<AndersonStep, true>(p, state, history, run);
 }
 
 void anderson_rows_cpu(const StepParams& p, StateType state, int64_t first, int64_t last) {

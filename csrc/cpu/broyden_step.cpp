@@ -155,7 +155,6 @@ struct BroydenStep {
   using Partial = Sums;
   using Scratch = Plan;
   static constexpr int kPasses = 3;
-  static constexpr bool kNarrowHistory = false;
 
   static FPI_INLINE void pass(int which, const StepParams& p, const Row<T, H>& row,
                               const Plan& plan, int64_t begin, int64_t end, Sums& out) {
@@ -199,7 +198,7 @@ struct BroydenStep {
 }  // namespace
 
 void broyden_step_cpu(const StepParams& p, StateType state, StateType history, ParallelFor run) {
-  launch<BroydenStep>(p, state, history, run);
+  launch<BroydenStep, false>(p, state, history, run);
 }
 
 }  // namespace fpi

@@ -102,15 +102,15 @@ void run_step(const StepParams& p, ParallelFor run) {
       [&p](int64_t first, int64_t last) { run_rows<Kernel>(p, first, last); });
 }
 
-// The history is stored as the state, or, by a step that allows it, in bfloat16 under float32.
-template <template <class, class> class Kernel>
+// The history is stored as the state, or, where it may be narrow, in bfloat16 under float32.
+template <template <class, class> class Kernel, bool kMayBeNarrow>
 void launch(const StepParams& p, StateType state, StateType history, ParallelFor run) {
   switch (state) {
     case StateType::kFloat64: return run_step<Kernel<double, double>>(p, run);
     case StateType::kBFloat16: return run_step<Kernel<BFloat16, BFloat16>>(p, run);
     default: break;
   }
-  if constexpr (Kernel<float, float>::kNarrowHistory) {
+  if constexpr (kMayBeNarrow) {
     if (history == StateType::kBFloat16) return run_step<Kernel<float, BFloat16>>(p, run);
   }
   run_step<Kernel<float, float>>(p, run);

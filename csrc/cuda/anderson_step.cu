@@ -5,7 +5,7 @@ namespace fpi {
 
 const char* anderson_step_cuda(const StepParams& p, StateType state, StateType history,
                                void* scratch, void* stream) {
-  return run_step<AndersonStep>(p, state, history, scratch, stream);
+  return run_step<AndersonStep, true>(p, state, history, scratch, stream);
 }
 
 }  // namespace fpi

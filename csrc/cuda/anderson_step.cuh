@@ -26,7 +26,6 @@ struct AndersonStep {
   using SmallProblem = SmallSolve;
   static constexpr int kPasses = 1;
   static constexpr bool kUsesGram = true;
-  static constexpr bool kNarrowHistory = true;
   static constexpr int kElements = Tile<C>::kElements;
 
   // f and g(x) one step ago: apart, or in the slot that their difference takes.

@@ -25,7 +25,6 @@ struct BroydenStep {
   struct SmallProblem {};
   static constexpr int kPasses = 2;
   static constexpr bool kUsesGram = false;
-  static constexpr bool kNarrowHistory = false;
   static constexpr int kElements = Tile<C>::kElements;
 
   template <int kPass, class Acc, class Team>
@@ -185,7 +184,7 @@ struct BroydenStep {
 
 const char* broyden_step_cuda(const StepParams& p, StateType state, StateType history,
                               void* scratch, void* stream) {
-  return run_step<BroydenStep>(p, state, history, scratch, stream);
+  return run_step<BroydenStep, false>(p, state, history, scratch, stream);
 }
 
 }  // namespace fpi

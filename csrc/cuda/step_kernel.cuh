@@ -145,8 +145,8 @@ const char* run_step(const StepParams& p, void* scratch, void* stream) {
                 aligned, scratch);
 }
 
-// The history is stored as the state, or, by a step that allows it, in bfloat16 under float32.
-template <template <class, class> class Step>
+// The history is stored as the state, or, where it may be narrow, in bfloat16 under float32.
+template <template <class, class> class Step, bool kMayBeNarrow>
 const char* run_step(const StepParams& p, StateType state, StateType history, void* scratch,
                      void* stream) {
   switch (state) {
@@ -155,7 +155,7 @@ const char* run_step(const StepParams& p, StateType state, StateType history, vo
     case StateType::kFloat16: return run_step<Step<Float16, Float16>>(p, scratch, stream);
     case StateType::kFloat32: break;
   }
-  if constexpr (Step<float, float>::kNarrowHistory) {
+  if constexpr (kMayBeNarrow) {
     if (history == StateType::kBFloat16) {
       return run_step<Step<float, BFloat16>>(p, scratch, stream);
     }
