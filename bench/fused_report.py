@@ -73,6 +73,7 @@ def readme(results: dict[str, Any]) -> str:
         piped(times(results, "forward")),
         "**Forward and backward**",
         piped(times(results, "both")),
+        *faster(results),
         *skipped_lines(results["skipped"], 4),
         *([early_exit(results["early_exit"])] if "early_exit" in results else []),
     ]
@@ -81,6 +82,19 @@ def readme(results: dict[str, Any]) -> str:
         command += ", which cuts the full form's (8192, 512) and (65536, 64) to a quarter"
     parts.append(f"Commit {where['commit']}, {where['date']}: {command}.")
     return "\n\n".join(parts)
+
+
+def faster(results: dict[str, Any]) -> list[str]:
+    """Who takes less time than the fused loop, and what part of its time."""
+    found = []
+    for kind, words in (("forward", "forward"), ("both", "forward and backward")):
+        for table in results["problems"]:
+            fused, *others = (fastest(table, labels, kind) for labels in FAMILIES.values())
+            for name, row in zip(list(FAMILIES)[1:], others, strict=True):
+                if fused and row and row[kind]["median"] < fused[kind]["median"]:
+                    part = row[kind]["median"] / fused[kind]["median"]
+                    found.append(f"{name} on {table['name']}, {words} ({part:.2f})")
+    return [f"Faster than the fused loop: {'; '.join(found)}."] if found else []
 
 
 def times(results: dict[str, Any], kind: str) -> Table:

@@ -323,7 +323,8 @@ def update_readme(readme: Path, folder: Path) -> None:
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text())
         if results.get("kind") == "throughput":
-            sections += [markdown(results), CAPTION, *pictures(path, readme.parent)]
+            shown = pictures(path, readme.parent)
+            sections += [markdown(results), *([CAPTION, *shown] if shown else [])]
         elif "readme" in results:
             told.append(results["readme"].strip())
     body = "\n\n".join(sections + told)

@@ -235,8 +235,9 @@ def markdown(results: dict[str, Any]) -> str:
             figures = (f"{taken:.1f}", f"{row['share_of_copy']:.0%}", f"{ratio:.2f}")
             table.append((title, row["name"], *figures))
             title = ""
+    machine = where["cpu"] if where["device"] == "cpu" else where["device"]
     return (
-        f"One Anderson step on {where['cpu'] if where['device'] == 'cpu' else where['device']}, "
+        f"### The Anderson step on {machine}\n\nOne Anderson step on {machine}, "
         f"g excluded; a copy moves {results['copy_bytes_per_second'] / 1e9:.1f} GB/s. torch "
         f"{where['versions']['torch']}, commit {where['commit']}, {where['date']}: "
         f"`{where['command']}`.\n\n"
