@@ -86,7 +86,7 @@ def newer_toolkit(nvcc, torch_version, archs):
     of any later one.
     """
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release ((\d+)\.\d+)", said)
+    release = re.search(r"release (\d+\.\d+)", said)
     cuda = torch_version.get("cuda")
     if not release or not cuda:
         return None

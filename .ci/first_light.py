@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -535,8 +536,6 @@ def a_failed_capture_leaves_nothing_open() -> Any:
 
 def seconds(call: Callable[[], Any], times: int = 1) -> float:
     """Of the device, for one call: the median of some."""
-    from statistics import median
-
     from bench.measure import cuda_clock
 
     return median(cuda_clock(call).device for _ in range(times))
@@ -582,18 +581,13 @@ def one_step(case: Any, rate: float) -> str:
     """Microseconds of an accelerated step of ours, and how far above its least traffic."""
     import torch
 
+    from bench.measure import cuda_clock
     from bench.step_rows import Ours, snapshot
     from fpi_cuda.backends import reference
-    from fpi_cuda.result import Status
 
     row = Ours(ours(), case, snapshot(case, torch.device("cuda"), reference))
     row.require_right()
-    times = []
-    for _ in range(9):
-        row.reset()
-        assert bool((row.work.status == Status.ACTIVE).all()), "a sample has stopped"
-        times.append(seconds(row.run))
-    us = 1e6 * sorted(times)[len(times) // 2]
+    us = 1e6 * median(row.timing(cuda_clock).device for _ in range(9))
     return f"{us:.1f} us, {us / (1e6 * case.bytes / rate):.2f} of 2m+4 passes"
 
 

@@ -30,10 +30,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import first_light
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -124,23 +126,22 @@ def library_stage(_: argparse.Namespace) -> Stage:
 
 def light_stage(options: argparse.Namespace) -> Stage:
     """Every mechanism by itself."""
-    module = load(CI / "first_light.py")
     more = ("--cpu",) if options.cpu else ()
     tasks = [
         Task(name, (PYTHON, str(CI / "first_light.py"), name, *more), 60,
-             {"OMP_NUM_THREADS": "2"}, name in module.ALONE, None, parse_light)
-        for name in module.CHECKS
-        if not (options.cpu and name in module.NEEDS_DEVICE)
+             {"OMP_NUM_THREADS": "2"}, name in first_light.ALONE, None, parse_light)
+        for name in first_light.CHECKS
+        if not (options.cpu and name in first_light.NEEDS_DEVICE)
     ]  # fmt: skip
     return Stage("light", tasks, 0.4, options.jobs)
 
 
 def parse_light(task: Task, output: str, _: Path) -> tuple[str, Any]:
     """The line that a check of first light ends with."""
-    lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    lines = [line for line in output.splitlines() if line.startswith(first_light.RESULT)]
     if not lines:
         return "no result", None
-    found = json.loads(lines[-1].removeprefix("RESULT "))
+    found = json.loads(lines[-1].removeprefix(first_light.RESULT))
     said = found["said"]
     return said if isinstance(said, str) else json.dumps(said), found
 
@@ -204,7 +205,7 @@ def parse_figures(task: Task, output: str, work: Path) -> tuple[str, Any]:
     if not files:
         return last_line(output), None
     found = json.loads(files[0].read_text())
-    return "complete" if found.get("complete", True) else "as far as it came", found
+    return "complete" if found["complete"] else "as far as it came", found
 
 
 def sanitize_stage(options: argparse.Namespace) -> Stage:
@@ -249,17 +250,6 @@ def wanted(name: str, options: argparse.Namespace) -> bool:
 
 def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
-
-def load(file: Path) -> Any:
-    """A Python file as a module."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def last_line(output: str) -> str:
@@ -454,7 +444,6 @@ def readme(results: dict[str, Any]) -> str:
 
 def told(stage: str, outcomes: list[dict[str, Any]]) -> str:
     """What a stage comes to."""
-    bad = ", ".join(f"{o['name']} {o['result']}" for o in outcomes if o["result"] != "pass")
     if stage == "tests":
         found = [o["found"] for o in outcomes if o["found"]]
         passed, failed, skipped = (
@@ -463,7 +452,7 @@ def told(stage: str, outcomes: list[dict[str, Any]]) -> str:
             sum(len(f["skipped"]) for f in found),
         )
         return f"{passed} tests passed, {failed} failed, {skipped} skipped"
-    return bad
+    return ", ".join(f"{o['name']} {o['result']}" for o in outcomes if o["result"] != "pass")
 
 
 def row(outcome: dict[str, Any]) -> str:
@@ -546,11 +535,11 @@ def planned(options: argparse.Namespace) -> list[Stage]:
     for name in options.stages:
         stage = STAGES[name](options)
         tasks = [t for t in stage.tasks if stage.needed or wanted(t.name, options)]
-        stages.append(Stage(stage.name, tasks, stage.share, stage.jobs, stage.needed))
+        stages.append(replace(stage, tasks=tasks))
     return stages
 
 
-def dry_run(stages: Iterator[Stage] | list[Stage]) -> None:
+def dry_run(stages: list[Stage]) -> None:
     for stage in stages:
         print(f"{stage.name}: {len(stage.tasks)} task(s)")
         for task in stage.tasks:
@@ -570,7 +559,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.work = Path(folder)
         stages = planned(options)
         device = "no GPU, by the CPU" if options.cpu else visible_gpu()
-        if not any(stage.tasks for stage in stages):
+        if not any(wanted(task.name, options) for stage in stages for task in stage.tasks):
             sys.exit(f"gpu-check: no task's name contains {options.only!r}: --dry-run lists them")
         if options.dry_run:
             dry_run(stages)

@@ -36,7 +36,6 @@ def seed() -> None:
 TORCH_SAYS = (
     "Attempting to run cuBLAS, but there was no current CUDA context",
     "Synchronization debug mode is a prototype feature",
-    "Warning. Profiler clears events at the end of each cycle",
 )
 
 

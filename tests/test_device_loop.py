@@ -17,6 +17,7 @@ import fpi_cuda as fpi
 from fpi_cuda import backends, device_loop
 from fpi_cuda.device_loop import chunks
 from fpi_cuda.device_loop.cache import MOST_REBUILDS, PlanCache
+from fpi_cuda.device_loop.graphs import Refused
 from fpi_cuda.device_loop.method import numeric_flags
 from fpi_cuda.device_loop.trace import Recorder
 from fpi_cuda.implicit.late import Late
@@ -929,7 +930,7 @@ def test_switches_that_torch_will_not_sum_up() -> None:
 def test_a_refusal_is_tried_again_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fpi_cuda.device_loop.cache.RETRY_AFTER", 3)
     plans = PlanCache()
-    plans.refuse(("a",), "no")
+    plans.refuse(("a",), Refused("no"))
     assert [plans.refusal(("a",)) for _ in range(4)] == ["no", "no", "no", None]
 
 

@@ -76,8 +76,7 @@ class DeviceAdjoint:
                 return
             self._build(key, recorder, x_star)
         except Refused as reason:
-            if not reason.passing:
-                self._cache.refuse(key, str(reason))
+            self._cache.refuse(key, reason)
             raise
 
     def skip(self) -> None:
@@ -104,7 +103,7 @@ class DeviceAdjoint:
                 result = plan.solve(self._flat_map, recorder, matrix, b, atol)
         except Refused as reason:
             if not self._cache.count_rebuild(key):
-                self._cache.refuse(key, str(reason))
+                self._cache.refuse(key, reason)
             return None
         self._cache.give_back(plan, fitted=True)
         return result

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from fpi_cuda.device_loop.graphs import Refused
+
 Key = tuple[Hashable, ...]
 
 MOST_PLANS = 32
@@ -116,10 +118,12 @@ class PlanCache:
             self._orphaned.discard(id(plan))
         plan.close()
 
-    def refuse(self, key: Key, reason: str) -> None:
-        """Remember for a while that there can be no plan of this key."""
+    def refuse(self, key: Key, reason: Refused) -> None:
+        """Remember for a while that there can be no plan of this key, if that is to last."""
+        if reason.passing:
+            return
         with self._lock:
-            self._refusals[key] = Refusal(reason, RETRY_AFTER)
+            self._refusals[key] = Refusal(str(reason), RETRY_AFTER)
             bound(self._refusals)
 
     def refusal(self, key: Key) -> str | None:

@@ -61,7 +61,7 @@ def solve(
                 result = plan.solve(flat_map, x0, atol)
         except Refused as reason:
             if not cache.count_rebuild(key):
-                cache.refuse(key, str(reason))
+                cache.refuse(key, reason)
                 raise
         else:
             cache.give_back(plan, fitted=True)
@@ -77,8 +77,7 @@ def solve(
                 result = plan.build(flat_map, x0, atol)
                 require_agreement(result, on_host(flat_map, x0, method, atol))
     except Refused as reason:
-        if not reason.passing:
-            cache.refuse(key, str(reason))
+        cache.refuse(key, reason)
         raise
     cache.give_back(plan)
     return result
