@@ -109,7 +109,7 @@ def steps_agree(
     import torch
 
     from fpi_cuda.backends import reference
-    from fpi_cuda.solvers.loop import step
+    from fpi_cuda.solvers.stepping import step
     from fpi_cuda.solvers.workspace import allocate
 
     torch.manual_seed(0)

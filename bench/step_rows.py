@@ -14,7 +14,7 @@ from bench.measure import Clock, Timing, seconds
 from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.options import Anderson
 from fpi_cuda.result import Status
-from fpi_cuda.solvers import loop
+from fpi_cuda.solvers import stepping
 from fpi_cuda.solvers.workspace import Workspace, allocate
 
 RTOL = 1e-12
@@ -85,7 +85,7 @@ def snapshot(case: Case, device: torch.device, reference: ModuleType) -> Snapsho
     for _ in range(64):
         gx = (slopes * x.float() + z).to(case.dtype)
         before, kept = x.clone(), copy_of(work)
-        loop.step(reference, solver, work, x, gx, None, RTOL, MAX_STEPS)
+        stepping.step(reference, solver, work, x, gx, None, RTOL, MAX_STEPS)
         if is_accelerated(work, kept, x, gx):
             return Snapshot(before, gx, kept, x)
     raise RuntimeError(f"bench.step: no accelerated step within 64 steps at {case.title}")
@@ -130,7 +130,7 @@ class Ours(Row):
             array.copy_(kept[name])
 
     def run(self) -> None:
-        loop.step(
+        stepping.step(
             self.backend, self.solver, self.work, self.x, self.start.gx, None, RTOL, MAX_STEPS
         )
 

@@ -22,7 +22,8 @@ from bench.data import BIBTEX_FEATURES, BIBTEX_LABELS, load_bibtex
 from fpi_cuda import backends
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.loop import FlatMap, solve
+from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solvers.stepping import FlatMap
 from fpi_cuda.testing import NUM_SAMPLES
 from fpi_cuda.testing.trained import WEIGHTS, energy_descent, sigmoid_perceptron
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from fpi_cuda.coupling import Coupling
 from fpi_cuda.device_loop import Method, Refused
 from fpi_cuda.implicit import (
     Account,
+    Apply,
     DeviceSolve,
     Exact,
     FlatMap,
@@ -32,9 +35,12 @@ from fpi_cuda.options import (
 )
 from fpi_cuda.request import Options
 from fpi_cuda.result import SolveResult
+from fpi_cuda.row_norm import num_moved
 from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
+from fpi_cuda.solvers.coupled import difference_norm, jointly
 from fpi_cuda.solvers.gmres import gmres
-from fpi_cuda.solvers.loop import Backend, solve
+from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solvers.stepping import Backend
 
 
 def differentiated_map(flat_map: FlatMap, adjoint: Adjoint) -> FlatMap:
@@ -102,33 +108,105 @@ def linear_solve(
     solver: FixedPointSolver | LinearSolver, max_steps: int, engine: Backend
 ) -> LinearSolve:
     """The solver of y = M y + b that an adjoint asks for."""
+    if isinstance(solver, (GMRES, ConjugateGradient)):
+        return KrylovSolve(solver, max_steps, engine)
+    return IteratedSolve(solver, max_steps, engine)
 
-    def run(
-        apply: Callable[[Tensor], Tensor],
-        apply_transpose: Callable[[Tensor], Tensor],
+
+@dataclass(frozen=True)
+class IteratedSolve:
+    """y = M y + b as a fixed point."""
+
+    solver: FixedPointSolver
+    max_steps: int
+    engine: Backend
+
+    def __call__(
+        self,
+        apply: Apply,
+        apply_transpose: Apply,
         b: Tensor,
         atol: Tensor,
+        coupling: Coupling | None,
+        found: SolveResult | None = None,
     ) -> SolveResult:
-        if isinstance(solver, GMRES):
-            return gmres(
-                lambda y: y - apply(y), b, restart=solver.restart, atol=atol, max_steps=max_steps
-            )
-        if isinstance(solver, ConjugateGradient):
-            return conjugate_gradient(
-                lambda y: y - apply(y),
-                lambda y: y - apply_transpose(y),
-                b,
-                atol=atol,
-                max_steps=max_steps,
-            )
+        """See LinearSolve."""
+        if found is not None and coupling is not None:
+            return corrected(self, apply, apply_transpose, b, atol, coupling, found)
         return solve(
             lambda y, rows: apply(y) + b,
             b,
-            solver,
+            self.solver,
             rtol=0.0,
             atol=atol,
-            max_steps=max_steps,
-            backend=engine,
+            max_steps=self.max_steps,
+            backend=self.engine,
+            coupling=coupling,
+            linear=True,
         )
 
-    return run
+
+@dataclass(frozen=True)
+class KrylovSolve:
+    """(I - M) y = b in Krylov spaces."""
+
+    solver: LinearSolver
+    max_steps: int
+    engine: Backend
+
+    def __call__(
+        self,
+        apply: Apply,
+        apply_transpose: Apply,
+        b: Tensor,
+        atol: Tensor,
+        coupling: Coupling | None,
+        found: SolveResult | None = None,
+    ) -> SolveResult:
+        """See LinearSolve."""
+        if coupling is None or len(b) == 1:
+            return self._rows(apply, apply_transpose, b, atol)
+        if coupling.joint:
+            return self._joint(apply, apply_transpose, b, atol)
+        found = found or self._rows(apply, apply_transpose, b, atol)
+        return corrected(self, apply, apply_transpose, b, atol, coupling, found)
+
+    def _rows(self, apply: Apply, transpose: Apply, b: Tensor, atol: Tensor) -> SolveResult:
+        def minus(product: Apply) -> Apply:
+            return lambda y: y - product(y)
+
+        limits: dict[str, Any] = {"atol": atol, "max_steps": self.max_steps}
+        if isinstance(self.solver, GMRES):
+            return gmres(minus(apply), b, restart=self.solver.restart, **limits)
+        return conjugate_gradient(minus(apply), minus(transpose), b, **limits)
+
+    def _joint(self, apply: Apply, transpose: Apply, b: Tensor, atol: Tensor) -> SolveResult:
+        total = atol.norm().reshape(1)
+        whole = self._rows(jointly(apply, b), jointly(transpose, b), b.reshape(1, -1), total)
+        y = whole.x.view(b.shape)
+        residual = difference_norm(apply(y) + b, y)
+        return SolveResult(y, whole.status.repeat(len(b)), whole.num_steps.repeat(len(b)), residual)
+
+
+def corrected(
+    again: LinearSolve,
+    apply: Apply,
+    apply_transpose: Apply,
+    b: Tensor,
+    atol: Tensor,
+    coupling: Coupling,
+    found: SolveResult,
+) -> SolveResult:
+    """`found`, of rows on their own, if it is true of all rows together; else the joint solution.
+
+    Args:
+        again: solves jointly for what is left, once the coupling says so.
+    """
+    left = apply(found.x) + b
+    if not num_moved(found.x, left, found.status, found.residual):
+        coupling.is_independent()
+        return found
+    coupling.depends()
+    left = left - found.x
+    more = again(apply, apply_transpose, left, atol, coupling)
+    return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fpi_cuda import backends, transforms
 from fpi_cuda.adjoint import differentiated_map, strategy_for
 from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
+from fpi_cuda.coupling import Coupling, site_of
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit import (
     Account,
@@ -25,7 +27,7 @@ from fpi_cuda.implicit import (
     residual_in,
     sequence_number,
 )
-from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Unroll
+from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Picard, Unroll
 from fpi_cuda.request import (
     Options,
     require_arity,
@@ -36,7 +38,8 @@ from fpi_cuda.request import (
 )
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult
 from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
-from fpi_cuda.solvers.loop import Backend, solve
+from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
 from fpi_cuda.tracing import require_numbers, untraced
@@ -58,6 +61,7 @@ def fixed_point(
     max_steps: int = 100,
     adjoint: Adjoint = Implicit(),  # noqa: B008
     backend: str | None = None,
+    batch_dims: int = 1,
     rowwise: bool | None = None,
     route: str | None = None,
     precision: str = "ieee",
@@ -85,10 +89,14 @@ def fixed_point(
         adjoint: how gradients are found: Implicit (exact), JacobianFree, Phantom, Neumann or
             Unroll.
         backend: "reference", "native", "cuda" or "triton"; None takes the best available.
+        batch_dims: 1 where dim 0 of every tensor of the state counts samples. 0 makes the whole
+            state one sample, of any shapes: status, num_steps and residual are then scalars.
         rowwise: True promises that sample i of g(x, *z) depends on row i of x and of each z
-            (and of what prepare returns) only. Stopped samples are then no longer evaluated.
-            None takes g.rowwise, False where there is none. A broken promise is noticed where
-            grad mode is on, from the value of g at the solution.
+            (and of what prepare returns) only. Stopped samples are then no longer evaluated; a
+            promise that g at the solution shows to be broken raises. None takes g.rowwise, and
+            without one (or with False) g may couple the rows (nodes of a graph, batch norm): they
+            are watched, and solved as one sample once they are seen to depend on one another. The
+            residuals are always those of all rows together.
         route: "fused" runs the whole loop, g included, in one call of native code, for cells that
             lower to it. "device" runs it as a CUDA graph, without the host, for a g that can be
             captured: no host reads, no random numbers. "host" does neither. None takes the first
@@ -115,13 +123,24 @@ def fixed_point(
     """
     require_known("fixed_point", fixed_point, unknown)
     require_map("fixed_point", g)
-    layout = layout_of(x0)
-    require_inputs(z)
-    require_batch(g, x0)
     options = Options(
-        solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision
+        solver,
+        rtol,
+        atol,
+        max_steps,
+        adjoint,
+        backend,
+        rowwise,
+        throw,
+        route,
+        precision,
+        batch_dims,
     )
     options.require_sensible("fixed_point")
+    layout = layout_of(x0, batch_dims)
+    require_inputs(z)
+    if batch_dims:
+        require_batch(g, x0)
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
     transforms.require_working()
     try:
@@ -158,6 +177,8 @@ def solve_merged(
     merged = merge_innermost(g, x0, z, layout) if transforms.active() else None
     if merged is None:
         return solve_flat(g, x0, z, layout, options)
+    if not options.batch_dims:
+        options = replace(options, batch_dims=1, rowwise=True)
     solution = solve_merged(merged.g, merged.x0, merged.z, layout_of(merged.x0), options)
     value = solution.value
     return Solution(
@@ -178,22 +199,32 @@ def solve_flat(
     born_after = sequence_number()
     flat_map = FlatMap(g, layout, z, replay)
     start = layout.flatten(x0)
-    record = AdjointRecord()
+    record = AdjointRecord(layout.batch_dims)
+    coupling = coupling_of(flat_map, options)
     if isinstance(options.adjoint, Unroll) and differentiates():
         require_host_allowed(options, "the solve", UNROLLED)
         value, result = unrolled(flat_map, start, options, record, born_after)
     elif transforms.active():
         require_host_allowed(options, "the solve", IN_TRANSFORM)
-        value, result = solved_live(flat_map, start, options, engine, record)
+        value, result = solved_live(flat_map, start, options, engine, record, coupling)
     else:
-        value, result = solved(flat_map, start, options, engine, record, born_after)
-    return Solution(
-        layout.unflatten(value),
-        result.status,
-        result.num_steps,
-        residual_in(layout.dtype, result.residual),
-        record,
-    )
+        value, result = solved(flat_map, start, options, engine, record, coupling, born_after)
+    _, status, num_steps, residual = result
+    residual = residual_in(layout.dtype, residual)
+    if not layout.batch_dims:
+        status, num_steps, residual = status[0], num_steps[0], residual[0]
+    return Solution(layout.unflatten(value), status, num_steps, residual, record)
+
+
+def coupling_of(flat_map: FlatMap, options: Options) -> Coupling | None:
+    """What is known of whether rows depend on one another; None where it was promised."""
+    layout = flat_map.layout
+    if layout.batch < 2 or options.asks_rowwise(flat_map.g):
+        return None
+    shapes = tuple(t.shape for t in flat_map.z)
+    # Picard's rows are not probed.
+    key = (site_of(flat_map.g), layout, shapes, isinstance(options.solver, Picard))
+    return Coupling(key)
 
 
 def differentiates() -> bool:
@@ -207,17 +238,18 @@ def solved(
     options: Options,
     engine: Backend,
     record: AdjointRecord,
+    coupling: Coupling | None,
     born_after: int,
 ) -> tuple[Tensor, SolveResult]:
     """The fixed point by the solver, then its derivatives."""
     if differentiates() and being_captured(flat_map.layout.device):
         raise RuntimeError(UNDER_GRAD)
-    course = Course(flat_map, options, engine, record)
+    course = Course(flat_map, options, engine, record, coupling)
     with torch.no_grad(), flat_map.replay.solving():
         result = course.solve(start.detach())
     if not differentiates():
         return result.x, result
-    account = Account(result.status, record, late=course.leaves_the_host_alone)
+    account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
     strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
@@ -234,6 +266,7 @@ def solved_live(
     options: Options,
     engine: Backend,
     record: AdjointRecord,
+    coupling: Coupling | None,
 ) -> tuple[Tensor, SolveResult]:
     """The same inside torch.func transforms; results are those of the samples seen there."""
 
@@ -246,11 +279,14 @@ def solved_live(
             atol=options.atol,
             max_steps=options.max_steps,
             backend=engine,
+            coupling=coupling,
         )
 
     with flat_map.replay.solving():
         result, frame = live_solve(flat_map, start, run)
-    strategy = strategy_for(options, engine, Account(result.status, record), start.shape[1])
+    strategy = strategy_for(
+        options, engine, Account(result.status, record, coupling), start.shape[1]
+    )
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
     return value, SolveResult(*map(frame.raised, result))

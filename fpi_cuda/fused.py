@@ -23,7 +23,7 @@ from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
-from fpi_cuda.solvers.loop import Backend
+from fpi_cuda.solvers.stepping import Backend
 
 DRAWN = "its weights are drawn at random"
 

@@ -14,7 +14,7 @@ from fpi_cuda.cells.activation import DERIVATIVES
 from fpi_cuda.cells.lowering import is_lowered_here
 from fpi_cuda.implicit import FlatMap
 from fpi_cuda.lowered import Layer, Lowered, NotLowered, activation_number
-from fpi_cuda.solvers.loop import Backend
+from fpi_cuda.solvers.stepping import Backend
 
 
 class FusedEvaluation:

@@ -18,7 +18,8 @@ from fpi_cuda.result import Solution
 from fpi_cuda.state import layout_of
 
 NOT_ALWAYS_SHOWN = (
-    "atol", "max_steps", "adjoint", "backend", "rowwise", "route", "precision", "throw",
+    "atol", "max_steps", "adjoint", "backend", "batch_dims", "rowwise", "route", "precision",
+    "throw",
 )  # fmt: skip
 """Options that repr shows where they are not the default."""
 
@@ -40,11 +41,11 @@ class FPILayer(nn.Module):
     Args:
         g: g(x, *z) -> like x. A module becomes a submodule.
         state_shape: of one sample, without the batch: a tuple of ints (or an int); for a tuple
-            state, a tuple of such tuples.
+            state, a tuple of such tuples. With batch_dims=0, of the whole state.
         init: init(*z) -> x0, the batch included. A module becomes a submodule. It gets a
             gradient with adjoint=Unroll() only, for the fixed point does not depend on x0.
-        solver, rtol, atol, max_steps, adjoint, backend, rowwise, route, precision, throw: as in
-            fixed_point.
+        solver, rtol, atol, max_steps, adjoint, backend, batch_dims, rowwise, route, precision,
+            throw: as in fixed_point.
     Attributes:
         last_solution: Solution of the latest call by any thread, without its graph; None before
             the first, after copying or unpickling, and after a call inside torch.func
@@ -66,6 +67,7 @@ class FPILayer(nn.Module):
         max_steps: int = 100,
         adjoint: Adjoint = Implicit(),  # noqa: B008
         backend: str | None = None,
+        batch_dims: int = 1,
         rowwise: bool | None = None,
         route: str | None = None,
         precision: str = "ieee",
@@ -80,8 +82,9 @@ class FPILayer(nn.Module):
         if init is not None and state_shape is not None:
             raise ValueError("FPILayer: give state_shape or init, not both")
         self.options = Options(
-            solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision
-        )
+            solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision,
+            batch_dims,
+        )  # fmt: skip
         self.options.require_sensible("FPILayer")
         self.g = g
         self.init = init
@@ -112,12 +115,13 @@ class FPILayer(nn.Module):
             max_steps=options.max_steps,
             adjoint=options.adjoint,
             backend=options.backend,
+            batch_dims=options.batch_dims,
             rowwise=options.rowwise,
             route=options.route,
             precision=options.precision,
             throw=options.throw,
         )
-        layout = layout_of(start)
+        layout = layout_of(start, options.batch_dims)
         self._last_state = (layout.device, layout.dtype)
         self.last_solution = None if transforms.active() else detached(solution)
         return solution
@@ -126,7 +130,8 @@ class FPILayer(nn.Module):
         """The x0 of a call that is given none."""
         if self.init is not None:
             return self.init(*z)
-        if not z or not isinstance(z[0], Tensor) or z[0].dim() == 0:
+        batch_dims = self.options.batch_dims
+        if not z or not isinstance(z[0], Tensor) or z[0].dim() < batch_dims:
             given = "no z" if not z else f"z[0] = {type(z[0]).__name__}"
             if z and isinstance(z[0], Tensor):
                 given = "z[0] of shape ()"
@@ -138,10 +143,10 @@ class FPILayer(nn.Module):
         like = z[0]
         dtype = self._state_dtype(like)
         if self.state_shape is not None:
-            shapes = self.state_shape
+            shapes, batch = self.state_shape, like.shape[:batch_dims]
             if shapes and isinstance(shapes[0], tuple):
-                return tuple(like.new_zeros((like.shape[0], *s), dtype=dtype) for s in shapes)
-            return like.new_zeros((like.shape[0], *shapes), dtype=dtype)
+                return tuple(like.new_zeros((*batch, *s), dtype=dtype) for s in shapes)
+            return like.new_zeros((*batch, *shapes), dtype=dtype)
         features = getattr(self.g, "x_features", None)
         if features is not None:
             return like.new_zeros((*like.shape[:-1], features), dtype=dtype)

@@ -40,6 +40,7 @@ class Options:
     throw: bool
     route: str | None
     precision: str
+    batch_dims: int = 1
 
     def require_sensible(self, owner: str) -> None:
         """Raise unless every option is one that fixed_point can work with."""
@@ -63,9 +64,17 @@ class Options:
             raise TypeError(f"{owner}: rowwise must be None or a bool, got {self.rowwise!r}")
         if not isinstance(self.throw, bool):
             raise TypeError(f"{owner}: throw must be a bool, got {self.throw!r}")
+        require_count(owner, "batch_dims", self.batch_dims, 0, 1)
+        if self.rowwise and not self.batch_dims:
+            raise ValueError(
+                f"{owner}: rowwise=True says that the samples are independent, but batch_dims=0 "
+                "makes the whole state one sample. Leave one of them out"
+            )
 
     def asks_rowwise(self, g: object) -> bool:
-        """Whether g may be evaluated on some of the samples."""
+        """Whether it was promised that g may be evaluated on some of the samples."""
+        if not self.batch_dims:
+            return False
         return bool(getattr(g, "rowwise", False)) if self.rowwise is None else self.rowwise
 
 

@@ -95,9 +95,11 @@ class AdjointRecord:
         warned: a user was told of samples without a gradient.
         route: which way the forward solve went; None where there is but one.
         adjoint_route: which way the adjoint solve will go; likewise.
+        batch_dims: 0 where the whole state is one sample.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch_dims: int = 1) -> None:
+        self.batch_dims = batch_dims
         self.stats: Stats | None = None
         self.warned = False
         self.route: Route | None = None
@@ -110,7 +112,7 @@ class Solution:
 
     Attributes:
         value: like x0; differentiable in z, in g's parameters and in what g closes over.
-        status: (B,) int8, values of Status.
+        status: (B,) int8, values of Status; () with batch_dims=0, as the next two.
         num_steps: (B,) int32, evaluations of g spent on each sample.
         residual: (B,) ||g(x) - x||_2 of the returned x.
     """
@@ -129,7 +131,10 @@ class Solution:
     @property
     def adjoint_stats(self) -> Stats | None:
         """The account of the latest adjoint solve; None until backward has run."""
-        return self.adjoint_record.stats
+        stats = self.adjoint_record.stats
+        if stats is None or self.adjoint_record.batch_dims:
+            return stats
+        return Stats(stats.status[0], stats.num_steps[0], stats.residual[0], stats.num_zeroed)
 
 
 class ConvergenceError(RuntimeError):
@@ -150,6 +155,7 @@ class ConvergenceError(RuntimeError):
 
 def describe_failures(status: Tensor, residual: Tensor, limit: int = 8) -> str:
     """One line that counts the failed samples, names the first few, and says what to try."""
+    status, residual = status.reshape(-1), residual.reshape(-1)
     failed = torch.nonzero(status != Status.CONVERGED).flatten().tolist()
     named = ", ".join(
         f"{i}: {Status(int(status[i])).name} (residual {float(residual[i]):.3g})"

@@ -8,6 +8,7 @@ from torch import Tensor
 from fpi_cuda import device_loop
 from fpi_cuda.adjoint import adjoint_method, adjoint_solver
 from fpi_cuda.capturing import being_captured
+from fpi_cuda.coupling import Coupling
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.faithful import counting_changes
 from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step, why_not_worth
@@ -18,7 +19,8 @@ from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route, SolveResult
 from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
-from fpi_cuda.solvers.loop import Backend, solve
+from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solvers.stepping import Backend
 
 HOST_ASKED_FOR = 'route="host" asks for it'
 BEING_CAPTURED = "the call is itself being captured into a CUDA graph"
@@ -34,15 +36,22 @@ class Course:
         flat_map: g, plain.
         engine: whose kernels take the steps.
         record: where the way that was taken is written down, with the reason.
+        coupling: what is known of whether rows depend on one another; None: they do not.
     """
 
     def __init__(
-        self, flat_map: FlatMap, options: Options, engine: Backend, record: AdjointRecord
+        self,
+        flat_map: FlatMap,
+        options: Options,
+        engine: Backend,
+        record: AdjointRecord,
+        coupling: Coupling | None,
     ) -> None:
         self._flat_map = flat_map
         self._options = options
         self._engine = engine
         self._record = record
+        self._coupling = coupling
         self._graphs: Graphs | None = None
         self._adjoint: DeviceAdjoint | None = None
         self._fused: FusedMap | None = None
@@ -109,6 +118,7 @@ class Course:
                 max_steps=options.max_steps,
                 backend=self._engine,
                 rowwise=self._may_take_rows(),
+                coupling=self._coupling,
             )
 
     def _solve_fused(self, x0: Tensor) -> SolveResult:

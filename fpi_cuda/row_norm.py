@@ -13,3 +13,30 @@ def row_norm(a: Tensor) -> Tensor:
     largest = a.abs().amax(1)
     scale = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
     return scale * torch.linalg.vector_norm(a / scale[:, None], dim=1)
+
+
+ROUNDING = 16.0
+"""Of epsilon times the size of x and g(x): what a residual that nothing has moved may differ by."""
+
+
+def differs(now: Tensor, recorded: Tensor, gx: Tensor, x: Tensor) -> Tensor:
+    """(B,) whether two residuals of the rows of x differ by more than rounding.
+
+    Where a norm is not finite nothing is known, and the answer is no.
+    """
+    size = torch.maximum(row_norm(gx), row_norm(x))
+    close = (now - recorded).abs() <= ROUNDING * torch.finfo(x.dtype).eps * size
+    return ~close & (now != recorded) & torch.isfinite(size)
+
+
+def num_moved(x: Tensor, gx: Tensor, status: Tensor, residual: Tensor) -> int:
+    """Stopped samples of x (B, D) whose residual is no longer the one that was recorded.
+
+    Args:
+        gx: (B, D) g(x) now.
+        status: (B,) int8, 0 for samples that have not stopped.
+        residual: (B,) float64, as recorded.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    now = row_norm(gx.to(wide) - x.to(wide))
+    return int(((status != 0) & differs(now, residual, gx, x)).sum())

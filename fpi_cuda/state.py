@@ -21,6 +21,7 @@ class Layout:
         is_tuple: the state is a tuple of tensors, else a single one.
         batch: B.
         dtype, device: of every tensor of the state.
+        batch_dims: 1 where dim 0 counts samples; 0 where the whole state is one, so that B is 1.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -28,6 +29,7 @@ class Layout:
     batch: int
     dtype: torch.dtype
     device: torch.device
+    batch_dims: int = 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -43,7 +45,8 @@ class Layout:
         """(n, D) from a state with n samples; a view where that is possible."""
         parts = x if self.is_tuple else (x,)
         flat = [
-            part.reshape(part.shape[0], size) for part, size in zip(parts, self.sizes, strict=True)
+            part.reshape(part.shape[0] if self.batch_dims else 1, size)
+            for part, size in zip(parts, self.sizes, strict=True)
         ]
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
@@ -51,7 +54,7 @@ class Layout:
         """The state with n samples that lies in `flat` (n, D)."""
         parts = flat.split(self.sizes, 1) if len(self.shapes) > 1 else (flat,)
         state = tuple(
-            part.reshape(part.shape[0], *shape)
+            part.reshape((*part.shape[: self.batch_dims], *shape))
             for part, shape in zip(parts, self.shapes, strict=True)
         )
         return state if self.is_tuple else state[0]
@@ -77,7 +80,7 @@ class Layout:
                 raise TypeError(
                     f"fixed_point: g must return a tensor like x, got {type(part).__name__}"
                 )
-            expected = (num_samples, *shape)
+            expected = (num_samples, *shape) if self.batch_dims else tuple(shape)
             if tuple(part.shape) != expected:
                 raise ValueError(
                     f"fixed_point: g must return the shape of x, got {x}={expected}, "
@@ -100,7 +103,7 @@ class Layout:
                 )
 
 
-def layout_of(x0: object) -> Layout:
+def layout_of(x0: object, batch_dims: int = 1) -> Layout:
     """The layout of x0.
 
     Raises:
@@ -114,26 +117,29 @@ def layout_of(x0: object) -> Layout:
         require_floating_tensor(part)
     first = parts[0]
     for part in parts:
-        if part.dim() == 0:
+        if part.dim() < batch_dims:
             raise ValueError(
-                "fixed_point: dim 0 of x0 is the batch, got a scalar. Use x0.reshape(1) for one "
-                "sample of one number"
+                "fixed_point: dim 0 of x0 is the batch, got a scalar. Use batch_dims=0, or "
+                "x0.reshape(1) for one sample of one number"
             )
-        for rule, given, expected in (
+        shared: list[tuple[str, Any, Any]] = [
             ("one dtype", part.dtype, first.dtype),
             ("one device", part.device, first.device),
-            ("one batch size in dim 0", part.shape[0], first.shape[0]),
-        ):
+        ]
+        if batch_dims:
+            shared.append(("one batch size in dim 0", part.shape[0], first.shape[0]))
+        for rule, given, expected in shared:
             if given != expected:
                 raise ValueError(
                     f"fixed_point: the tensors of x0 must share {rule}, got {expected} and {given}"
                 )
     return Layout(
-        shapes=tuple(part.shape[1:] for part in parts),
+        shapes=tuple(part.shape[batch_dims:] for part in parts),
         is_tuple=isinstance(x0, tuple),
-        batch=first.shape[0],
+        batch=first.shape[0] if batch_dims else 1,
         dtype=first.dtype,
         device=first.device,
+        batch_dims=batch_dims,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
-from fpi_cuda.solvers.loop import step
+from fpi_cuda.solvers.stepping import step
 from fpi_cuda.solvers.workspace import Workspace, allocate
 
 SOLVERS: list[FixedPointSolver] = [

@@ -28,7 +28,8 @@ from torch import Tensor
 from fpi_cuda.backends import reference
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.result import Status
-from fpi_cuda.solvers.loop import solve, step
+from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solvers.stepping import step
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("g++") is None,

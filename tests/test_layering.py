@@ -31,6 +31,7 @@ LEVELS = [
         "partial",
         "precision",
         "control",
+        "coupling",
         "faithful",
         "lowered",
         "tracing",

@@ -26,7 +26,8 @@ from fpi_cuda.backends import reference, rules
 from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.result import Status
-from fpi_cuda.solvers.loop import solve, step
+from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solvers.stepping import step
 from fpi_cuda.testing import backends_available
 
 native = pytest.mark.skipif(

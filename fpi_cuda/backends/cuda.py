@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpi_cuda.row_norm import num_moved as num_moved
+
 name = "cuda"
 CELL_LOOP_DTYPES = (torch.float32, torch.float64)
 CELL_LOOP_MAX_DEPTH = 16

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpi_cuda.row_norm import ROUNDING
+
 name = "native"
 CELL_LOOP_DTYPES = (torch.float32, torch.float64)
 CELL_LOOP_MAX_DEPTH = 16
@@ -16,6 +18,12 @@ CELL_LOOP_TAKES_ADDED = True
 def scratch(x: Tensor) -> Tensor | None:
     """See fpi_cuda.backends.reference.scratch, its twin."""
     return None
+
+
+def num_moved(x: Tensor, gx: Tensor, status: Tensor, residual: Tensor) -> int:
+    """See fpi_cuda.row_norm.num_moved, its twin."""
+    found: int = torch.ops.fpi_cuda.num_moved.default(x, gx, status, residual, rounding=ROUNDING)
+    return found
 
 
 def anderson_step_(*args: Any, **kwargs: Any) -> None:

@@ -30,6 +30,7 @@ from fpi_cuda.backends.rules import (
 )
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
 from fpi_cuda.result import Status
+from fpi_cuda.row_norm import num_moved as num_moved
 
 name = "reference"
 

@@ -13,7 +13,7 @@ from fpi_cuda.device_loop.graphs import Replayable, Session
 from fpi_cuda.device_loop.method import Method
 from fpi_cuda.implicit import FlatMap
 from fpi_cuda.result import SolveResult
-from fpi_cuda.solvers.loop import apart_from, step
+from fpi_cuda.solvers.stepping import apart_from, step
 from fpi_cuda.solvers.workspace import allocate, reset
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import types
-import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fpi_cuda.coupling import site_of
 from fpi_cuda.implicit import FlatMap
 from fpi_cuda.options import FixedPointSolver
-from fpi_cuda.solvers.loop import Backend
+from fpi_cuda.solvers.stepping import Backend
 
 
 @dataclass(frozen=True)
@@ -63,19 +61,6 @@ def form_of(value: Any, with_graph: bool) -> Hashable:
     strides = value.stride() if value.layout == torch.strided else None
     needs_grad = with_graph and value.requires_grad
     return type(value), value.device, value.dtype, tuple(value.shape), strides, needs_grad
-
-
-def site_of(g: Any) -> Hashable:
-    """What stays the same from solve to solve of one layer."""
-    if isinstance(g, partial):
-        return ("partial", site_of(g.func))
-    if isinstance(g, types.MethodType):
-        return ("method", g.__func__.__code__, site_of(g.__self__))
-    if isinstance(g, types.FunctionType):
-        return ("function", g.__code__)
-    if isinstance(g, nn.Module):
-        return ("module", weakref.ref(g), g.training)
-    return ("object", type(g))
 
 
 def numeric_flags() -> Hashable:

@@ -9,6 +9,7 @@ from fpi_cuda.implicit.linearization import Jacobian, Linearization
 from fpi_cuda.implicit.live import attach_live, live_solve
 from fpi_cuda.implicit.strategy import (
     Account,
+    Apply,
     DeviceSolve,
     Exact,
     FixedPointWarning,
@@ -22,6 +23,7 @@ from fpi_cuda.implicit.vmap import merge_innermost
 
 __all__ = [
     "Account",
+    "Apply",
     "DeviceSolve",
     "Exact",
     "FixedPointWarning",

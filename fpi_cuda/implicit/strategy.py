@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fpi_cuda.coupling import Coupling
 from fpi_cuda.implicit.late import Late
 from fpi_cuda.implicit.linearization import Jacobian
 from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
@@ -26,9 +27,21 @@ class LinearSolve(Protocol):
     """Solves y = M y + b for every sample, from what the caller chose as a solver."""
 
     def __call__(
-        self, apply: Apply, apply_transpose: Apply, b: Tensor, atol: Tensor
+        self,
+        apply: Apply,
+        apply_transpose: Apply,
+        b: Tensor,
+        atol: Tensor,
+        coupling: Coupling | None,
+        found: SolveResult | None = None,
     ) -> SolveResult:
-        """y (B, D) with ||M y + b - y|| <= atol (B,); without a graph."""
+        """y (B, D) with ||M y + b - y|| <= atol (B,); without a graph.
+
+        Args:
+            coupling: what is known of whether rows depend on one another; None: they do not. Where
+                they do, ||M y + b - y|| <= ||atol|| for all of them together.
+            found: a solution for rows that do not, by somebody else.
+        """
 
 
 class DeviceSolve(Protocol):
@@ -56,15 +69,24 @@ class Account:
     Args:
         status: (B,) int8, how the forward solve ended.
         record: where the latest account is kept.
+        coupling: what is known of whether rows depend on one another; None: they do not.
         late: do not look at status before a backward pass has to; the host need not wait for the
             solve then.
     Attributes:
-        status: as given.
+        status, coupling: as given.
         late: nobody has looked yet.
     """
 
-    def __init__(self, status: Tensor, record: AdjointRecord, *, late: bool = False) -> None:
+    def __init__(
+        self,
+        status: Tensor,
+        record: AdjointRecord,
+        coupling: Coupling | None = None,
+        *,
+        late: bool = False,
+    ) -> None:
         self.status = status
+        self.coupling = coupling
         self.late = late
         self._record = record
         self._failed = failed(status)
@@ -84,7 +106,7 @@ class Account:
 
     def over(self, status: Tensor) -> Account:
         """An account of the same record, for samples that ended otherwise."""
-        return Account(status, self._record)
+        return Account(status, self._record, self.coupling)
 
     def masked(self, b: Tensor) -> Tensor:
         """b with zeros for the samples that failed forward."""
@@ -173,13 +195,17 @@ class Exact(Strategy):
         scale = power_of_two(b)
         scaled = b / scale
         size = row_norm(scaled)
+        coupling = self.account.coupling
+        joint = coupling is not None and coupling.joint
         result = None
-        if transpose and self.on_device is not None:
+        if transpose and self.on_device is not None and not joint:
             result = self.on_device(matrix, scaled, self.rtol * size)
-        if result is None:
-            if not bool(size.any()):
-                return self.account.close(b, trivial(b, size))
-            result = self.linear_solve(apply, apply_transpose, scaled, self.rtol * size)
+        if result is None and not bool(size.any()):
+            return self.account.close(b, trivial(b, size))
+        if result is None or coupling is not None:
+            result = self.linear_solve(
+                apply, apply_transpose, scaled, self.rtol * size, coupling, result
+            )
         result = result._replace(x=result.x * scale, residual=result.residual * scale.double())
         return self.account.close(b, result)
 

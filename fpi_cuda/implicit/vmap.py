@@ -22,18 +22,20 @@ class Merged(NamedTuple):
         x0: state of V B samples.
         z: inputs of that g.
         level: the vmap.
-        batch: B.
+        batch: B; None where the whole state is one sample, as it stays, V of them by now.
     """
 
     g: Callable[..., Any]
     x0: Any
     z: tuple[Tensor, ...]
     level: Level
-    batch: int
+    batch: int | None
 
     def split(self, t: Tensor) -> Tensor:
         """(V B, ...) -> (B, ...) as the vmap sees it."""
-        return transforms.lift(t.reshape(self.level.size, self.batch, *t.shape[1:]), [self.level])
+        if self.batch is not None:
+            t = t.reshape(self.level.size, self.batch, *t.shape[1:])
+        return transforms.lift(t, [self.level])
 
 
 def merge_innermost(
@@ -49,9 +51,9 @@ def merge_innermost(
     if level is None:
         return None
     size, batch = level.size, layout.batch
-    starts = [
-        with_batch_first(part, level).reshape(size * batch, *part.shape[1:]) for part in parts
-    ]
+    starts = [with_batch_first(part, level) for part in parts]
+    if layout.batch_dims:
+        starts = [start.flatten(0, 1) for start in starts]
     taken = [transforms.take_batch(t, level) for t in z]
     in_dims = (0, *(dim for _, dim in taken))
     batched = torch.func.vmap(g, in_dims=in_dims, randomness=transforms.randomness_of(level))
@@ -60,6 +62,8 @@ def merge_innermost(
         return tuple(map(change, x)) if layout.is_tuple else change(x)
 
     def merged(x: Any, *z: Tensor) -> Any:
+        if not layout.batch_dims:
+            return batched(x, *z)
         split = on_parts(x, lambda t: t.reshape(size, batch, *t.shape[1:]))
         gx = batched(split, *z)
         # Whatever has another shape is left for the check of g to complain about.
@@ -69,7 +73,7 @@ def merge_innermost(
     inputs = tuple(t for t, _ in taken)
     if closes_over(level, merged, whole, inputs, layout):
         return None
-    return Merged(merged, whole, inputs, level, batch)
+    return Merged(merged, whole, inputs, level, batch if layout.batch_dims else None)
 
 
 def with_batch_first(t: Tensor, level: Level) -> Tensor:

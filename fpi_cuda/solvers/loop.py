@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
+from fpi_cuda.coupling import Coupling
+from fpi_cuda.options import FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.solvers.coupled import RowWatch, System
 from fpi_cuda.solvers.polling import active_count
-from fpi_cuda.solvers.workspace import Workspace, allocate
-
-FlatMap = Callable[[Tensor, "Tensor | None"], Tensor]
-"""evaluate(x, rows): g on flat states. x is (n, D) and is overwritten by the next step; rows is
-None where x holds the whole batch, else (n,) int64, the samples that x holds. The same rows
-object is passed until the batch shrinks again."""
-
-
-class Backend(Protocol):
-    """One implementation of the step ops. The schemas are those of csrc/step_ops.cpp."""
-
-    name: str
-    scratch: Callable[[Tensor], Tensor | None]
-    anderson_step_: Callable[..., None]
-    broyden_step_: Callable[..., None]
+from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
+from fpi_cuda.solvers.workspace import allocate
 
 
 def solve(
@@ -38,6 +24,8 @@ def solve(
     max_steps: int,
     backend: Backend,
     rowwise: bool = False,
+    coupling: Coupling | None = None,
+    linear: bool = False,
 ) -> SolveResult:
     """Iterate from x0 until every sample has stopped.
 
@@ -48,10 +36,21 @@ def solve(
         backend: from fpi_cuda.backends.resolve.
         rowwise: evaluate may be called on some of the rows alone; stopped samples then leave
             the batch, and cost nothing.
+        coupling: nobody promised that the rows are independent, and this is what is known of it:
+            they are watched, and solved as one sample once they are seen to depend on one another.
+            None: it was promised.
+        linear: jointly, the tolerance is ||atol||; see fpi_cuda.solvers.coupled.
     """
     if x0.shape[0] == 0:
         return empty_result(x0)
     with torch.no_grad():
+        watch = None
+        if coupling is not None and len(x0) > 1:
+            each = torch.zeros(len(x0), dtype=torch.float64, device=x0.device) + atol
+            system = System(evaluate, solver, rtol, each, max_steps, backend, linear)
+            watch = RowWatch(system, x0, coupling)
+            if coupling.joint:
+                return watch.jointly()
         x = x0.clone(memory_format=torch.contiguous_format)
         rows: Tensor | None = None
         # Before the arrays are there: the first evaluation may need a copy of x besides.
@@ -60,9 +59,13 @@ def solve(
         work.scratch = backend.scratch(x0)
         count = active_count(x0.device)
         number = 0
+        num_active: int | None = len(x)
         while True:
+            if watch is not None and watch.found(
+                x, gx, work, number, all_active=num_active in (None, len(x))
+            ):
+                return watch.go_on(x, gx, work, number)
             step(backend, solver, work, x, gx, rows, rtol, max_steps)
-            del gx  # its memory, for the next evaluation
             number += 1
             if number == max_steps:
                 break  # and with it every sample that was left
@@ -74,50 +77,15 @@ def solve(
                 keep = active_first(status)[:num_active]
                 x = x[keep]
                 rows = keep if rows is None else rows[keep]
+            del gx  # its memory, for the next evaluation
             gx = apart_from(x, evaluate(x, rows))
-        return SolveResult(work.best, work.status, work.num_steps, work.residual)
-
-
-def step(
-    backend: Backend,
-    solver: FixedPointSolver,
-    work: Workspace,
-    x: Tensor,
-    gx: Tensor,
-    rows: Tensor | None,
-    rtol: float,
-    max_steps: int,
-) -> None:
-    """One step of `solver` on every active sample of x, in place."""
-    account = (work.control, work.atol, work.status, work.num_steps, work.residual)
-    points = (work.best, work.anchor, work.f_previous, work.partner_previous)
-    history = (*points, work.columns_f, work.columns_g)
-    if isinstance(solver, Broyden):
-        backend.broyden_step_(
-            x, gx, rows, *history, *account,
-            rtol=rtol, max_steps=max_steps, beta=solver.beta, scratch=work.scratch,
-        )  # fmt: skip
-        return
-    beta, ridge = (
-        (solver.beta, solver.ridge) if isinstance(solver, Anderson) else (solver.damping, 0.0)
-    )
-    backend.anderson_step_(
-        x, gx, rows, *history, work.gram, *account,
-        rtol=rtol, max_steps=max_steps,
-        beta=beta, ridge=ridge, scratch=work.scratch,
-    )  # fmt: skip
+        result = SolveResult(work.best, work.status, work.num_steps, work.residual)
+        return result if watch is None else watch.settled(result, gx, work)
 
 
 def active_first(status: Tensor) -> Tensor:
     """Rows of `status` (n,), active ones first and in order: int64, without a look at them."""
     return torch.argsort((status != Status.ACTIVE).to(torch.uint8), stable=True)
-
-
-def apart_from(x: Tensor, gx: Tensor) -> Tensor:
-    """gx contiguous, and copied if it lies in the storage of x: g returned x or a view of it."""
-    if gx.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-        gx = gx.clone()
-    return gx.contiguous()
 
 
 def empty_result(x0: Tensor) -> SolveResult:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fpi_cuda.options import FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.loop import FlatMap
+from fpi_cuda.solvers.stepping import FlatMap
 from fpi_cuda.solvers.workspace import allocate, depth_of
 
 

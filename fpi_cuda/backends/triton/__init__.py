@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.backends.triton.cell_shape import MAX_DEPTH, SLOTS
+from fpi_cuda.row_norm import num_moved as num_moved
 
 name = "triton"
 

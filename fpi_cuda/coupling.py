@@ -1,0 +1,95 @@
+"""What is known of whether the rows of a state depend on one another."""
+
+from __future__ import annotations
+
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+MOST_VERDICTS = 1024
+
+
+class Coupling:
+    """What one call of fixed_point has found out, shared by its solve and its derivatives.
+
+    Args:
+        key: equal for solves of the same map with states of the same shape.
+    Attributes:
+        joint: the rows depend on one another, so all of them are solved as one sample.
+        independent: an earlier solve of the same map showed no sign of that. It spares the next
+            one the probe and the early looks, not the last look.
+    """
+
+    def __init__(self, key: Hashable) -> None:
+        self._key = key
+        self.joint = False
+        self.independent = key in independent_maps
+
+    def depends(self) -> None:
+        """Note that a row was seen to depend on others."""
+        self.joint = True
+        if self.independent:
+            self.independent = False
+            independent_maps.discard(self._key)
+
+    def is_independent(self) -> None:
+        """Note that a solve has ended without any sign of that."""
+        if not self.independent:
+            self.independent = True
+            independent_maps.add(self._key)
+
+
+class Verdicts:
+    """Keys of maps whose rows were found to be independent; the oldest is forgotten first.
+
+    That rows depend on one another is not remembered: finding it out costs one evaluation, and a
+    map that no longer does so must get its samples apart.
+    """
+
+    def __init__(self, most: int = MOST_VERDICTS) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._known: OrderedDict[Hashable, None] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._known
+
+    def add(self, key: Hashable) -> None:
+        """Remember the key."""
+        with self._lock:
+            self._known[key] = None
+            while len(self._known) > self._most:
+                self._known.popitem(last=False)
+
+    def discard(self, key: Hashable) -> None:
+        """Forget the key."""
+        with self._lock:
+            self._known.pop(key, None)
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with self._lock:
+            self._known.clear()
+
+
+independent_maps = Verdicts()
+"""Those of this process."""
+
+
+def site_of(g: Any) -> Hashable:
+    """What stays the same from solve to solve of one layer."""
+    if isinstance(g, partial):
+        return ("partial", site_of(g.func))
+    if isinstance(g, types.MethodType):
+        return ("method", g.__func__.__code__, site_of(g.__self__))
+    if isinstance(g, types.FunctionType):
+        return ("function", g.__code__)
+    if isinstance(g, nn.Module):
+        return ("module", weakref.ref(g), g.training)
+    return ("object", type(g))

@@ -1,0 +1,262 @@
+"""Rows that may depend on one another: found out while they are solved apart, then solved jointly.
+
+Apart, every row has its own history and stops on its own; that is right only while a row that has
+stopped keeps its residual whatever the others do. So stopped rows are looked at again, and in the
+end all of them. Where one has moved, all rows become one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.capturing import being_captured
+from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.coupling import Coupling
+from fpi_cuda.options import FixedPointSolver
+from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.row_norm import differs, row_norm
+from fpi_cuda.solvers.judge import LARGEST_TOLERANCE
+from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
+from fpi_cuda.solvers.workspace import Workspace, allocate, compute_dtype, depth_of
+
+UNLIMITED = 1 << 40
+HIDDEN = 0.25
+"""Against the starting scale, as csrc/common/decide.h has it: what rounding may hide."""
+BEST, SCALE0 = (CONTROL_FIELDS.index(name) for name in ("best", "scale0"))
+
+
+@dataclass(frozen=True)
+class System:
+    """What is solved, row by row or jointly.
+
+    Attributes:
+        evaluate, solver, rtol, max_steps, backend: as in fpi_cuda.solvers.loop.solve.
+        atol: (B,) float64.
+        linear: the tolerance is that of all rows together, ||atol||: a right-hand side may be zero
+            in some of them.
+    """
+
+    evaluate: FlatMap
+    solver: FixedPointSolver
+    rtol: float
+    atol: Tensor
+    max_steps: int
+    backend: Backend
+    linear: bool
+
+    def value(self, x: Tensor) -> Tensor:
+        """The map at x (B, D), in memory of its own."""
+        return apart_from(x, self.evaluate(x, None))
+
+
+class RowWatch:
+    """Looks for rows that depend on others during a solve of each row on its own.
+
+    Args:
+        x0: (B, D) where it begins, never written to; B > 1.
+        coupling: what is known, and will be.
+    """
+
+    def __init__(self, system: System, x0: Tensor, coupling: Coupling) -> None:
+        self._system = system
+        self._x0 = x0
+        self._coupling = coupling
+        self._first: Tensor | None = None
+        self._next_look = 1
+        self._blind = being_captured(x0.device)
+
+    def jointly(self) -> SolveResult:
+        """Solve all rows as one sample, from x0."""
+        gx = self._system.value(self._x0)
+        return joint_solve(self._system, self._x0, gx, 1, scale_of(self._x0, gx))
+
+    def found(
+        self, x: Tensor, gx: Tensor, work: Workspace, number: int, *, all_active: bool
+    ) -> bool:
+        """Whether rows were seen to depend on others.
+
+        Args:
+            gx: g(x), evaluation `number` + 1.
+            all_active: no row has stopped, as far as the host knows.
+        """
+        if self._blind or self._coupling.independent:
+            return False
+        if number == 0:
+            self._first = gx
+            return False
+        if number >= self._next_look and not all_active:
+            self._next_look = 2 * number
+            if self._moved_out(x, gx, work):
+                return True
+        if number == 1 and depth_of(self._system.solver) and self._probe_shows(x, gx):
+            return True
+        if number == 2:
+            self._first = None
+        return False
+
+    def go_on(self, x: Tensor, gx: Tensor, work: Workspace, number: int) -> SolveResult:
+        """Solve jointly from here; arguments as in `found`, which was true."""
+        self._coupling.depends()
+        scale = float(work.control[:, SCALE0].norm())
+        if self._first is not None:
+            # Nothing is lost: the second point is that of the joint solve too.
+            return joint_solve(self._system, self._x0, self._first, 1, scale, known=(x, gx))
+        return joint_solve(self._system, x, gx, number + 1, scale)
+
+    def settled(self, result: SolveResult, gx: Tensor, work: Workspace) -> SolveResult:
+        """`result` of the rows on their own, if it is true of all rows together.
+
+        Args:
+            gx: the latest evaluation, at result.x; of rows that failed in the last step, perhaps at
+                another point.
+        """
+        system = self._system
+        if self._blind:
+            return retold(result, system.value(result.x), system.atol, system.rtol)
+        if not self._num_moved(result, gx):
+            self._coupling.is_independent()
+            return result
+        number = int(result.num_steps.max())
+        if bool(((result.status != Status.CONVERGED) & (result.num_steps == number)).any()):
+            gx = system.value(result.x)
+            if not self._num_moved(result, gx):
+                self._coupling.is_independent()
+                return result
+        told = retold(result, gx, system.atol, system.rtol)
+        if bool((told.status == Status.CONVERGED).all()):
+            return told
+        self._coupling.depends()
+        if number >= system.max_steps:
+            return told
+        scale = float(work.control[:, SCALE0].norm())
+        return joint_solve(system, result.x, gx, number, scale)
+
+    def _num_moved(self, result: SolveResult, gx: Tensor) -> int:
+        return self._system.backend.num_moved(result.x, gx, result.status, result.residual)
+
+    def _moved_out(self, x: Tensor, gx: Tensor, work: Workspace) -> bool:
+        """Whether a row that had converged no longer has, because others have moved."""
+        system = self._system
+        if not system.backend.num_moved(x, gx, work.status, work.residual):
+            return False
+        recorded = SolveResult(x, work.status, work.num_steps, work.residual)
+        told = retold(recorded, gx, system.atol, system.rtol)
+        return bool((told.status != work.status).any())
+
+    def _probe_shows(self, x: Tensor, gx: Tensor) -> bool:
+        """Whether g changes in rows that stay, where the other half goes back to x0."""
+        rows = torch.arange(len(x), device=x.device)
+        # Fibonacci hashing: a half without a pattern that a graph could have too.
+        back = rows * 2654435761 % 4294967296 < 2147483648
+        mixed = torch.where(back[:, None], self._x0, x)
+        change = difference_norm(self._system.value(mixed), gx)
+        stays = ~back & differs(change, torch.zeros_like(change), gx, x)
+        return bool(stays.any())
+
+
+def retold(result: SolveResult, gx: Tensor, atol: Tensor, rtol: float) -> SolveResult:
+    """`result` with the residuals that rows have all together; without a look at the numbers.
+
+    Args:
+        gx: g(result.x).
+    """
+    residual = difference_norm(gx, result.x)
+    moved = differs(residual, result.residual, gx, result.x)
+    fails = ~(residual <= atol + rtol * row_norm(gx))
+    lost = moved & fails & (result.status == Status.CONVERGED)
+    status = torch.where(lost, int(Status.MAX_STEPS), result.status).to(torch.int8)
+    return result._replace(status=status, residual=torch.where(moved, residual, result.residual))
+
+
+def difference_norm(gx: Tensor, x: Tensor) -> Tensor:
+    """(B,) float64 ||gx - x|| of each row, subtracted as the steps do."""
+    wide = compute_dtype(x.dtype)
+    return row_norm(gx.to(wide) - x.to(wide))
+
+
+def scale_of(x0: Tensor, gx0: Tensor) -> float:
+    """The size that a solve starts from, of all rows together."""
+    return float(torch.maximum(row_norm(x0).norm(), row_norm(gx0).norm()))
+
+
+def joint_solve(
+    system: System,
+    x: Tensor,
+    gx: Tensor,
+    number: int,
+    scale: float,
+    known: tuple[Tensor, Tensor] | None = None,
+) -> SolveResult:
+    """Iterate with all rows as one sample, until every row is within its tolerance at one point.
+
+    Args:
+        x: (B, D) where to begin, not modified. gx: g(x).
+        number: evaluations so far, that of gx included.
+        scale: max(||x0||, ||g(x0)||) of all rows together, against which drifting is told.
+        known: a further point and g there, in case that this solve comes by.
+    Returns:
+        SolveResult whose num_steps counts all evaluations, for every row. Rows within their own
+        tolerance are CONVERGED even where the whole ended MAX_STEPS or STALLED.
+    """
+    shape, solver, backend = x.shape, system.solver, system.backend
+    x = x.reshape(1, -1).clone(memory_format=torch.contiguous_format)
+    work = allocate(x, solver, 0.0)
+    work.scratch = backend.scratch(x)
+    judge = JointTest(system, scale)
+    least: float | None = None
+    while True:
+        at = x.view(shape)
+        residual, passes = judge(at, gx)
+        if bool(passes.all()):
+            return rows_of(at, Status.CONVERGED, passes, residual, number)
+        step(backend, solver, work, x, gx.reshape(1, -1), None, 0.0, UNLIMITED)
+        status, best = int(work.status[0]), float(work.control[0, BEST])
+        if best != least:
+            least, kept = best, (residual, passes)
+        if status != Status.ACTIVE or number >= system.max_steps:
+            ended = Status(status) if status != Status.ACTIVE else Status.MAX_STEPS
+            residual, passes = kept
+            passes = passes & (ended in (Status.MAX_STEPS, Status.STALLED))
+            return rows_of(work.best.view(shape), ended, passes, residual, number)
+        at = x.view(shape)
+        again = known is not None and torch.equal(known[0], at)
+        gx = known[1] if known is not None and again else system.value(at)
+        known = None
+        number += 1
+
+
+class JointTest:
+    """The stop test of all rows at one point."""
+
+    def __init__(self, system: System, scale: float) -> None:
+        self._system = system
+        self._total = system.atol.norm()
+        self._cap = LARGEST_TOLERANCE * scale + self._total
+        self._hidden = HIDDEN * scale + self._total
+
+    def __call__(self, x: Tensor, gx: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) residual, and (B,) whether the row is within its tolerance."""
+        system = self._system
+        residual = difference_norm(gx, x)
+        total = residual.norm()
+        if system.linear:
+            return residual, (total <= self._total).expand(len(residual))
+        size = row_norm(gx)
+        told = torch.finfo(x.dtype).eps * size.norm() <= self._hidden
+        within = residual <= system.atol + system.rtol * size
+        return residual, within & (total <= self._cap) & told
+
+
+def rows_of(x: Tensor, ended: Status, passes: Tensor, residual: Tensor, number: int) -> SolveResult:
+    """The account of every row, where all were solved as one."""
+    status = torch.where(passes, int(Status.CONVERGED), int(ended)).to(torch.int8)
+    return SolveResult(x, status, torch.full_like(status, number, dtype=torch.int32), residual)
+
+
+def jointly(apply: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Tensor], Tensor]:
+    """A map of (B, D) as one of (1, B D)."""
+    return lambda y: apply(y.reshape(like.shape)).reshape(1, -1)
