@@ -209,6 +209,7 @@ def solve_flat(
         value, result = solved_live(flat_map, start, options, engine, record, coupling)
     else:
         value, result = solved(flat_map, start, options, engine, record, coupling, born_after)
+    flat_map.over()
     _, status, num_steps, residual = result
     residual = residual_in(layout.dtype, residual)
     if not layout.batch_dims:

@@ -34,6 +34,7 @@ LEVELS = [
         "coupling",
         "faithful",
         "lowered",
+        "moving_buffers",
         "tracing",
         "transforms",
     },

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit.untouched import parts_of, untouched, version_of
+from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
 from fpi_cuda.state import Layout
 
 Watch = Callable[[Tensor, Tensor], None]
@@ -55,10 +56,11 @@ class FlatMap:
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
         self._prepare_replay = Replay(layout.device)
+        self._buffers, self._prepare_buffers = moving_buffers(g)
         self._prepared: Any = None
         if self.hoisted:
             with untouched("z", z, compare=True):
-                self._prepared = self._prepare_replay(lambda: g.prepare(*z))
+                self._prepared = self._prepare(z)
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
         self._mend: tuple[Tensor, int] | None = None
@@ -148,7 +150,7 @@ class FlatMap:
             if tensors:
                 return torch.func.functional_call(self.g, dict(tensors), (state, *z))
             if self.hoisted:
-                return self.g.step(state, self._prepare_replay(lambda: self.g.prepare(*z)))
+                return self.g.step(state, self._prepare(z))
             return self.g(state, *z)
 
         if self._mend is not None:
@@ -178,12 +180,27 @@ class FlatMap:
         other._mend = (bad, good)
         other.z = tuple(self._mended_inputs(self.source_z, bad, good))
         if self.hoisted:
-            other._prepared = self._prepare_replay(lambda: self.g.prepare(*other.z))
+            other._prepared = self._prepare(other.z)
         return other
 
     def _mended_inputs(self, z: Sequence[Tensor], bad: Tensor, good: int) -> list[Tensor]:
         batch = self.layout.batch
         return [replace_rows(t, bad, good) if t.dim() > 0 and t.shape[0] == batch else t for t in z]
+
+    @property
+    def changes_buffers(self) -> bool:
+        """Whether g was seen to change buffers of its own."""
+        return self._buffers is not None and self._buffers.any
+
+    def over(self) -> None:
+        """The call has ended: evaluations from now on leave no trace in g."""
+        for buffers in (self._buffers, self._prepare_buffers):
+            if buffers is not None:
+                buffers.over()
+
+    def _prepare(self, z: Sequence[Tensor]) -> Any:
+        with one_evaluation(self._prepare_buffers):
+            return self._prepare_replay(lambda: self.g.prepare(*z))
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, as they are now; empty unless g is a module."""
@@ -220,7 +237,8 @@ class FlatMap:
         before = version_of(given)
         name = "what prepare returned" if self.hoisted else "z"
         # From x = 0 the first evaluation may change nothing.
-        with untouched(name, read, compare=habit.evaluations < 2):
+        compare = habit.evaluations < 2
+        with untouched(name, read, compare=compare), one_evaluation(self._buffers):
             gx = self.replay(lambda: call(self.layout.unflatten(given)))
         changed = before != version_of(given)
         if changed and not copies:
