@@ -38,7 +38,8 @@ def test_steps_after_the_last_sample_has_stopped_change_nothing(rowwise: bool) -
     counted = Counted()
     with torch.no_grad():
         found = fpi.fixed_point(counted, x0, z, rtol=1e-8, max_steps=60, rowwise=rowwise)
-    assert counted.evaluations == 60
+    # Nobody can look whether the rows were independent: one evaluation more tells the residuals.
+    assert counted.evaluations == (60 if rowwise else 61)
     assert int(found.num_steps.max()) < 30
     with pytest.MonkeyPatch.context() as undone, torch.no_grad():
         undone.setattr(loop, "active_count", lambda device: CountAtOnce())

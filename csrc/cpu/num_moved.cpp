@@ -12,9 +12,10 @@ namespace fpi {
 namespace {
 
 // Norms that are not finite tell nothing: a row of NaN differs from itself.
-FPI_INLINE bool differs(double now, double recorded, double size, double rounding) {
-  if (now == recorded || !is_finite(size)) return false;
-  return !(std::fabs(now - recorded) <= rounding * size);
+FPI_INLINE bool differs(double now, double recorded, double norm_gx, double norm_x,
+                        double rounding) {
+  if (now == recorded || !is_finite(norm_gx) || !is_finite(norm_x)) return false;
+  return !(std::fabs(now - recorded) <= rounding * larger(norm_gx, norm_x));
 }
 
 template <class T>
@@ -45,9 +46,9 @@ FPI_CLONES int64_t count_rows(const NumMovedParams& p, int64_t first, int64_t la
     const double now = norm(ff, [&](int64_t j) {
       return static_cast<double>(static_cast<C>(gx[j])) - static_cast<double>(static_cast<C>(x[j]));
     });
-    const double size = larger(norm(gg, [&](int64_t j) { return static_cast<C>(gx[j]); }),
-                               norm(xx, [&](int64_t j) { return static_cast<C>(x[j]); }));
-    count += differs(now, p.residual[i], size, rounding);
+    const double norm_gx = norm(gg, [&](int64_t j) { return static_cast<C>(gx[j]); });
+    const double norm_x = norm(xx, [&](int64_t j) { return static_cast<C>(x[j]); });
+    count += differs(now, p.residual[i], norm_gx, norm_x, rounding);
   }
   return count;
 }

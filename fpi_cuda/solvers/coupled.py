@@ -101,6 +101,7 @@ class RowWatch:
     def go_on(self, x: Tensor, gx: Tensor, work: Workspace, number: int) -> SolveResult:
         """Solve jointly from here; arguments as in `found`, which was true."""
         self._coupling.depends()
+        work.forget()
         scale = float(work.control[:, SCALE0].norm())
         if self._first is not None:
             # Nothing is lost: the second point is that of the joint solve too.
@@ -121,6 +122,7 @@ class RowWatch:
             self._coupling.is_independent()
             return result
         number = int(result.num_steps.max())
+        work.forget()
         if bool(((result.status != Status.CONVERGED) & (result.num_steps == number)).any()):
             gx = system.value(result.x)
             if not self._num_moved(result, gx):

@@ -50,6 +50,12 @@ class Workspace:
     residual: Tensor
     scratch: Tensor | None = None
 
+    def forget(self) -> None:
+        """Give back the memory of the history; no step can follow."""
+        nothing = self.best.new_empty(0)
+        self.columns_f = self.columns_g = self.f_previous = self.partner_previous = nothing
+        self.anchor = nothing
+
 
 def depth_of(solver: FixedPointSolver) -> int:
     """Columns of history that `solver` keeps; 0 for Picard."""
