@@ -222,10 +222,10 @@ def coupling_of(flat_map: FlatMap, options: Options) -> Coupling | None:
     layout = flat_map.layout
     if layout.batch < 2 or options.asks_rowwise(flat_map.g):
         return None
-    shapes = tuple(t.shape for t in flat_map.z)
+    shapes = (layout.batch, layout.shapes, *(t.shape for t in flat_map.z))
     # Picard's rows are not probed.
-    key = (site_of(flat_map.g), layout, shapes, isinstance(options.solver, Picard))
-    return Coupling(key)
+    probed = not isinstance(options.solver, Picard)
+    return Coupling((site_of(flat_map.g), shapes, layout.dtype, layout.device, probed))
 
 
 def differentiates() -> bool:

@@ -8,7 +8,7 @@ end all of them. Where one has moved, all rows become one sample.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,13 +29,12 @@ HIDDEN = 0.25
 BEST, SCALE0 = (CONTROL_FIELDS.index(name) for name in ("best", "scale0"))
 
 
-@dataclass(frozen=True)
-class System:
+class System(NamedTuple):
     """What is solved, row by row or jointly.
 
     Attributes:
         evaluate, solver, rtol, max_steps, backend: as in fpi_cuda.solvers.loop.solve.
-        atol: (B,) float64.
+        atol: one number, or (B,) float64.
         linear: the tolerance is that of all rows together, ||atol||: a right-hand side may be zero
             in some of them.
     """
@@ -43,7 +42,7 @@ class System:
     evaluate: FlatMap
     solver: FixedPointSolver
     rtol: float
-    atol: Tensor
+    atol: float | Tensor
     max_steps: int
     backend: Backend
     linear: bool
@@ -69,10 +68,10 @@ class RowWatch:
         self._next_look = 1
         self._blind = being_captured(x0.device)
 
-    def jointly(self) -> SolveResult:
-        """Solve all rows as one sample, from x0."""
-        gx = self._system.value(self._x0)
-        return joint_solve(self._system, self._x0, gx, 1, scale_of(self._x0, gx))
+    @property
+    def looks_early(self) -> bool:
+        """Whether `found` may find anything."""
+        return not (self._blind or self._coupling.independent)
 
     def found(
         self, x: Tensor, gx: Tensor, work: Workspace, number: int, *, all_active: bool
@@ -83,8 +82,6 @@ class RowWatch:
             gx: g(x), evaluation `number` + 1.
             all_active: no row has stopped, as far as the host knows.
         """
-        if self._blind or self._coupling.independent:
-            return False
         if number == 0:
             self._first = gx
             return False
@@ -117,7 +114,7 @@ class RowWatch:
         """
         system = self._system
         if self._blind:
-            return retold(result, system.value(result.x), system.atol, system.rtol)
+            return retold(result, system.value(result.x), work.atol, system.rtol)
         if not self._num_moved(result, gx):
             self._coupling.is_independent()
             return result
@@ -128,7 +125,7 @@ class RowWatch:
             if not self._num_moved(result, gx):
                 self._coupling.is_independent()
                 return result
-        told = retold(result, gx, system.atol, system.rtol)
+        told = retold(result, gx, work.atol, system.rtol)
         if bool((told.status == Status.CONVERGED).all()):
             return told
         self._coupling.depends()
@@ -146,7 +143,7 @@ class RowWatch:
         if not system.backend.num_moved(x, gx, work.status, work.residual):
             return False
         recorded = SolveResult(x, work.status, work.num_steps, work.residual)
-        told = retold(recorded, gx, system.atol, system.rtol)
+        told = retold(recorded, gx, work.atol, system.rtol)
         return bool((told.status != work.status).any())
 
     def _probe_shows(self, x: Tensor, gx: Tensor) -> bool:
@@ -180,9 +177,11 @@ def difference_norm(gx: Tensor, x: Tensor) -> Tensor:
     return row_norm(gx.to(wide) - x.to(wide))
 
 
-def scale_of(x0: Tensor, gx0: Tensor) -> float:
-    """The size that a solve starts from, of all rows together."""
-    return float(torch.maximum(row_norm(x0).norm(), row_norm(gx0).norm()))
+def solve_jointly(system: System, x0: Tensor) -> SolveResult:
+    """Solve all rows as one sample, from x0 (B, D)."""
+    gx = system.value(x0)
+    scale = float(torch.maximum(row_norm(x0).norm(), row_norm(gx).norm()))
+    return joint_solve(system, x0, gx, 1, scale)
 
 
 def joint_solve(
@@ -205,10 +204,10 @@ def joint_solve(
         tolerance are CONVERGED even where the whole ended MAX_STEPS or STALLED.
     """
     shape, solver, backend = x.shape, system.solver, system.backend
+    judge = JointTest(system, scale, len(x), x.device)
     x = x.reshape(1, -1).clone(memory_format=torch.contiguous_format)
     work = allocate(x, solver, 0.0)
     work.scratch = backend.scratch(x)
-    judge = JointTest(system, scale)
     least: float | None = None
     while True:
         at = x.view(shape)
@@ -234,9 +233,10 @@ def joint_solve(
 class JointTest:
     """The stop test of all rows at one point."""
 
-    def __init__(self, system: System, scale: float) -> None:
+    def __init__(self, system: System, scale: float, rows: int, device: torch.device) -> None:
         self._system = system
-        self._total = system.atol.norm()
+        self._each = torch.zeros(rows, dtype=torch.float64, device=device) + system.atol
+        self._total = self._each.norm()
         self._cap = LARGEST_TOLERANCE * scale + self._total
         self._hidden = HIDDEN * scale + self._total
 
@@ -249,7 +249,7 @@ class JointTest:
             return residual, (total <= self._total).expand(len(residual))
         size = row_norm(gx)
         told = torch.finfo(x.dtype).eps * size.norm() <= self._hidden
-        within = residual <= system.atol + system.rtol * size
+        within = residual <= self._each + system.rtol * size
         return residual, within & (total <= self._cap) & told
 
 

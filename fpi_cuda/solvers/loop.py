@@ -8,7 +8,7 @@ from torch import Tensor
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.coupled import RowWatch, System
+from fpi_cuda.solvers.coupled import RowWatch, System, solve_jointly
 from fpi_cuda.solvers.polling import active_count
 from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
 from fpi_cuda.solvers.workspace import allocate
@@ -46,11 +46,10 @@ def solve(
     with torch.no_grad():
         watch = None
         if coupling is not None and len(x0) > 1:
-            each = torch.zeros(len(x0), dtype=torch.float64, device=x0.device) + atol
-            system = System(evaluate, solver, rtol, each, max_steps, backend, linear)
-            watch = RowWatch(system, x0, coupling)
+            system = System(evaluate, solver, rtol, atol, max_steps, backend, linear)
             if coupling.joint:
-                return watch.jointly()
+                return solve_jointly(system, x0)
+            watch = RowWatch(system, x0, coupling)
         x = x0.clone(memory_format=torch.contiguous_format)
         rows: Tensor | None = None
         # Before the arrays are there: the first evaluation may need a copy of x besides.
@@ -60,11 +59,12 @@ def solve(
         count = active_count(x0.device)
         number = 0
         num_active: int | None = len(x)
+        looking = watch is not None and watch.looks_early
         while True:
-            if watch is not None and watch.found(
-                x, gx, work, number, all_active=num_active in (None, len(x))
-            ):
-                return watch.go_on(x, gx, work, number)
+            if looking and watch is not None:
+                all_active = num_active is None or num_active == len(x)
+                if watch.found(x, gx, work, number, all_active=all_active):
+                    return watch.go_on(x, gx, work, number)
             step(backend, solver, work, x, gx, rows, rtol, max_steps)
             number += 1
             if number == max_steps:
