@@ -40,11 +40,6 @@ class MovingBuffers:
         self._kept: list[tuple[Tensor, Tensor]] | None = None
         self._over = False
 
-    @property
-    def any(self) -> bool:
-        """Whether the first evaluation has changed some."""
-        return bool(self._kept)
-
     def over(self) -> None:
         """The solve has ended: whatever is evaluated from now on leaves no trace."""
         self._over = True

@@ -18,6 +18,7 @@ from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route, SolveResult
+from fpi_cuda.solvers.coupled import retold
 from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
@@ -26,6 +27,10 @@ HOST_ASKED_FOR = 'route="host" asks for it'
 BEING_CAPTURED = "the call is itself being captured into a CUDA graph"
 IN_TRANSFORM = "the call is inside torch.func transforms"
 FAILED_SAMPLES = "some samples of the latest solve failed, and their part of g was left out"
+COUPLED = (
+    "its rows depend on one another, and the host solves them as one sample (batch_dims=0 makes "
+    "them one from the start)"
+)
 UNROLLED = "adjoint=Unroll() differentiates every step, which a graph cannot"
 
 
@@ -101,6 +106,7 @@ class Course:
                 at_once=options.route == "device",
                 rowwise=self._may_take_rows(),
             )
+            result = self._true_of_all_rows(result)
         except Refused as reason:
             require_host_allowed(options, "the solve", str(reason))
             self._record.route = Route("host", not_taken(not_fused, str(reason)))
@@ -216,6 +222,26 @@ class Course:
     def _adjoint_on_host(self, reason: Refused) -> None:
         require_host_allowed(self._options, "the adjoint", str(reason))
         self._record.adjoint_route = Route("host", str(reason))
+
+    def _true_of_all_rows(self, result: SolveResult) -> SolveResult:
+        """`result` of rows on their own, told by g of all of them together.
+
+        The host waits for it only where nothing is known of the rows.
+
+        Raises:
+            Refused: they depend on one another.
+        """
+        coupling = self._coupling
+        if coupling is None:
+            return result
+        gx = self._flat_map.evaluate(result.x, None)
+        if coupling.independent:
+            return retold(result, gx, self._options.atol, self._options.rtol)
+        if self._engine.num_moved(result.x, gx, result.status, result.residual):
+            coupling.depends()
+            raise Refused(COUPLED, passing=True)
+        coupling.is_independent()
+        return result
 
     def _may_take_rows(self) -> bool:
         return self._options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable()

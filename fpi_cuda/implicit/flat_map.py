@@ -187,11 +187,6 @@ class FlatMap:
         batch = self.layout.batch
         return [replace_rows(t, bad, good) if t.dim() > 0 and t.shape[0] == batch else t for t in z]
 
-    @property
-    def changes_buffers(self) -> bool:
-        """Whether g was seen to change buffers of its own."""
-        return self._buffers is not None and self._buffers.any
-
     def over(self) -> None:
         """The call has ended: evaluations from now on leave no trace in g."""
         for buffers in (self._buffers, self._prepare_buffers):

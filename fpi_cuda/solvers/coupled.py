@@ -157,7 +157,7 @@ class RowWatch:
         return bool(stays.any())
 
 
-def retold(result: SolveResult, gx: Tensor, atol: Tensor, rtol: float) -> SolveResult:
+def retold(result: SolveResult, gx: Tensor, atol: float | Tensor, rtol: float) -> SolveResult:
     """`result` with the residuals that rows have all together; without a look at the numbers.
 
     Args:
