@@ -24,33 +24,33 @@ class Coupling:
         joint: the rows depend on one another, so all of them are solved as one sample.
         independent: an earlier solve of the same map showed no sign of that. It spares the next
             one the probe and the early looks, not the last look.
+        suspected: the latest solve of the same map did.
     """
 
     def __init__(self, key: Hashable) -> None:
         self._key = key
         self.joint = False
         self.independent = key in independent_maps
+        self.suspected = key in coupled_maps
 
     def depends(self) -> None:
         """Note that a row was seen to depend on others."""
         self.joint = True
-        if self.independent:
+        if not self.suspected:
             self.independent = False
             independent_maps.discard(self._key)
+            coupled_maps.add(self._key)
 
     def is_independent(self) -> None:
         """Note that a solve has ended without any sign of that."""
         if not self.independent:
             self.independent = True
             independent_maps.add(self._key)
+            coupled_maps.discard(self._key)
 
 
 class Verdicts:
-    """Keys of maps whose rows were found to be independent; the oldest is forgotten first.
-
-    That rows depend on one another is not remembered: finding it out costs one evaluation, and a
-    map that no longer does so must get its samples apart.
-    """
+    """Keys of maps of which something was found; the oldest is forgotten first."""
 
     def __init__(self, most: int = MOST_VERDICTS) -> None:
         self._most = most
@@ -79,7 +79,11 @@ class Verdicts:
 
 
 independent_maps = Verdicts()
-"""Those of this process."""
+"""Maps of this process whose latest solve showed no dependence between rows."""
+
+coupled_maps = Verdicts()
+"""Those whose latest solve did. Every solve finds that out anew, for it costs one evaluation, and a
+map that no longer does so must get its samples apart."""
 
 
 def site_of(g: Any) -> Hashable:

@@ -247,6 +247,8 @@ class Course:
         return self._options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable()
 
     def _require_graphs(self, device: torch.device) -> Graphs:
+        if self._coupling is not None and self._coupling.suspected:
+            raise Refused(COUPLED)
         if self._options.route == "host":
             raise Refused(HOST_ASKED_FOR)
         return device_loop.graphs_for(device)

@@ -148,7 +148,9 @@ class FlatMap:
 
         def call(state: Any) -> Any:
             if tensors:
-                return torch.func.functional_call(self.g, dict(tensors), (state, *z))
+                # Its forward prepares too.
+                with one_evaluation(self._prepare_buffers if self.hoisted else None):
+                    return torch.func.functional_call(self.g, dict(tensors), (state, *z))
             if self.hoisted:
                 return self.g.step(state, self._prepare(z))
             return self.g(state, *z)

@@ -16,14 +16,13 @@ from torch import Tensor
 from fpi_cuda.capturing import being_captured
 from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.options import FixedPointSolver
+from fpi_cuda.options import MOST_STEPS, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import differs, row_norm
 from fpi_cuda.solvers.judge import LARGEST_TOLERANCE
 from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
 from fpi_cuda.solvers.workspace import Workspace, allocate, compute_dtype, depth_of
 
-UNLIMITED = 1 << 40
 HIDDEN = 0.25
 """Against the starting scale, as csrc/common/decide.h has it: what rounding may hide."""
 BEST, SCALE0 = (CONTROL_FIELDS.index(name) for name in ("best", "scale0"))
@@ -214,7 +213,7 @@ def joint_solve(
         residual, passes = judge(at, gx)
         if bool(passes.all()):
             return rows_of(at, Status.CONVERGED, passes, residual, number)
-        step(backend, solver, work, x, gx.reshape(1, -1), None, 0.0, UNLIMITED)
+        step(backend, solver, work, x, gx.reshape(1, -1), None, 0.0, MOST_STEPS)
         status, best = int(work.status[0]), float(work.control[0, BEST])
         if best != least:
             least, kept = best, (residual, passes)
