@@ -86,6 +86,10 @@ coupled_maps = Verdicts()
 map that no longer does so must get its samples apart."""
 
 
+kept_promises = Verdicts()
+"""Maps that were promised to be row-wise, and seen to be."""
+
+
 def site_of(g: Any) -> Hashable:
     """What stays the same from solve to solve of one layer."""
     if isinstance(g, partial):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from fpi_cuda import backends, transforms
 from fpi_cuda.adjoint import differentiated_map, strategy_for
 from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
-from fpi_cuda.coupling import Coupling, site_of
+from fpi_cuda.coupling import Coupling, kept_promises, site_of
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit import (
     Account,
@@ -38,6 +38,7 @@ from fpi_cuda.request import (
 )
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult
 from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
+from fpi_cuda.solution_check import SolutionCheck
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.unroll import unroll
@@ -222,10 +223,15 @@ def coupling_of(flat_map: FlatMap, options: Options) -> Coupling | None:
     layout = flat_map.layout
     if layout.batch < 2 or options.asks_rowwise(flat_map.g):
         return None
+    return Coupling(key_of(flat_map, options))
+
+
+def key_of(flat_map: FlatMap, options: Options) -> Hashable:
+    """Equal for solves of the same map with states of the same shape, by solvers that probe it."""
+    layout = flat_map.layout
     shapes = (layout.batch, layout.shapes, *(t.shape for t in flat_map.z))
-    # Picard's rows are not probed.
     probed = not isinstance(options.solver, Picard)
-    return Coupling((site_of(flat_map.g), shapes, layout.dtype, layout.device, probed))
+    return site_of(flat_map.g), shapes, layout.dtype, layout.device, probed
 
 
 def differentiates() -> bool:
@@ -248,17 +254,39 @@ def solved(
     course = Course(flat_map, options, engine, record, coupling)
     with torch.no_grad(), flat_map.replay.solving():
         result = course.solve(start.detach())
+    check = SolutionCheck(result, options.rtol, options.atol, arithmetic_of(flat_map), coupling)
     if not differentiates():
+        if coupling is None and course.may_take_rows:
+            require_kept_promise(flat_map, options, check)
         return result.x, result
     account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
     strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
-    residual = None if course.leaves_the_host_alone else result.residual
-    value = attach(differentiated, result.x, residual, strategy, born_after)
+    watch = None if course.leaves_the_host_alone else check
+    value = attach(differentiated, result.x, watch, strategy, born_after)
     if value.requires_grad:
         course.prepare_adjoint(result.x, account)
     return value, result
+
+
+def arithmetic_of(flat_map: FlatMap) -> torch.dtype:
+    """What g is evaluated in: narrower than the state under autocast."""
+    return flat_map.replay.autocast_dtype or flat_map.layout.dtype
+
+
+def require_kept_promise(flat_map: FlatMap, options: Options, check: SolutionCheck) -> None:
+    """Evaluate a g that was promised to be row-wise on all rows, once for solves of its kind.
+
+    Where a derivative is asked for, every solve is so checked, by the evaluation that it needs.
+    """
+    key = key_of(flat_map, options)
+    if key in kept_promises or being_captured(flat_map.layout.device):
+        return
+    x = check.result.x
+    with torch.no_grad(), flat_map.replay.solving():
+        check(x, flat_map.evaluate(x, None))
+    kept_promises.add(key)
 
 
 def solved_live(

@@ -104,7 +104,7 @@ class Course:
                 graphs=graphs,
                 cache=device_loop.plans,
                 at_once=options.route == "device",
-                rowwise=self._may_take_rows(),
+                rowwise=self.may_take_rows,
             )
             result = self._true_of_all_rows(result)
         except Refused as reason:
@@ -123,7 +123,7 @@ class Course:
                 atol=options.atol,
                 max_steps=options.max_steps,
                 backend=self._engine,
-                rowwise=self._may_take_rows(),
+                rowwise=self.may_take_rows,
                 coupling=self._coupling,
             )
 
@@ -243,7 +243,9 @@ class Course:
         coupling.is_independent()
         return result
 
-    def _may_take_rows(self) -> bool:
+    @property
+    def may_take_rows(self) -> bool:
+        """Whether the host loop leaves stopped samples out."""
         return self._options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable()
 
     def _require_graphs(self, device: torch.device) -> Graphs:

@@ -492,7 +492,9 @@ def test_what_cannot_be_captured_says_why(
     for _ in range(2):
         layer(z, x0=x0).sum().backward()
     assert "host loop: torch evaluates g, then one solver step" in layer.explain()
-    assert reason in layer.explain()
+    # Rows that the host saw move with others are not tried on the device.
+    moving = isinstance(g, (RunningStatistics, Counting))
+    assert ("its rows depend on one another" if moving else reason) in layer.explain()
     assert len(device_loop.plans) == 0
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"route"},
     {"adjoint"},
     {"request"},
-    {"device_loop", "fused"},
+    {"device_loop", "fused", "solution_check"},
     {"fused_evaluation"},
     {"implicit", "solvers", "cells", "backends"},
     {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+import functools
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,18 +13,23 @@ from torch.autograd import forward_ad
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
 from fpi_cuda.implicit.graph import mark_as_anchor
-from fpi_cuda.implicit.inputs import SAME_VALUE, Inputs
+from fpi_cuda.implicit.inputs import Inputs
 from fpi_cuda.implicit.linearization import Linearization
 from fpi_cuda.implicit.mending import mended_if_batchwise
 from fpi_cuda.implicit.problem import MapProblem, differentiable
-from fpi_cuda.implicit.strategy import Strategy, without_autocast
-from fpi_cuda.row_norm import row_norm
+from fpi_cuda.implicit.strategy import Strategy
+
+
+class Check(Protocol):
+    """Raises where g(x) is not what the solver was shown, but for ignored samples (B,)."""
+
+    def __call__(self, x: Tensor, gx: Tensor, ignored: Tensor | None = None) -> None: ...
 
 
 def attach(
     flat_map: FlatMap,
     x_star: Tensor,
-    residual: Tensor | None,
+    check: Check | None,
     strategy: Strategy,
     born_after: int,
 ) -> Tensor:
@@ -32,10 +38,8 @@ def attach(
     Args:
         flat_map: g with its inputs, already evaluated.
         x_star: (B, D) its fixed point, plain.
-        residual: (B,) float64 ||g(x_star) - x_star|| as the solver found it; None: unknown.
+        check: looks at x_star and g there, and at the samples that failed; None: nobody does.
         born_after: autograd's sequence number before flat_map was made.
-    Raises:
-        RuntimeError: g has another residual now.
     """
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return x_star
@@ -49,51 +53,18 @@ def attach(
     if hopeless is not None and not bool(hopeless.all()):
         flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
     evaluated = flat_map
-    if residual is not None:
-        evaluated = flat_map.watched(SameResidual(residual, hopeless))
+    if check is not None:
+        evaluated = flat_map.watched(functools.partial(check, ignored=hopeless))
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = evaluated(x)
     inputs = Inputs(flat_map, x, gx, born_after)
     if inputs.unnamed and account.late and account.settle() is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
-        return attach(flat_map, x_star, residual, strategy, born_after)
+        return attach(flat_map, x_star, check, strategy, born_after)
     if not inputs and not has_tangent(gx):
         return x_star
     problem = MapProblem(flat_map, x_star, gx, Linearization(x, gx), inputs, strategy)
     return differentiable(problem, *inputs.originals)
-
-
-class SameResidual:
-    """Raises where g, evaluated once more at the solution, is another function.
-
-    That is how a g shows which is not row-wise but was declared so, for the solver saw it on
-    parts of the batch, and one with random numbers that cannot be replayed.
-
-    Args:
-        residual: (B,) float64, as the solver found it.
-        bad: (B,) bool, samples that need not agree; None: all must.
-    """
-
-    def __init__(self, residual: Tensor, bad: Tensor | None) -> None:
-        self._residual = residual
-        self._bad = bad
-
-    def __call__(self, x: Tensor, gx: Tensor) -> None:
-        x, gx = x.detach(), gx.detach()
-        share = max(SAME_VALUE, 8 * torch.finfo(x.dtype).eps)
-        with without_autocast(x.device):
-            change = (row_norm(gx - x) - self._residual).abs()
-            # False where either is not finite: those are the solver's to report.
-            off = change > share * torch.maximum(row_norm(gx), row_norm(x))
-        if self._bad is not None:
-            off = off & ~self._bad
-        if bool(off.any()):
-            raise RuntimeError(
-                "fixed_point: g has another value at the solution than the solver was given, in "
-                f"samples {torch.nonzero(off).flatten().tolist()[:8]}. Either it is not row-wise: "
-                "set rowwise=False. Or it draws random numbers out of reach: draw them from "
-                "torch's default generators, or before the call"
-            )
 
 
 def tensors_saved_as_they_are() -> contextlib.AbstractContextManager[Any]:

@@ -22,6 +22,13 @@ Recording = Callable[[Callable[[Any], Any], Any], Any]
 """record(g, state): g(state), written down."""
 
 
+NOT_ROW_BY_ROW = (
+    "fixed_point: with rowwise=True g is evaluated on some of the rows, and fails there: {}. Use "
+    "rowwise=None, and rows that depend on one another are solved as one sample; or batch_dims=0, "
+    "which makes the whole state one from the start"
+)
+
+
 @dataclass
 class Habit:
     """What evaluations of a g have shown of it.
@@ -126,10 +133,18 @@ class FlatMap:
             return self._checked(whole, self._call, self.read)[rows]
         if self._selection[0] is not rows:
             self._selection = (rows, select(self.read, rows))
-        selected = self._selection[1]
-        if self.hoisted:
-            return self._checked(x, lambda state: self.g.step(state, selected), selected)
-        return self._checked(x, lambda state: self.g(state, *selected), selected)
+        return self._of_some(x, self._selection[1])
+
+    def _of_some(self, x: Tensor, selected: Any) -> Tensor:
+        """g of some rows of a row-wise map, given as much of what it reads."""
+        try:
+            if self.hoisted:
+                return self._checked(x, lambda state: self.g.step(state, selected), selected)
+            return self._checked(x, lambda state: self.g(state, *selected), selected)
+        except (RuntimeError, ValueError, IndexError) as error:
+            assert self._whole is not None
+            self._checked(self._whole, self._call, self.read)  # or it fails here too
+            raise RuntimeError(NOT_ROW_BY_ROW.format(first_line(error))) from error
 
     def __call__(self, x: Tensor) -> Tensor:
         """g of the whole batch, with the graph that the grad mode allows."""
@@ -261,6 +276,11 @@ class FlatMap:
 
     def _widened(self, gx: Tensor, low: torch.dtype) -> Tensor:
         return gx.to(self.layout.dtype) if gx.dtype == low else gx
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what follows."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def offers_hoisting(g: object) -> bool:

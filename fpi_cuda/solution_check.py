@@ -1,0 +1,76 @@
+"""Whether a solution is one of g, evaluated once more on all rows together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.coupling import Coupling
+from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.row_norm import row_norm
+
+BROKEN_PROMISE = (
+    "fixed_point: g has another value at the solution for all rows together than the solver was "
+    "given for some of them, in samples {samples}: with rowwise=True no row may depend on another. "
+    "Use rowwise=None, and rows that do are solved as one sample; or batch_dims=0, which makes the "
+    "whole state one from the start. If g draws random numbers out of reach, draw them from the "
+    "default generators of torch, or before the call"
+)
+UNREPEATABLE = (
+    "fixed_point: g has another value at the solution than the solver was given, in samples "
+    "{samples}. If it draws random numbers out of reach, draw them from the default generators of "
+    "torch, or before the call. If it remembers earlier evaluations, make it a function of x and z"
+)
+# Of epsilon times the size of x and g(x): kernels that are chosen by the size of a batch, or under
+# grad mode, sum in another order. In 16 bits sums are made in more of them, and rounded once.
+ROUNDINGS = 1000.0
+ROUNDINGS_IN_16_BITS = 8.0
+# Of the size of x and g(x): a residual that moved by so much is that of another map.
+OTHER_MAP = 1e-2
+
+
+@dataclass(frozen=True)
+class SolutionCheck:
+    """Raises where g at a solution is another map than the solver was shown.
+
+    Attributes:
+        result: the solution.
+        rtol, atol: what its samples have converged to.
+        arithmetic: what g is evaluated in.
+        coupling: None where it was promised that rows are independent.
+    """
+
+    result: SolveResult
+    rtol: float
+    atol: float
+    arithmetic: torch.dtype
+    coupling: Coupling | None
+
+    def __call__(self, x: Tensor, gx: Tensor, ignored: Tensor | None = None) -> None:
+        """Look at g(x), x being the solution.
+
+        Args:
+            ignored: (B,) bool, samples that need not agree.
+        Raises:
+            RuntimeError: another map.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, gx = x.detach().to(wide), gx.detach().to(wide)
+        residual, norm_gx = row_norm(gx - x), row_norm(gx)
+        size = torch.maximum(norm_gx, row_norm(x))
+        change = (residual - self.result.residual).abs()
+        info = torch.finfo(self.arithmetic)
+        roundings = ROUNDINGS if info.bits > 16 else ROUNDINGS_IN_16_BITS
+        rounding = roundings * info.eps * size
+        # False where anything is not finite: that is the solver's to report.
+        off = change > torch.maximum(OTHER_MAP * size, rounding)
+        lost = residual > 2 * (self.atol + self.rtol * norm_gx) + rounding
+        off = off | (lost & (change > rounding) & (self.result.status == Status.CONVERGED))
+        if ignored is not None:
+            off = off & ~ignored
+        if bool(off.any()):
+            samples = torch.nonzero(off).flatten().tolist()[:8]
+            message = BROKEN_PROMISE if self.coupling is None and len(x) > 1 else UNREPEATABLE
+            raise RuntimeError(message.format(samples=samples))
