@@ -2,6 +2,8 @@
 
     python -m bench.fuzz --solves 1000000 --seed 0
     python -m bench.fuzz --seed 0 --only 123        one batch again, to look at a violation
+    python -m bench.fuzz --solves 0 --minutes 10    layers with all that users hang on them
+    python -m bench.fuzz --seed 0 --only-layer 123  one of those again; see bench/fuzz_layers.py
 
 What is checked, per sample, against norms that this script takes in float64 of x and g(x):
 
@@ -21,11 +23,12 @@ script in float64. SLACK units of that arithmetic's epsilon, relative, are all t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench.fuzz_layers import fuzz_layer
 from fpi_cuda import backends
 from fpi_cuda.options import MAX_DEPTH, Anderson, Broyden, Picard
 from fpi_cuda.result import SolveResult, Status
@@ -278,6 +282,20 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def layer_indices(count: int, minutes: float, only: int | None) -> Iterator[int]:
+    """The layers to call: one, so many, or as many as the time allows."""
+    if only is not None:
+        yield only
+        return
+    ends = time.perf_counter() + 60 * minutes
+    with tqdm(unit="layer", disable=not sys.stderr.isatty()) as bar:
+        for index in itertools.count():
+            if index >= count and time.perf_counter() >= ends:
+                return
+            yield index
+            bar.update()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuzz, print, and return 1 if a promise is broken."""
     parser = argparse.ArgumentParser(description="Hold random solves to their word.")
@@ -287,23 +305,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", type=int, default=None, help="the one case to run")
     parser.add_argument("--backend", default=None)
     parser.add_argument("--resolve-every", type=int, default=4, help="cases per invariance check")
+    parser.add_argument("--layers", type=int, default=0, help="layers to call")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of calling layers")
+    parser.add_argument("--only-layer", type=int, default=None, help="the one layer to call")
     parser.add_argument("--json", type=Path, default=None)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     indices = range(-(-chosen.solves // chosen.batch)) if chosen.only is None else [chosen.only]
+    if chosen.only_layer is not None:
+        indices = range(0)
     start = time.perf_counter()
     report = fuzz(chosen.seed, indices, chosen.batch, chosen.backend, chosen.resolve_every)
+    layers = 0
+    for index in layer_indices(chosen.layers, chosen.minutes, chosen.only_layer):
+        report.violations += fuzz_layer(chosen.seed, index)
+        layers += 1
     seconds = time.perf_counter() - start
     print(table(report))
     for line in report.violations[:SHOWN]:
-        index = line.split("case ")[1].split()[0]
+        again = f"--batch {chosen.batch} --only {{}} --resolve-every 1"
+        if ": layer index=" in line:
+            again, place = "--only-layer {}", line.split("layer index=")[1].split(",")[0]
+        else:
+            place = line.split("case ")[1].split()[0]
         print(
-            f"VIOLATION {line}\n  python -m bench.fuzz --seed {chosen.seed} "
-            f"--batch {chosen.batch} --only {index} --resolve-every 1"
+            f"VIOLATION {line}\n  python -m bench.fuzz --seed {chosen.seed} {again.format(place)}"
         )
     kinds = Counter(line.split(":")[0] for line in report.violations)
     summary = {
         "solves": report.solves,
+        "layers": layers,
         "seed": chosen.seed,
         "violations": len(report.violations),
         "kinds": dict(kinds),

@@ -139,13 +139,18 @@ def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> 
 
 def samples_line(options: Options, g: object) -> str:
     """What becomes of samples that have stopped."""
+    if not options.batch_dims:
+        return "the whole state is one (batch_dims=0)"
     source = "g.rowwise" if options.rowwise is None else "rowwise"
     if options.asks_rowwise(g):
         return (
             f"stopped ones leave the batch ({source} is True), where all that g reads has the "
             "batch in dim 0"
         )
-    return f"all are evaluated until the last one stops ({source} is not True)"
+    return (
+        f"all are evaluated until the last one stops ({source} is not True); rows that are seen to "
+        "depend on one another are solved as one"
+    )
 
 
 def inputs_line(g: object) -> str:

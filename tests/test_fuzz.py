@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import fuzz
+import fpi_cuda as fpi
+from bench import fuzz, fuzz_layers
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.testing import backends_available
 
@@ -22,6 +24,36 @@ def test_no_promise_is_broken(backend: str, cases: int) -> None:
     report = fuzz.fuzz(0, range(cases), BATCH, backend, resolve_every=2)
     assert report.solves == cases * BATCH
     assert report.violations == []
+
+
+def test_no_layer_breaks_its_word() -> None:
+    assert [line for index in range(150) for line in fuzz_layers.fuzz_layer(0, index)] == []
+
+
+@pytest.mark.parametrize(
+    ("lie", "found"),
+    [
+        (lambda sol: {"residual": 2 * sol.residual}, "residual is not that of all rows"),
+        (lambda sol: {"status": torch.ones_like(sol.status)}, "CONVERGED above the tolerance"),
+        (lambda sol: {"value": sol.value + 1e-3 * sol.value.detach()}, "CONVERGED above"),
+        (
+            lambda sol: {"value": sol.value.detach() + 2 * (sol.value - sol.value.detach())},
+            "the gr",
+        ),
+    ],
+)
+def test_a_lie_of_a_layer_is_found(
+    lie: Callable[[fpi.Solution], dict[str, Tensor]], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fpi.fixed_point
+
+    def lying(*args: object, **options: object) -> fpi.Solution:
+        sol = honest(*args, **options)  # type: ignore[arg-type]
+        return dataclasses.replace(sol, **lie(sol))
+
+    monkeypatch.setattr(fuzz_layers.fpi, "fixed_point", lying)
+    lines = [line for index in range(60) for line in fuzz_layers.fuzz_layer(0, index)]
+    assert any(line.startswith(found) for line in lines)
 
 
 def false_label(result: SolveResult) -> SolveResult:

@@ -26,6 +26,7 @@ from fpi_cuda.backends import reference, rules
 from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.result import Status
+from fpi_cuda.row_norm import row_norm
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import step
 from fpi_cuda.testing import backends_available
@@ -240,3 +241,45 @@ def test_status_has_the_same_values_in_both_languages() -> None:
     assert {name.upper(): value for name, value in found.items()} == {
         name.replace("_", ""): int(value) for name, value in Status.__members__.items()
     }
+
+
+# --- the look at samples that have stopped -------------------------------------------------------
+
+
+@native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [1, 31, 33, 700])
+def test_samples_that_have_moved_are_counted(dtype: torch.dtype, dim: int) -> None:
+    """By native code as by its twin, whatever lies in them."""
+    x, gx = torch.randn(12, dim).to(dtype), torch.randn(12, dim).to(dtype)
+    gx[3], x[4], gx[5, 0] = torch.inf, torch.nan, torch.nan
+    large = 1e-3 * torch.finfo(dtype).max
+    x[6:8] *= large
+    gx[8:10] *= torch.finfo(dtype).tiny
+    wide = torch.promote_types(dtype, torch.float32)
+    residual = row_norm(gx.to(wide) - x.to(wide))
+    residual[10] *= 1 + 4 * torch.finfo(dtype).eps  # rounding
+    status = torch.ones(12, dtype=torch.int8)
+    for count in (backends.native.num_moved, reference.num_moved):
+        assert count(x, gx, status, residual) == 0
+        residual[[0, 6, 11]] *= 1.5
+        assert count(x, gx, status, residual) == 3
+        status[0] = Status.ACTIVE
+        assert count(x, gx, status, residual) == 2
+        status[0] = Status.CONVERGED
+        residual[[0, 6, 11]] /= 1.5
+
+
+@native
+def test_the_look_checks_its_arrays() -> None:
+    x = torch.zeros(3, 2)
+    status, residual = torch.ones(3, dtype=torch.int8), torch.zeros(3, dtype=torch.float64)
+    for wrong, message in (
+        ((x, x.double(), status, residual), "num_moved: gx must have dtype"),
+        ((x, x[:2], status, residual), "num_moved: gx must be"),
+        ((x, x, status.int(), residual), "num_moved: status must have dtype"),
+        ((x, x, status, residual.float()), "num_moved: residual must have dtype"),
+        ((x.half(), x.half(), status, residual), "num_moved: x must be float32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            backends.native.num_moved(*wrong)
