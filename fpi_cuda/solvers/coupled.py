@@ -124,11 +124,9 @@ class RowWatch:
             if not self._num_moved(result, gx):
                 self._coupling.is_independent()
                 return result
-        told = retold(result, gx, work.atol, system.rtol)
-        if bool((told.status == Status.CONVERGED).all()):
-            return told
         self._coupling.depends()
-        if number >= system.max_steps:
+        told = retold(result, gx, work.atol, system.rtol)
+        if number >= system.max_steps or bool((told.status == Status.CONVERGED).all()):
             return told
         scale = float(work.control[:, SCALE0].norm())
         return joint_solve(system, result.x, gx, number, scale)

@@ -1,0 +1,101 @@
+"""What a row-wise g pays for nobody having promised that it is: python -m bench.row_watch
+
+Solves of a tanh cell on the host route, with the rows watched (rowwise=None, the verdict on the map
+cached) and with nothing watched, one after the other in alternating order. The ratio is the median
+over such pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fpi_cuda as fpi
+from bench import machine
+from fpi_cuda import functional
+
+BATCHES = (16, 256, 4096)
+FEATURES = (64, 1024)
+SOLVERS = (fpi.Picard(), fpi.Anderson(m=5))
+FEWEST_PAIRS, MOST_PAIRS = 9, 400
+
+
+def row(batch: int, features: int, solver: Any, *, grad: bool, seconds: float) -> dict[str, Any]:
+    """One line of the table."""
+    torch.manual_seed(0)
+    weight = torch.linalg.qr(torch.randn(features, features))[0] * 0.9
+    z = torch.randn(batch, features, requires_grad=grad)
+    x0 = torch.zeros(batch, features)
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(x @ weight + z)
+
+    def solve(watched: bool) -> tuple[float, fpi.Solution]:
+        promised = mock.patch.object(functional, "coupling_of", lambda *_: None)
+        if not watched:
+            promised.start()
+        began = time.perf_counter()
+        with torch.set_grad_enabled(grad):
+            solution = fpi.fixed_point(g, x0, z, solver=solver, rtol=1e-4, route="host")
+            if grad:
+                solution.value.sum().backward()
+        took = time.perf_counter() - began
+        if not watched:
+            promised.stop()
+        return took, solution
+
+    for watched in (True, False, True, False):
+        solve(watched)
+    ratios, times = [], []
+    ends = time.perf_counter() + seconds
+    while len(ratios) < MOST_PAIRS and (len(ratios) < FEWEST_PAIRS or time.perf_counter() < ends):
+        order = (True, False) if len(ratios) % 2 else (False, True)
+        took = {watched: solve(watched)[0] for watched in order}
+        ratios.append(took[True] / took[False])
+        times.append(took[False])
+    return {
+        "batch": batch,
+        "features": features,
+        "solver": type(solver).__name__,
+        "grad": grad,
+        "steps": int(solve(True)[1].num_steps.max()),
+        "microseconds": round(1e6 * statistics.median(times), 1),
+        "ratio": round(statistics.median(ratios), 4),
+        "pairs": len(ratios),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and keep."""
+    parser = argparse.ArgumentParser(description="The price of watching rows.")
+    parser.add_argument("--seconds", type=float, default=6.0, help="per line, at least nine pairs")
+    parser.add_argument("--grad", action="store_true", help="backward too")
+    parser.add_argument("--json", type=Path, default=None)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows = []
+    print("| B | d | solver | steps | us | watched / not |\n" + "| --- " * 6 + "|")
+    for batch in BATCHES:
+        for features in FEATURES:
+            for solver in SOLVERS:
+                one = row(batch, features, solver, grad=chosen.grad, seconds=chosen.seconds)
+                rows.append(one)
+                cells = (batch, features, one["solver"], one["steps"], one["microseconds"])
+                print("| " + " | ".join(map(str, cells)) + f" | {one['ratio']:.4f} |", flush=True)
+    if chosen.json is not None:
+        about = machine.describe(torch.device("cpu"), 1, sys.argv)
+        chosen.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
