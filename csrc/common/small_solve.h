@@ -12,6 +12,10 @@ namespace fpi {
 constexpr double kSmallestPivot = 1e-10;
 constexpr double kLeastGain = 1.0 - 0.99 * 0.99;  // of ||f||^2
 
+// A Gram matrix is symmetric: its lower triangle is kept, row by row of slots.
+FPI_HD int gram_size(int depth) { return depth * (depth + 1) / 2; }
+FPI_HD int gram_place(int i, int j) { return i > j ? gram_size(i) + j : gram_size(j) + i; }
+
 // Scratch of one small solve; in shared memory on a GPU.
 struct SmallSolve {
   // Cholesky factor of the kept columns, its diagonal inverted: divisions are slow in double.
@@ -23,7 +27,7 @@ struct SmallSolve {
 
 // Minimises ||f - dF gamma||^2 + ridge |D gamma|^2, D the column norms, over `columns` differences.
 //
-// gram is (depth, depth) by slot, rhs[slot] = <dF_slot, f>; slots run from `head`, the newest,
+// gram is the triangle by slot, rhs[slot] = <dF_slot, f>; slots run from `head`, the newest,
 // backwards. Columns are scaled to unit norm, so that the ridge means the same at every step, and
 // factored newest first, so that a column which adds nothing is an old one: it is skipped.
 // Source: Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, section 4 (on conditioning).
@@ -33,14 +37,14 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
   const auto slot_of = [depth, head](int age) { return (head - age + depth) % depth; };
   for (int a = 0; a < columns; ++a) {
     const int slot = slot_of(a);
-    const double square = gram[slot * depth + slot];
+    const double square = gram[gram_place(slot, slot)];
     s.inverse_norm[a] = square > 0.0 ? 1.0 / sqrt(square) : 0.0;
     double pivot = square > 0.0 ? 1.0 + ridge : 0.0;
     double value = rhs[slot] * s.inverse_norm[a];
     for (int b = 0; b < a; ++b) {
       if (!s.kept[b]) continue;
       double entry =
-          gram[slot * depth + slot_of(b)] * s.inverse_norm[a] * s.inverse_norm[b];
+          gram[gram_place(slot, slot_of(b))] * s.inverse_norm[a] * s.inverse_norm[b];
       for (int k = 0; k < b; ++k) {
         if (s.kept[k]) entry -= s.factor[a][k] * s.factor[b][k];
       }

@@ -34,7 +34,7 @@ def unroll(
         reference: the module fpi_cuda.backends.reference.
     """
     work = allocate(x0.detach(), solver, atol)
-    rules = reference.rules_for(x0.dtype, depth_of(solver), work.atol, rtol, max_steps)
+    rules = reference.rules_for(x0.dtype, depth_of(solver, x0.shape[1]), work.atol, rtol, max_steps)
     state = reference.StepState(
         x=x0,
         best=x0,
