@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from fpi_cuda.device_loop import Method, Refused
@@ -50,11 +51,13 @@ def strategy_for(
     account: Account,
     dim: int,
     on_device: DeviceSolve | None = None,
+    arithmetic: torch.dtype | None = None,
 ) -> Strategy:
     """How the adjoint system is dealt with.
 
     Args:
         on_device: tried before the solver of the host.
+        arithmetic: what autocast gave to products in g, and so gives to those with its Jacobian.
     """
     adjoint = options.adjoint
     if isinstance(adjoint, Neumann):
@@ -63,7 +66,10 @@ def strategy_for(
         return Truncated(account, truncation=0)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
     solver_of_system = linear_solve(
-        adjoint_solver(options, adjoint, dim), adjoint.max_steps or options.max_steps, engine
+        adjoint_solver(options, adjoint, dim),
+        adjoint.max_steps or options.max_steps,
+        engine,
+        arithmetic,
     )
     return Exact(account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device)
 
@@ -99,9 +105,12 @@ def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolv
 
 
 def linear_solve(
-    solver: FixedPointSolver | LinearSolver, max_steps: int, engine: Backend
+    solver: FixedPointSolver | LinearSolver,
+    max_steps: int,
+    engine: Backend,
+    arithmetic: torch.dtype | None,
 ) -> LinearSolve:
-    """The solver of y = M y + b that an adjoint asks for."""
+    """The solver of y = M y + b that an adjoint asks for; arithmetic as in strategy_for."""
 
     def run(
         apply: Callable[[Tensor], Tensor],
@@ -111,7 +120,12 @@ def linear_solve(
     ) -> SolveResult:
         if isinstance(solver, GMRES):
             return gmres(
-                lambda y: y - apply(y), b, restart=solver.restart, atol=atol, max_steps=max_steps
+                lambda y: y - apply(y),
+                b,
+                restart=solver.restart,
+                atol=atol,
+                max_steps=max_steps,
+                arithmetic=arithmetic,
             )
         if isinstance(solver, ConjugateGradient):
             return conjugate_gradient(
@@ -120,6 +134,7 @@ def linear_solve(
                 b,
                 atol=atol,
                 max_steps=max_steps,
+                arithmetic=arithmetic,
             )
         return solve(
             lambda y, rows: apply(y) + b,
@@ -129,6 +144,7 @@ def linear_solve(
             atol=atol,
             max_steps=max_steps,
             backend=engine,
+            arithmetic=arithmetic,
         )
 
     return run

@@ -220,7 +220,8 @@ def solved(
     account = Account(result.status, record, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
-    strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
+    arithmetic = flat_map.replay.autocast_dtype
+    strategy = strategy_for(options, engine, account, start.shape[1], course.on_device, arithmetic)
     residual = None if course.leaves_the_host_alone else result.residual
     value = attach(differentiated, result.x, residual, strategy, born_after)
     if value.requires_grad:
@@ -246,11 +247,14 @@ def solved_live(
             atol=options.atol,
             max_steps=options.max_steps,
             backend=engine,
+            arithmetic=flat_map.replay.autocast_dtype,
         )
 
     with flat_map.replay.solving():
         result, frame = live_solve(flat_map, start, run)
-    strategy = strategy_for(options, engine, Account(result.status, record), start.shape[1])
+    account = Account(result.status, record)
+    arithmetic = flat_map.replay.autocast_dtype
+    strategy = strategy_for(options, engine, account, start.shape[1], arithmetic=arithmetic)
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
     return value, SolveResult(*map(frame.raised, result))
@@ -277,6 +281,7 @@ def unrolled(
                 atol=options.atol,
                 max_steps=options.max_steps,
                 reference=reference,
+                arithmetic=flat_map.replay.autocast_dtype,
             )
 
     result = run(flat_map, start)

@@ -109,6 +109,7 @@ class Course:
                 max_steps=options.max_steps,
                 backend=self._engine,
                 rowwise=self._may_take_rows(),
+                arithmetic=self._flat_map.replay.autocast_dtype,
             )
 
     def _solve_fused(self, x0: Tensor) -> SolveResult:

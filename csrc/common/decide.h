@@ -95,20 +95,22 @@ FPI_HD void start(Control& c, const Measured& at) {
   c.has_previous = c.anchored = 0;
 }
 
-// The part of ||g|| below which rounding decides about a residual. A bound of many epsilons would
-// call half of ||g|| a floor where the state has 16 bits.
-FPI_HD double floor_of(const Control& c, const Rules& rules) {
+// The part of ||g|| below which the state's rounding decides about a residual. A bound of many
+// epsilons would call half of ||g|| a floor where the state has 16 bits.
+FPI_HD double least_floor(const Rules& rules) {
   const double epsilons =
       rules.epsilon > Safeguard::kHalfEpsilon ? Safeguard::kHalfFloor : Safeguard::kFloor;
-  return larger(epsilons * rules.epsilon, c.floor);
+  return epsilons * rules.epsilon;
 }
 
 // The best residual cannot be told from rounding at its own point, and has not fallen for a long
-// while: longer than the last Picard phase, whose residual may rise before it falls.
+// while: longer than the last Picard phase, whose residual may rise before it falls. Where the
+// noise of g was measured there is nothing to wait for.
 FPI_HD bool at_floor(const Control& c, const Rules& rules, int64_t step) {
-  const double patience = rules.safeguarded ? c.picard_length : 0.0;
-  return static_cast<double>(step) - c.gain_step >= larger(rules.stall_steps, patience) &&
-         c.best_relative <= floor_of(c, rules);
+  const double least = least_floor(rules);
+  const double phase = rules.safeguarded && c.floor <= least ? c.picard_length : 0.0;
+  return static_cast<double>(step) - c.gain_step >= larger(rules.stall_steps, phase) &&
+         c.best_relative <= larger(least, c.floor);
 }
 
 // The residual has grown by orders over the first, and grows still: a cycle does not, nor does a

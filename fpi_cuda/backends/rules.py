@@ -165,10 +165,11 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     grows = (c["peak"] > DIVERGENCE * reference) & ~(at.residual < NEAR_PEAK * c["peak"])
     grows &= step - c["growth_step"] < rules.stall_steps
     ran_away = grows & (at.residual > OVERFLOW * rules.largest)
-    patience = c["picard_length"] if rules.safeguarded else torch.zeros_like(c["picard_length"])
-    at_floor = (step - c["gain_step"] >= patience.clamp(min=rules.stall_steps)) & (
-        c["best_relative"] <= c["floor"].clamp(min=least_floor(rules.epsilon))
-    )
+    least = least_floor(rules.epsilon)
+    waits = (c["floor"] <= least) & rules.safeguarded
+    phase = torch.where(waits, c["picard_length"], 0.0)
+    at_floor = step - c["gain_step"] >= phase.clamp(min=rules.stall_steps)
+    at_floor &= c["best_relative"] <= c["floor"].clamp(min=least)
     status = torch.full_like(step, Status.ACTIVE)
     for holds, name in (
         (step >= rules.max_steps, Status.MAX_STEPS),
@@ -195,7 +196,7 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
 
 
 def least_floor(epsilon: float) -> float:
-    """The part of ||g|| below which a residual is rounding, at least; see csrc/common/decide.h."""
+    """The part of ||g|| below which the state's rounding decides; see csrc/common/decide.h."""
     return epsilon * (HALF_FLOOR if epsilon > HALF_EPSILON else FLOOR)
 
 

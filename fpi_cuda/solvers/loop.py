@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.solvers.noise import EVERY, noise_of
 from fpi_cuda.solvers.polling import active_count
 from fpi_cuda.solvers.workspace import Workspace, allocate
 
@@ -38,6 +39,7 @@ def solve(
     max_steps: int,
     backend: Backend,
     rowwise: bool = False,
+    arithmetic: torch.dtype | None = None,
 ) -> SolveResult:
     """Iterate from x0 until every sample has stopped.
 
@@ -48,6 +50,7 @@ def solve(
         backend: from fpi_cuda.backends.resolve.
         rowwise: evaluate may be called on some of the rows alone; stopped samples then leave
             the batch, and cost nothing.
+        arithmetic: what autocast gives to products in evaluate; None where it is off.
     """
     if x0.shape[0] == 0:
         return empty_result(x0)
@@ -59,6 +62,7 @@ def solve(
         work = allocate(x0, solver, atol)
         work.scratch = backend.scratch(x0)
         count = active_count(x0.device)
+        noise = noise_of(arithmetic, x0.dtype, max_steps)
         number = 0
         while True:
             step(backend, solver, work, x, gx, rows, rtol, max_steps)
@@ -74,6 +78,8 @@ def solve(
                 keep = active_first(status)[:num_active]
                 x = x[keep]
                 rows = keep if rows is None else rows[keep]
+            if noise is not None and num_active is not None and number % EVERY == 0:
+                noise.after_step(evaluate, x, rows, work)
             gx = apart_from(x, evaluate(x, rows))
         return SolveResult(work.best, work.status, work.num_steps, work.residual)
 

@@ -159,10 +159,11 @@ def decide(
     grows = grows & (step - growth_step < STALL_STEPS)
     largest = LARGEST_DOUBLE if EPSILON <= DOUBLE_EPSILON else LARGEST_SINGLE
     ran_away = grows & (residual > largest * OVERFLOW)
-    floor_steps = tl.maximum(picard_length, STALL_STEPS) if SAFEGUARDED else STALL_STEPS
     least = EPSILON * (HALF_FLOOR if EPSILON > HALF_EPSILON else FLOOR)
-    floor = tl.maximum(tl.load(counters + LEAST_FLOOR).to(tl.float64), least)
-    at_floor = (step - gain_step >= floor_steps) & (best_relative.to(tl.float64) <= floor)
+    floor = tl.load(counters + LEAST_FLOOR).to(tl.float64)
+    phase = tl.where(floor <= least, picard_length, 0.0) if SAFEGUARDED else 0.0
+    at_floor = step - gain_step >= tl.maximum(phase, STALL_STEPS)
+    at_floor = at_floor & (best_relative.to(tl.float64) <= tl.maximum(floor, least))
     status = tl.where(step >= max_steps, tl.where(grows, DIVERGED, MAX_STEPS), ACTIVE)
     status = tl.where(finite & at_floor, STALLED, status)
     status = tl.where(finite & (ran_away | (passes & hidden)), DIVERGED, status)
