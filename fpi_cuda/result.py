@@ -30,8 +30,10 @@ _REMEDIES = {
     Status.ACTIVE: "the solve has not ended",
     Status.CONVERGED: "",
     Status.MAX_STEPS: "raise max_steps, loosen rtol, or use a deeper Anderson history",
-    Status.STALLED: "the residual is at the dtype's floor: loosen rtol or use float64",
-    Status.DIVERGED: "g does not contract here: bound it (fpi.contract_) or damp it",
+    Status.STALLED: "the residual is at the floor of the arithmetic, that of autocast where it "
+    "is on: loosen rtol, or compute in a wider dtype",
+    Status.DIVERGED: "g does not contract here: bound it (fpi.contract_) or damp it; if it only "
+    "grows on its way, raise max_steps",
     Status.NONFINITE: "g returned NaN or Inf: look at that sample's x0 and z",
 }
 

@@ -123,9 +123,11 @@ FPI_HD bool grows(const Control& c, const Measured& at, const Rules& rules, int6
 }
 
 // Growth alone is no divergence: from a small start a state may grow by any number of orders on
-// its way to a fixed point. It is where nothing can follow but overflow, and where no step is left.
+// its way to a fixed point. It is where nothing can follow but overflow, unless the safeguard goes
+// back, and where no step is left.
 FPI_HD bool ran_away(const Control& c, const Measured& at, const Rules& rules, int64_t step) {
-  return at.residual > Safeguard::kOverflow * rules.largest && grows(c, at, rules, step);
+  return !rules.safeguarded && at.residual > Safeguard::kOverflow * rules.largest &&
+         grows(c, at, rules, step);
 }
 
 FPI_HD Status at_last_step(const Control& c, const Measured& at, const Rules& rules, int64_t step) {

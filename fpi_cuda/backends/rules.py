@@ -164,7 +164,7 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     reference = torch.maximum(c["first"], FLOOR * rules.epsilon * c["scale0"])
     grows = (c["peak"] > DIVERGENCE * reference) & ~(at.residual < NEAR_PEAK * c["peak"])
     grows &= step - c["growth_step"] < rules.stall_steps
-    ran_away = grows & (at.residual > OVERFLOW * rules.largest)
+    ran_away = grows & (at.residual > OVERFLOW * rules.largest) & (not rules.safeguarded)
     least = least_floor(rules.epsilon)
     waits = (c["floor"] <= least) & rules.safeguarded
     phase = torch.where(waits, c["picard_length"], 0.0)

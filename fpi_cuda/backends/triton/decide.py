@@ -158,7 +158,7 @@ def decide(
     grows = (peak > reference * DIVERGENCE) & ((residual < peak * NEAR_PEAK) == 0)
     grows = grows & (step - growth_step < STALL_STEPS)
     largest = LARGEST_DOUBLE if EPSILON <= DOUBLE_EPSILON else LARGEST_SINGLE
-    ran_away = grows & (residual > largest * OVERFLOW)
+    ran_away = grows & (residual > largest * OVERFLOW) & (SAFEGUARDED == 0)
     least = EPSILON * (HALF_FLOOR if EPSILON > HALF_EPSILON else FLOOR)
     floor = tl.load(counters + LEAST_FLOOR).to(tl.float64)
     phase = tl.where(floor <= least, picard_length, 0.0) if SAFEGUARDED else 0.0
