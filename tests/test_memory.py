@@ -1,4 +1,4 @@
-"""What a solve holds at most, however many steps it takes: 2m + 6 arrays of the state, and a little.
+"""A solve holds 2m + 6 arrays of the state at most, and a little, however many steps it takes.
 
 The little is what the rules and small solves remember of a sample, whatever its size.
 """
