@@ -21,6 +21,7 @@ struct SmallSolve {
   // Cholesky factor of the kept columns, its diagonal inverted: divisions are slow in double.
   double factor[kMaxDepth][kMaxDepth];
   double inverse_norm[kMaxDepth];       // 1 / ||column||
+  int slots[kMaxDepth];                 // by age
   double gamma[kMaxDepth];              // solution, by slot
   bool kept[kMaxDepth];
 };
@@ -34,9 +35,9 @@ struct SmallSolve {
 FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int columns, int head,
                         double ridge, SmallSolve& s) {
   for (int slot = 0; slot < depth; ++slot) s.gamma[slot] = 0.0;
-  const auto slot_of = [depth, head](int age) { return (head - age + depth) % depth; };
   for (int a = 0; a < columns; ++a) {
-    const int slot = slot_of(a);
+    const int slot = head >= a ? head - a : head - a + depth;
+    s.slots[a] = slot;
     const double square = gram[gram_place(slot, slot)];
     s.inverse_norm[a] = square > 0.0 ? 1.0 / sqrt(square) : 0.0;
     double pivot = square > 0.0 ? 1.0 + ridge : 0.0;
@@ -44,14 +45,14 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
     for (int b = 0; b < a; ++b) {
       if (!s.kept[b]) continue;
       double entry =
-          gram[gram_place(slot, slot_of(b))] * s.inverse_norm[a] * s.inverse_norm[b];
+          gram[gram_place(slot, s.slots[b])] * s.inverse_norm[a] * s.inverse_norm[b];
       for (int k = 0; k < b; ++k) {
         if (s.kept[k]) entry -= s.factor[a][k] * s.factor[b][k];
       }
       entry *= s.factor[b][b];
       s.factor[a][b] = entry;
       pivot -= entry * entry;
-      value -= entry * s.gamma[slot_of(b)];
+      value -= entry * s.gamma[s.slots[b]];
     }
     // A NaN or Inf in the Gram matrix fails this test too.
     s.kept[a] = pivot >= kSmallestPivot && is_finite(value) && is_finite(pivot);
@@ -60,15 +61,15 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
     s.gamma[slot] = value * s.factor[a][a];
   }
   for (int a = columns - 1; a >= 0; --a) {
-    const int slot = slot_of(a);
+    const int slot = s.slots[a];
     if (!s.kept[a]) continue;
     double value = s.gamma[slot];
     for (int b = a + 1; b < columns; ++b) {
-      if (s.kept[b]) value -= s.factor[b][a] * s.gamma[slot_of(b)];
+      if (s.kept[b]) value -= s.factor[b][a] * s.gamma[s.slots[b]];
     }
     s.gamma[slot] = value * s.factor[a][a];
   }
-  for (int a = 0; a < columns; ++a) s.gamma[slot_of(a)] *= s.inverse_norm[a];
+  for (int a = 0; a < columns; ++a) s.gamma[s.slots[a]] *= s.inverse_norm[a];
 }
 
 // Whether the solution takes enough off ||f||^2 = ff to be worth a step that is not Picard's: less
