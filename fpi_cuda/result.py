@@ -11,7 +11,18 @@ from torch import Tensor
 
 
 class Status(enum.IntEnum):
-    """How one sample's solve ended. The values are those of csrc/common/status.h."""
+    """How one sample's solve ended. The values are those of csrc/common/status.h.
+
+    CONVERGED: ||g(x) - x|| <= atol + min(rtol ||g(x)||, cap). The cap is a tenth of the larger of
+    x0 and g(x0), or a hundredth of the largest residual since ||g|| last grew fourfold: drifting
+    off is no convergence, growth to a fixed point of another size is.
+    STALLED: no gain of a tenth for a while, and ||g(x) - x|| within 64 roundings of ||g(x)|| (8 of
+    a state of 16 bits), or, under autocast, within the noise that g was seen to have.
+    DIVERGED: the residual nears overflow, or has grown a million times over the first one and
+    grows still at the last step; or x ran so far that rounding hides whether it drifts.
+    NONFINITE: g was not finite at x0, or time and again.
+    MAX_STEPS: none of these.
+    """
 
     ACTIVE = 0
     CONVERGED = 1

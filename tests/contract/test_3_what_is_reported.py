@@ -130,6 +130,23 @@ def test_growth_is_no_divergence_for_accelerated_solvers(
     assert sol.status.item() not in (fpi.Status.DIVERGED, fpi.Status.STALLED), sol
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize("size_of_input", [1e-6, 1e-9])
+def test_growth_in_the_fused_loop(precision: str, size_of_input: float) -> None:
+    """tanh(2.5 x + z), whose fixed point is 0.985 beside an input of 1e-6."""
+    dense = fpi.cells.Dense(6, 6)
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.zero_()
+        dense.A.weight.copy_(2.5 * torch.eye(6))
+        dense.B.weight.copy_(torch.eye(6))
+        z = torch.full((3, 6), size_of_input)
+        options = {"solver": fpi.Picard(), "route": "fused", "precision": precision}
+        sol = fpi.fixed_point(dense, torch.zeros(3, 6), z, rtol=2e-2, max_steps=200, **options)
+    assert sol.converged.all(), sol
+    assert (sol.value > 0.9).all()
+
+
 def test_growth_in_a_row_of_a_batch_is_that_rows_alone() -> None:
     x0 = torch.tensor([[1e-9] * 3, [0.9] * 3, [1e3] * 3], dtype=F64)
     sol = fpi.fixed_point(ricker, x0, solver=fpi.Picard(), rtol=1e-6, max_steps=500)
