@@ -7,8 +7,11 @@
 
 What is checked, per sample, against norms that this script takes in float64 of x and g(x):
 
-- CONVERGED: the returned x, evaluated again, has ||g - x|| <= atol + min(rtol ||g||, 0.1 s0), and
-  no earlier point had, but for one so far off that g rounds away more than 0.1 s0;
+- CONVERGED: the returned x, evaluated again, has ||g - x|| <= atol + min(rtol ||g||, cap); the cap
+  is 0.1 s0, or 0.01 of a residual seen where ||g|| was a quarter of this one at least. No earlier
+  point was within that of 0.1 s0, but for one so far off that g rounds away more.
+- STALLED: ||g - x|| of the returned x is at most FLOOR epsilons of the state's dtype, relative to
+  ||g||.
 - where g has no fixed point, CONVERGED is a violation, in bfloat16 too, though there x + 1 = x
   from 256 on.
 - residual is that of the returned x.
@@ -47,6 +50,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 MAX_STEPS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 MAX_DIM = 40
 CAP = 0.1
+FALL = 0.01
+SETTLED = 4.0
+FLOOR = 64.0
 SLACK = 4.0
 SHOWN = 20
 
@@ -178,7 +184,11 @@ def check(case: Case, result: SolveResult, trace: Trace, report: Report) -> None
         return case.atol + torch.minimum(case.rtol * norm_gx, CAP * scale0)
 
     residual, norm_gx = norms(result.x, maps(result.x, None, None))
-    bound = tolerance(norm_gx)
+    at_rest = norm_gx <= SETTLED * (1 + slack) * trace.norm_gx
+    peaks = torch.where(at_rest & trace.residual.isfinite(), trace.residual, 0.0)
+    peaks = torch.where(torch.arange(case.max_steps)[:, None] <= last, peaks, 0.0)
+    of_peak = torch.minimum(case.rtol * norm_gx, FALL * peaks.amax(0))
+    bound = torch.maximum(tolerance(norm_gx), case.atol + of_peak)
     flag(
         report,
         case,
@@ -193,6 +203,9 @@ def check(case: Case, result: SolveResult, trace: Trace, report: Report) -> None
     flag(report, case, "went on after an evaluation that passed", earlier.any(0))
 
     passing_fault = (maps.fault_step != NEVER) & (maps.fault_step != ALWAYS)
+    floor = FLOOR * torch.finfo(case.dtype).eps * norm_gx
+    stalled = (status == Status.STALLED) & ~passing_fault
+    flag(report, case, "STALLED above the floor", stalled & ~(residual <= floor * (1 + slack)))
     same = (result.residual - residual).abs() <= slack * residual
     same |= ~residual.isfinite() & ~result.residual.isfinite()
     flag(report, case, "residual is not that of x", ~same & (converged | ~passing_fault))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import Clock, Timing, seconds
-from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.control import column
 from fpi_cuda.options import Anderson
 from fpi_cuda.result import Status
 from fpi_cuda.solvers import stepping
@@ -94,8 +94,8 @@ def snapshot(case: Case, device: torch.device, reference: ModuleType) -> Snapsho
 def is_accelerated(work: Workspace, before: Workspace, x: Tensor, gx: Tensor) -> bool:
     """Whether the step just taken used a full history in every sample."""
     depth = work.columns_f.shape[1]
-    full = before.control[:, CONTROL_FIELDS.index("columns")] >= depth - 1
-    mixed = work.control[:, CONTROL_FIELDS.index("picard_left")] == 0
+    full = column(before.control, "columns") >= depth - 1
+    mixed = column(work.control, "picard_left") == 0
     active = work.status == Status.ACTIVE
     return bool((full & mixed & active & (x != gx).any(1)).all())
 

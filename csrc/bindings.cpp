@@ -15,7 +15,7 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 
 // What Python relies on: raised with every change to the ops' schemas, the C functions of the device
 // loop, or what their arguments mean, here and in fpi_cuda/_extension.py.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 // What was built, as lines "key=value"; setup.py defines one of the two CUDA macros.
 std::string build_info() {

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "common/control.h"
+#include "common/small_solve.h"
 #include "common/step_params.h"
 #include "cpu/step.h"
 #include "cuda/scratch.h"
@@ -97,7 +98,7 @@ StepParams checked_params(const char* op, StepTensors& t, bool uses_gram) {
   check_shape(op, "anchor", t.anchor, {depth ? batch : 0, dim});
   check_shape(op, "f_previous", t.f_previous, {apart, dim});
   check_shape(op, "partner_previous", t.partner_previous, {apart, dim});
-  if (uses_gram) check_shape(op, "gram", t.gram, {batch, depth, depth});
+  if (uses_gram) check_shape(op, "gram", t.gram, {batch, gram_size(static_cast<int>(depth))});
   check_shape(op, "control", t.control, {batch, kControlSize});
   check_shape(op, "atol", t.atol, {batch});
   check_shape(op, "status", t.status, {batch});

@@ -10,7 +10,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libfpi_cuda.so")
 
-INTERFACE = 1
+INTERFACE = 2
 """kInterface of csrc/bindings.cpp: a library with another number was built from other sources.
 
 It counts changes of the ops and of what their arguments mean, not of the kernels' rules: a library

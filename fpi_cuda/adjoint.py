@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
@@ -56,11 +57,13 @@ def strategy_for(
     account: Account,
     dim: int,
     on_device: DeviceSolve | None = None,
+    arithmetic: torch.dtype | None = None,
 ) -> Strategy:
     """How the adjoint system is dealt with.
 
     Args:
         on_device: tried before the solver of the host.
+        arithmetic: what autocast gave to products in g, and so gives to those with its Jacobian.
     """
     adjoint = options.adjoint
     if isinstance(adjoint, Neumann):
@@ -69,7 +72,10 @@ def strategy_for(
         return Truncated(account, truncation=0)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
     solver_of_system = linear_solve(
-        adjoint_solver(options, adjoint, dim), adjoint.max_steps or options.max_steps, engine
+        adjoint_solver(options, adjoint, dim),
+        adjoint.max_steps or options.max_steps,
+        engine,
+        arithmetic,
     )
     return Exact(account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device)
 
@@ -105,12 +111,15 @@ def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolv
 
 
 def linear_solve(
-    solver: FixedPointSolver | LinearSolver, max_steps: int, engine: Backend
+    solver: FixedPointSolver | LinearSolver,
+    max_steps: int,
+    engine: Backend,
+    arithmetic: torch.dtype | None,
 ) -> LinearSolve:
-    """The solver of y = M y + b that an adjoint asks for."""
+    """The solver of y = M y + b that an adjoint asks for; arithmetic as in strategy_for."""
     if isinstance(solver, (GMRES, ConjugateGradient)):
-        return KrylovSolve(solver, max_steps, engine)
-    return IteratedSolve(solver, max_steps, engine)
+        return KrylovSolve(solver, max_steps, engine, arithmetic)
+    return IteratedSolve(solver, max_steps, engine, arithmetic)
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ class IteratedSolve:
     solver: FixedPointSolver
     max_steps: int
     engine: Backend
+    arithmetic: torch.dtype | None
 
     def __call__(
         self,
@@ -141,6 +151,7 @@ class IteratedSolve:
             atol=atol,
             max_steps=self.max_steps,
             backend=self.engine,
+            arithmetic=self.arithmetic,
             coupling=coupling,
             linear=True,
         )
@@ -153,6 +164,7 @@ class KrylovSolve:
     solver: LinearSolver
     max_steps: int
     engine: Backend
+    arithmetic: torch.dtype | None
 
     def __call__(
         self,
@@ -175,7 +187,11 @@ class KrylovSolve:
         def minus(product: Apply) -> Apply:
             return lambda y: y - product(y)
 
-        limits: dict[str, Any] = {"atol": atol, "max_steps": self.max_steps}
+        limits: dict[str, Any] = {
+            "atol": atol,
+            "max_steps": self.max_steps,
+            "arithmetic": self.arithmetic,
+        }
         if isinstance(self.solver, GMRES):
             return gmres(minus(apply), b, restart=self.solver.restart, **limits)
         return conjugate_gradient(minus(apply), minus(transpose), b, **limits)

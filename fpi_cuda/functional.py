@@ -262,7 +262,8 @@ def solved(
     account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
-    strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
+    arithmetic = flat_map.replay.autocast_dtype
+    strategy = strategy_for(options, engine, account, start.shape[1], course.on_device, arithmetic)
     watch = None if course.leaves_the_host_alone else check
     value = attach(differentiated, result.x, watch, strategy, born_after)
     if value.requires_grad:
@@ -309,13 +310,14 @@ def solved_live(
             max_steps=options.max_steps,
             backend=engine,
             coupling=coupling,
+            arithmetic=flat_map.replay.autocast_dtype,
         )
 
     with flat_map.replay.solving():
         result, frame = live_solve(flat_map, start, run)
-    strategy = strategy_for(
-        options, engine, Account(result.status, record, coupling), start.shape[1]
-    )
+    account = Account(result.status, record, coupling)
+    arithmetic = flat_map.replay.autocast_dtype
+    strategy = strategy_for(options, engine, account, start.shape[1], arithmetic=arithmetic)
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
     return value, SolveResult(*map(frame.raised, result))
@@ -342,6 +344,7 @@ def unrolled(
                 atol=options.atol,
                 max_steps=options.max_steps,
                 reference=reference,
+                arithmetic=flat_map.replay.autocast_dtype,
             )
 
     result = run(flat_map, start)

@@ -19,11 +19,12 @@ from fpi_cuda.faithful import rehearsed
 from fpi_cuda.fused_evaluation import FusedEvaluation
 from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
 from fpi_cuda.lowered import NotLowered, added_functions
-from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver
+from fpi_cuda.options import FixedPointSolver, LinearSolver
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
 from fpi_cuda.solvers.stepping import Backend
+from fpi_cuda.solvers.workspace import depth_of
 
 DRAWN = "its weights are drawn at random"
 
@@ -93,7 +94,7 @@ def why_not_worth(
         return None
     first, *rest = fused.lowered.layers
     weight = first.weight
-    depth = solver.m if isinstance(solver, Anderson) else 0
+    depth = depth_of(solver, weight.shape[1])
     _, reason = engine.cell_loop_plan(
         batch,
         weight.shape[1],

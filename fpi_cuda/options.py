@@ -102,7 +102,9 @@ class Anderson:
     """Anderson acceleration, type II, per sample, with a scale-free ridge and a safeguard.
 
     Args:
-        m: depth of the history, 1 to 16. Extra memory is 2m + 6 times the state.
+        m: depth of the history, 1 to 16; of it, k = min(m, D) differences are kept of samples of
+            D elements. Extra memory is 2k + 6 times the state, and 4k (k + 1) + 133 bytes a
+            sample.
         beta: mixing in (0, 2]; 1 uses g alone.
         ridge: relative to the unit diagonal of the scaled Gram matrix; 0 for linear maps.
         history_dtype: dtype of the stored differences; None stores them as the state.
@@ -133,7 +135,8 @@ class Broyden:
     """Limited-memory good Broyden on g(x) - x = 0, per sample: the solver of DEQ.
 
     Args:
-        m: number of rank-one updates kept, 1 to 16; the memory starts afresh when full.
+        m: number of rank-one updates kept, 1 to 16; the memory starts afresh when full. Extra
+            memory is 2m + 6 times the state, and 133 bytes a sample.
         beta: mixing of the first step and after a restart, in (0, 2].
     Source:
         Broyden, Math. Comp. 19, 1965; Bai, Kolter, Koltun, NeurIPS 2019, section 3.1.3.

@@ -11,7 +11,18 @@ from torch import Tensor
 
 
 class Status(enum.IntEnum):
-    """How one sample's solve ended. The values are those of csrc/common/status.h."""
+    """How one sample's solve ended. The values are those of csrc/common/status.h.
+
+    CONVERGED: ||g(x) - x|| <= atol + min(rtol ||g(x)||, cap). The cap is a tenth of the larger of
+    x0 and g(x0), or a hundredth of the largest residual since ||g|| last grew fourfold: drifting
+    off is no convergence, growth to a fixed point of another size is.
+    STALLED: no gain of a tenth for a while, and ||g(x) - x|| within 64 roundings of ||g(x)|| (8 of
+    a state of 16 bits), or, under autocast, within the noise that g was seen to have.
+    DIVERGED: the residual nears overflow, or has grown a million times over the first one and
+    grows still at the last step; or x ran so far that rounding hides whether it drifts.
+    NONFINITE: g was not finite at x0, or time and again.
+    MAX_STEPS: none of these.
+    """
 
     ACTIVE = 0
     CONVERGED = 1
@@ -30,8 +41,10 @@ _REMEDIES = {
     Status.ACTIVE: "the solve has not ended",
     Status.CONVERGED: "",
     Status.MAX_STEPS: "raise max_steps, loosen rtol, or use a deeper Anderson history",
-    Status.STALLED: "the residual is at the dtype's floor: loosen rtol or use float64",
-    Status.DIVERGED: "g does not contract here: bound it (fpi.contract_) or damp it",
+    Status.STALLED: "the residual is at the floor of the arithmetic, that of autocast where it "
+    "is on: loosen rtol, or compute in a wider dtype",
+    Status.DIVERGED: "g does not contract here: bound it (fpi.contract_) or damp it; if it only "
+    "grows on its way, raise max_steps",
     Status.NONFINITE: "g returned NaN or Inf: look at that sample's x0 and z",
 }
 

@@ -125,6 +125,7 @@ class Course:
                 backend=self._engine,
                 rowwise=self.may_take_rows,
                 coupling=self._coupling,
+                arithmetic=self._flat_map.replay.autocast_dtype,
             )
 
     def _solve_fused(self, x0: Tensor) -> SolveResult:

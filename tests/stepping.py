@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.control import column
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solvers.stepping import step
 from fpi_cuda.solvers.workspace import Workspace, allocate
@@ -108,7 +108,7 @@ def end_first_phase(b: Batch) -> None:
     That is not so in half precision, nor where the map has no fixed point to determine a step.
     """
     if mixes(b.x.dtype):
-        left = b.work.control[:, CONTROL_FIELDS.index("picard_left")]
+        left = column(b.work.control, "picard_left")
         left[: len(MAPS) - 1].clamp_(max=1)
 
 

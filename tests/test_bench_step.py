@@ -17,7 +17,7 @@ from bench.record import Record
 from bench.step_rows import Case, Ours, hand_written_step, right, snapshot
 from fpi_cuda import backends
 from fpi_cuda.backends import reference
-from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.control import column
 from fpi_cuda.result import Status
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def test_every_timed_step_is_the_same_accelerated_step(dtype: torch.dtype) -> No
         ends.append(row.x.clone())
     assert torch.equal(*ends)
     assert not torch.equal(ends[0], start.gx), "a Picard step reads no history"
-    columns = row.work.control[:, CONTROL_FIELDS.index("columns")]
+    columns = column(row.work.control, "columns")
     assert columns.tolist() == [4.0] * 3
 
 

@@ -61,6 +61,11 @@ def false_label(result: SolveResult) -> SolveResult:
     return result._replace(status=status)
 
 
+def false_floor(result: SolveResult) -> SolveResult:
+    status = torch.where(result.status == Status.MAX_STEPS, int(Status.STALLED), result.status)
+    return result._replace(status=status.to(torch.int8))
+
+
 def false_residual(result: SolveResult) -> SolveResult:
     return result._replace(residual=1.001 * result.residual)
 
@@ -78,6 +83,7 @@ def false_steps(result: SolveResult) -> SolveResult:
     [
         (false_label, "CONVERGED above the tolerance"),
         (false_label, "CONVERGED without a fixed point"),
+        (false_floor, "STALLED above the floor"),
         (false_residual, "residual is not that of x"),
         (false_residual, "failed, and x is not the best seen"),
         (another_point, "residual is not that of x"),

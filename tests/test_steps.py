@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fpi_cuda import backends
 from fpi_cuda.backends import reference, rules
-from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.control import COUNTERS, NORMS
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.result import Status
 from fpi_cuda.row_norm import row_norm
@@ -223,7 +223,8 @@ COMMON = Path(__file__).parents[1] / "csrc" / "common"
 
 def test_control_has_the_same_columns_in_both_languages() -> None:
     row = (COMMON / "control.h").read_text().split("struct Control {")[1].split("};")[0]
-    assert tuple(re.findall(r"double (\w+);", row)) == CONTROL_FIELDS
+    assert tuple(re.findall(r"double (\w+);", row)) == NORMS
+    assert tuple(re.findall(r"float (\w+);", row)) == COUNTERS
 
 
 def test_rules_have_the_same_constants_in_both_languages() -> None:

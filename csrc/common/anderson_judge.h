@@ -42,15 +42,15 @@ FPI_HD void admit_difference(const AndersonSums& sums, const Measured& at, doubl
   const int others = columns_but_fresh(c, depth);  // the oldest was overwritten
   const bool useful =
       is_finite(sums.dfdf) && sqrt(sums.dfdf) > 0.5 * epsilon * at.norm_gx;
-  c.columns = others;
+  c.columns = static_cast<float>(others);
   if (!useful) return;
   for (int age = 0; age < others; ++age) {
     const int slot = (head - age + depth) % depth;
-    gram[fresh * depth + slot] = gram[slot * depth + fresh] = sums.dfdc[slot];
+    gram[gram_place(fresh, slot)] = sums.dfdc[slot];
   }
-  gram[fresh * depth + fresh] = sums.dfdf;
-  c.columns = others + 1;
-  c.head = fresh;
+  gram[gram_place(fresh, fresh)] = sums.dfdf;
+  c.columns = static_cast<float>(others + 1);
+  c.head = static_cast<float>(fresh);
 }
 
 FPI_HD void judge_anderson(const StepParams& p, int64_t sample, double epsilon, const Measured& at,
@@ -65,7 +65,7 @@ FPI_HD void judge_anderson(const StepParams& p, int64_t sample, double epsilon, 
   if (plan.decision.move == Move::kStop || depth == 0) return;
   if (goes_elsewhere(plan.decision.move)) {
     // The slot of the fresh difference was written over.
-    if (plan.differs) c.columns = columns_but_fresh(c, depth);
+    if (plan.differs) c.columns = static_cast<float>(columns_but_fresh(c, depth));
     c.has_previous = 0;
     return;
   }

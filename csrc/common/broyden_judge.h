@@ -43,7 +43,7 @@ FPI_HD void judge_broyden(const StepParams& p, int64_t sample, double epsilon, c
   }
   c.has_previous = 1;
   plan.columns = kept_columns(c, p.depth);
-  c.columns = plan.columns;
+  c.columns = static_cast<float>(plan.columns);
   // A difference that is rounding noise would fill H with it.
   const double noise = 0.5 * epsilon * at.norm_gx;
   plan.updates = differs && is_finite(sums.yy) && sqrt(sums.yy) > noise && sums.ss > 0.0;
@@ -64,7 +64,7 @@ FPI_HD void admit_update(const BroydenSums& sums, BroydenPlan& plan, Control& c)
   plan.fresh_vf = sums.fresh_vf;
   plan.updates = is_finite(size) && is_finite(plan.fresh_vf) &&
                  fabs(plan.denominator) > kSmallestCosine * size;
-  if (plan.updates) c.columns = plan.columns + 1;
+  if (plan.updates) c.columns = static_cast<float>(plan.columns + 1);
 }
 
 }  // namespace fpi

@@ -7,12 +7,16 @@
 
 namespace fpi {
 
-// `epsilon` is that of the state's dtype; patience with a floor grows with the history.
+// `epsilon` is that of the state's dtype; patience with a floor grows with the history. A step is
+// computed in float64 for float64 states alone.
 FPI_HD Rules rules_for(const StepParams& p, int64_t sample, double epsilon) {
   Rules rules;
   rules.atol = p.atol[sample];
   rules.rtol = p.rtol;
   rules.epsilon = epsilon;
+  rules.largest = epsilon > std::numeric_limits<double>::epsilon()
+                      ? static_cast<double>(kLargest<float>)
+                      : kLargest<double>;
   rules.max_steps = p.max_steps;
   rules.stall_steps = 3 * p.depth > 20 ? 3 * p.depth : 20;
   rules.safeguarded = p.depth > 0;

@@ -19,7 +19,7 @@ struct StepParams {
   void* partner_previous;    // (batch, dim) compute dtype
   void* columns_f;           // (batch, depth, dim) history dtype: dF, or Broyden's u
   void* columns_g;           // (batch, depth, dim) history dtype: dG, or Broyden's v
-  double* gram;              // (batch, depth, depth); null for Broyden and Picard
+  double* gram;              // (batch, gram_size(depth)); null for Broyden and Picard
   double* control;           // (batch, kControlSize)
   const double* atol;        // (batch,)
   int8_t* status;            // (batch,)

@@ -6,6 +6,7 @@
 
 #include "../common/cell_loop_params.h"
 #include "../common/control.h"
+#include "../common/small_solve.h"
 #include "../common/status.h"
 #include "../common/step_params.h"
 #include "aligned.h"
@@ -48,7 +49,7 @@ class Tile {
     step_.anchor = arena.take<T>(p.depth ? state : 0);
     step_.columns_f = arena.take<T>(p.depth * state);
     step_.columns_g = arena.take<T>(p.depth * state);
-    step_.gram = arena.take<double>(slots * p.depth * p.depth);
+    step_.gram = arena.take<double>(slots * gram_size(p.depth));
     step_.control = arena.take<double>(slots * kControlSize);
     atol_ = arena.take<double>(slots);
     step_.atol = atol_;
@@ -73,7 +74,7 @@ class Tile {
            3 * Arena::size_of<T>(state) + Arena::size_of<T>(blocked_size(map.shape, slots, p.dim)) +
            Arena::size_of<T>(blocked_size(map.shape, slots, hidden_width(p))) +
            Arena::size_of<T>(p.depth ? state : 0) + 2 * Arena::size_of<T>(p.depth * state) +
-           Arena::size_of<double>(slots * p.depth * p.depth) +
+           Arena::size_of<double>(slots * gram_size(p.depth)) +
            Arena::size_of<double>(slots * kControlSize) + 2 * Arena::size_of<double>(slots) +
            Arena::size_of<int8_t>(slots) + Arena::size_of<int32_t>(slots);
   }

@@ -44,7 +44,7 @@ struct Row {
     own_partner_previous = apart ? static_cast<C*>(p.partner_previous) + sample * dim : nullptr;
     columns_f = depth ? static_cast<H*>(p.columns_f) + history : nullptr;
     columns_g = depth ? static_cast<H*>(p.columns_g) + history : nullptr;
-    gram = p.gram ? p.gram + sample * depth * depth : nullptr;
+    gram = p.gram ? p.gram + sample * gram_size(depth) : nullptr;
     control = reinterpret_cast<Control*>(p.control + sample * kControlSize);
   }
 

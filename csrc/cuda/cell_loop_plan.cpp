@@ -47,7 +47,7 @@ struct Offsets {
 
 int64_t step_bytes(int depth) {
   return kStepFixedBytes + static_cast<int64_t>(sizeof(AndersonSums)) +
-         depth * depth * static_cast<int64_t>(sizeof(double));
+         gram_size(depth) * static_cast<int64_t>(sizeof(double));
 }
 
 // With the given slots and blocks per core; what does not fit shared memory goes elsewhere.
@@ -99,7 +99,7 @@ CellLoopPlan laid_out(const CellLoopParams& p, StateType state, const DeviceLimi
   place(plan.atol, slots * sizeof(double));
   place(plan.residual, slots * sizeof(double));
   place(plan.control, slots * sizeof(Control));
-  place(plan.gram, slots * p.depth * p.depth * sizeof(double));
+  place(plan.gram, slots * gram_size(p.depth) * sizeof(double));
   place(plan.x, points);
   place(plan.gx, points);
   place(plan.columns_f, p.depth * points);

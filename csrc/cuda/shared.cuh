@@ -23,17 +23,17 @@ struct Shared {
   static constexpr int kSums = sizeof(typename Step::Sums) / sizeof(double);
 
   TeamMemory<Step>& memory;
-  double* gram;  // (depth, depth)
+  double* gram;  // as in small_solve.h
   double* slab;  // (warps, kSums): the sums of each warp
 
   // `room` holds bytes(), in shared memory.
   __device__ Shared(void* room, int depth)
       : memory(*static_cast<TeamMemory<Step>*>(room)),
         gram(reinterpret_cast<double*>(&memory + 1)),
-        slab(gram + (Step::kUsesGram ? depth * depth : 0)) {}
+        slab(gram + (Step::kUsesGram ? gram_size(depth) : 0)) {}
 
   static FPI_HD size_t bytes(int depth, int warps) {
-    const size_t doubles = (Step::kUsesGram ? depth * depth : 0) + warps * kSums;
+    const size_t doubles = (Step::kUsesGram ? gram_size(depth) : 0) + warps * kSums;
     return sizeof(TeamMemory<Step>) + doubles * sizeof(double);
   }
 
@@ -64,7 +64,7 @@ struct Shared {
       control[k] = p.control[sample * kControlSize + k];
     }
     if (Step::kUsesGram) {
-      const int size = p.depth * p.depth;
+      const int size = gram_size(p.depth);
       const double* kept = p.gram + sample * size;
       const bool empty = p.num_steps[sample] == 0;  // nothing was ever written to it
       for (int k = Team::thread(); k < size; k += Team::threads()) {
@@ -80,7 +80,7 @@ struct Shared {
       p.control[sample * kControlSize + k] = control[k];
     }
     if (Step::kUsesGram) {
-      const int size = p.depth * p.depth;
+      const int size = gram_size(p.depth);
       double* kept = p.gram + sample * size;
       for (int k = Team::thread(); k < size; k += Team::threads()) kept[k] = gram[k];
     }

@@ -23,8 +23,10 @@ from fpi_cuda.backends.rules import (
     Measured,
     Rules,
     decide,
+    lower_triangle,
     read_control,
     solve_small,
+    whole_gram,
     worth_mixing,
     write_control,
 )
@@ -41,7 +43,7 @@ class StepState:
 
     x, best: (n, D). anchor, f_previous, partner_previous: (n, D) or (0, D), see Workspace.
     columns_f, columns_g: (n, m, D).
-    gram: (n, m, m). control: (n, CONTROL_SIZE). status, num_steps, residual: (n,).
+    gram: (n, m (m + 1) / 2). control: (n, CONTROL_SIZE). status, num_steps, residual: (n,).
     """
 
     x: Tensor
@@ -148,7 +150,8 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
 
     row = dot(columns_f, df[:, None, :])
     at_fresh = torch.arange(depth, device=gx.device) == fresh[:, None]
-    gram = torch.where((at_fresh & admits[:, None])[:, :, None], row[:, None, :], s.gram)
+    gram = whole_gram(s.gram, depth)
+    gram = torch.where((at_fresh & admits[:, None])[:, :, None], row[:, None, :], gram)
     gram = torch.where((at_fresh & admits[:, None])[:, None, :], row[:, :, None], gram)
     count = torch.where(admits, others + 1, others)
     head = torch.where(admits, fresh, before["head"])
@@ -166,7 +169,7 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
         x=where_to_go(s, decision, g_mixed - (1 - mixing) * f_mixed),
         columns_f=columns_f,
         columns_g=columns_g,
-        gram=gram,
+        gram=lower_triangle(gram),
         control=remember(s.control, columns=count, head=head, goes_on=goes_on),
     )
     return with_previous(stepped, f, g, next_slot(depth, count, head), goes_on)
@@ -286,6 +289,7 @@ def rules_for(state: torch.dtype, depth: int, atol: Tensor, rtol: float, max_ste
         atol=atol,
         rtol=rtol,
         epsilon=torch.finfo(state).eps,
+        largest=torch.finfo(torch.promote_types(state, torch.float32)).max,
         max_steps=max_steps,
         stall_steps=max(20, 3 * depth),
         safeguarded=depth > 0,
@@ -331,7 +335,7 @@ def anderson_step_(
         f_previous, g_previous: (B, D) g(x) - x and g(x) one step ago; (0, D) where the history
             has the compute dtype: they then lie in the slot of the next difference.
         columns_f, columns_g: (B, m, D) the last m differences of each, a ring.
-        gram: (B, m, m) float64 <dF_i, dF_j>.
+        gram: (B, m (m + 1) / 2) float64 <dF_i, dF_j>, j <= i, row by row.
         control: (B, CONTROL_SIZE) float64, see csrc/common/control.h.
         atol: (B,) float64.
         status: (B,) int8; set where the sample stops. num_steps: (B,) int32.
@@ -378,7 +382,7 @@ def broyden_step_(
     Source:
         Broyden, Math. Comp. 19, 1965; Bai, Kolter, Koltun, NeurIPS 2019, section 3.1.3.
     """
-    unused_gram = control.new_empty((control.shape[0], 0, 0))
+    unused_gram = control.new_empty((control.shape[0], 0))
     arrays = (best, anchor, f_previous, x_previous, columns_u, columns_v, unused_gram)
     account = (control, status, num_steps, residual)
     s = gather(x, sample_of, arrays, account)

@@ -98,7 +98,7 @@ def cell_loop_(
     anchor = x.new_empty((batch if depth else 0, dim))
     previous = [x.new_empty((apart, dim), dtype=narrow) for _ in range(2)]
     columns = [x.new_empty((batch, depth, dim)) for _ in range(2)]
-    gram = x.new_empty((batch, depth, depth), dtype=torch.float64)
+    gram = x.new_empty((batch, depth * (depth + 1) // 2), dtype=torch.float64)
     control = x.new_zeros((batch, CONTROL_SIZE), dtype=torch.float64)
     status.zero_()
     num_steps.zero_()

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.control import CONTROL_FIELDS, COUNTERS, NORMS
 from fpi_cuda.result import Status
 
 STOP, MIX, PICARD, REJECT, RETURN, ANCHOR = range(6)
 
 CAP = 0.1
-GROWTH = 10.0
+FALL = 0.01
+SETTLED = 4.0
 HIDDEN = 0.25
+GROWTH = 10.0
 PATIENCE = 3.0
 PROGRESS = 0.9
 LET_GO = 0.35
@@ -25,16 +27,19 @@ FIRST_GROWTH = 8.0
 PICARD_LENGTH = 8.0
 PICARD_GROWTH = 4.0
 DIVERGENCE = 1e6
-DIVERGENCE_STEPS = 8
+RISE = 1.1
+NEAR_PEAK = 0.5
+OVERFLOW = 1e-3
 REJECTIONS = 8
-GROWTHS = 16
 GAIN = 0.9
 FLOOR = 64.0
+HALF_FLOOR = 8.0
+HALF_EPSILON = 1e-4
 SMALLEST_PIVOT = 1e-10
 LEAST_GAIN = 1.0 - 0.99 * 0.99
 
 Control = dict[str, Tensor]
-"""The columns of the `control` tensor by name, each (B,) float64."""
+"""The columns of the `control` tensor by name, each (B,) float64, counters too."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Rules:
     atol: Tensor
     rtol: float
     epsilon: float
+    largest: float
     max_steps: int
     stall_steps: int
     safeguarded: bool
@@ -73,23 +79,37 @@ class Decision:
 
 def read_control(control: Tensor) -> Control:
     """The columns of `control` by name."""
-    return dict(zip(CONTROL_FIELDS, control.unbind(1), strict=True))
+    counters = control.view(torch.float32)[:, 2 * len(NORMS) :].double()
+    values = (*control[:, : len(NORMS)].unbind(1), *counters.unbind(1))
+    return dict(zip(CONTROL_FIELDS, values, strict=True))
 
 
 def write_control(columns: Control) -> Tensor:
     """The (B, CONTROL_SIZE) tensor of these columns."""
-    return torch.stack([columns[name] for name in CONTROL_FIELDS], dim=1)
+    norms = torch.stack([columns[name] for name in NORMS], dim=1)
+    counters = torch.stack([columns[name] for name in COUNTERS], dim=1).float()
+    return torch.cat([norms, counters.view(torch.float64)], dim=1)
 
 
-def started(at: Measured) -> Control:
-    """What the rules remember at the first evaluation."""
+def relative(at: Measured) -> Tensor:
+    """The residual over ||g||, as it is kept: 1 where it is more."""
+    ratio = at.residual / at.norm_gx
+    return torch.where(ratio < 1, ratio, 1.0).float().double()
+
+
+def started(at: Measured, floor: Tensor) -> Control:
+    """What the rules remember at the first evaluation, beside the floor that was given."""
     zero = torch.zeros_like(at.residual)
     fresh = dict.fromkeys(CONTROL_FIELDS, zero)
+    fresh["floor"] = floor
     fresh["scale0"] = torch.maximum(at.norm_x, at.norm_gx)
-    for name in ("first", "best", "gain_residual"):
+    for name in ("first", "best", "gain_residual", "peak"):
         fresh[name] = at.residual
+    fresh["peak_norm"] = at.norm_gx
+    fresh["best_relative"] = relative(at)
     fresh["previous"] = FIRST_GROWTH * at.residual
-    fresh["gain_step"] = fresh["mixing_scale"] = zero + 1
+    for name in ("gain_step", "growth_step", "mixing_scale"):
+        fresh[name] = zero + 1
     fresh["picard_left"] = zero + FIRST_PICARD
     fresh["patience"] = zero + PATIENCE
     fresh["picard_length"] = zero + PICARD_LENGTH
@@ -103,13 +123,17 @@ def chosen(where: Tensor, new: Control, old: Control) -> Control:
 
 def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Control, Decision]:
     """Judge evaluation number `step` (B,), from 1, of every sample; see csrc/common/decide.h."""
-    c = chosen(step == 1, started(at), c)
+    c = chosen(step == 1, started(at, c["floor"]), c)
     finite = torch.isfinite(at.residual)
+    improved = finite & ((step == 1) | (at.residual < c["best"]))
 
-    rejections = torch.where(finite, 0.0, c["rejections"] + 1)
+    starts_over = finite if rules.safeguarded else improved
+    rejections = torch.where(starts_over, 0.0, c["rejections"] + (~finite).double())
     hopeless = ~finite & ((step == 1) | (rejections >= REJECTIONS))
 
-    improved = finite & ((step == 1) | (at.residual < c["best"]))
+    plain = c["picard_left"] > 0 if rules.safeguarded else finite
+    rose = plain & (at.residual > RISE * c["peak"])
+    peaks = rose | (plain & (at.norm_gx > SETTLED * c["peak_norm"]))
     best = torch.where(improved, at.residual, c["best"])
     progressed = finite & ((step == 1) | (at.residual < PROGRESS * c["best"]))
     since_best = torch.where(progressed, 0.0, c["since_best"] + 1)
@@ -117,7 +141,11 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     gained = best <= GAIN * c["gain_residual"]
     judged = {
         **c,
+        "peak": torch.where(peaks, at.residual, c["peak"]),
+        "peak_norm": torch.where(peaks, at.norm_gx, c["peak_norm"]),
+        "growth_step": torch.where(rose, step.double(), c["growth_step"]),
         "best": best,
+        "best_relative": torch.where(improved, relative(at), c["best_relative"]),
         "since_best": since_best,
         "mixing_scale": mixing,
         "gain_residual": torch.where(gained, best, c["gain_residual"]),
@@ -127,19 +155,25 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     rejected = {**c, "rejections": rejections, "mixing_scale": c["mixing_scale"] * 0.5}
     c = chosen(finite, judged, rejected)
 
-    relative = torch.minimum(rules.rtol * at.norm_gx, CAP * c["scale0"])
-    passes = at.residual <= rules.atol + relative
-    hidden = rules.epsilon * at.norm_gx > rules.atol + HIDDEN * c["scale0"]
+    of_peak = torch.where(at.norm_gx <= SETTLED * c["peak_norm"], c["peak"], 0.0)
+    cap = torch.maximum(CAP * c["scale0"], FALL * of_peak)
+    passes = at.residual <= rules.atol + torch.minimum(rules.rtol * at.norm_gx, cap)
+    scale = torch.maximum(c["scale0"], of_peak)
+    hidden = rules.epsilon * at.norm_gx > rules.atol + HIDDEN * scale
     converged = passes & ~hidden
     reference = torch.maximum(c["first"], FLOOR * rules.epsilon * c["scale0"])
-    ran_away = (step > DIVERGENCE_STEPS) & (at.residual > DIVERGENCE * reference)
-    patience = c["picard_length"] if rules.safeguarded else torch.zeros_like(c["picard_length"])
-    at_floor = (step - c["gain_step"] >= patience.clamp(min=rules.stall_steps)) & (
-        c["best"] <= FLOOR * rules.epsilon * at.norm_gx
-    )
+    grows = (c["peak"] > DIVERGENCE * reference) & ~(at.residual < NEAR_PEAK * c["peak"])
+    grows &= step - c["growth_step"] < rules.stall_steps
+    ran_away = grows & (at.residual > OVERFLOW * rules.largest) & (not rules.safeguarded)
+    least = least_floor(rules.epsilon)
+    waits = (c["floor"] <= least) & rules.safeguarded
+    phase = torch.where(waits, c["picard_length"], 0.0)
+    at_floor = step - c["gain_step"] >= phase.clamp(min=rules.stall_steps)
+    at_floor &= c["best_relative"] <= c["floor"].clamp(min=least)
     status = torch.full_like(step, Status.ACTIVE)
     for holds, name in (
         (step >= rules.max_steps, Status.MAX_STEPS),
+        ((step >= rules.max_steps) & grows, Status.DIVERGED),
         (finite & at_floor, Status.STALLED),
         (finite & (ran_away | (passes & hidden)), Status.DIVERGED),
         (finite & converged, Status.CONVERGED),
@@ -156,10 +190,14 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
         anchors = going & anchors
     else:
         anchors = torch.zeros_like(going)
-    status = torch.where(going & (move == STOP), int(Status.DIVERGED), status)
     move = torch.where(status == Status.ACTIVE, move, STOP)
     improved = improved | (status == Status.CONVERGED) | (hopeless & (step == 1))
     return c, Decision(move, status, improved, anchors)
+
+
+def least_floor(epsilon: float) -> float:
+    """The part of ||g|| below which the state's rounding decides; see csrc/common/decide.h."""
+    return epsilon * (HALF_FLOOR if epsilon > HALF_EPSILON else FLOOR)
 
 
 def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
@@ -167,8 +205,6 @@ def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
     in_phase = c["picard_left"] > 0
     picard_grew = at.residual > PICARD_GROWTH * c["previous"]
     grew = at.residual > GROWTH * c["best"]
-    growths = torch.where(grew & ~in_phase, c["growths"] + 1, 0.0)
-    gives_up = growths >= GROWTHS
 
     gained = (
         (c["patience"] == PATIENCE)
@@ -188,7 +224,6 @@ def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
     against = torch.where(to_anchor, torch.inf, at.residual)
     advanced = {
         **c,
-        "growths": growths,
         "anchored": anchored,
         "columns": torch.where(returns, 0.0, c["columns"]),
         "previous": torch.where(enters, against, c["previous"]),
@@ -198,7 +233,7 @@ def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
         "since_best": torch.where(enters | leaves, 0.0, c["since_best"]),
     }
     move = torch.where(enters | (in_phase & ~leaves), PICARD, MIX)
-    for holds, other in ((returns, RETURN), (to_anchor, ANCHOR), (gives_up, STOP)):
+    for holds, other in ((returns, RETURN), (to_anchor, ANCHOR)):
         move = torch.where(holds, other, move)
     return advanced, move, anchors
 
@@ -206,6 +241,20 @@ def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
 def worth_mixing(gamma: Tensor, rhs: Tensor, ff: Tensor) -> Tensor:
     """(B,) whether gamma (B, m) takes enough off ||f||^2 = ff; see csrc/common/small_solve.h."""
     return torch.where(gamma != 0, gamma * rhs, 0.0).sum(1) >= LEAST_GAIN * ff
+
+
+def lower_triangle(gram: Tensor) -> Tensor:
+    """(B, m (m + 1) / 2), row by row, of Gram matrices (B, m, m)."""
+    i, j = torch.tril_indices(*gram.shape[1:], device=gram.device)
+    return gram[:, i, j]
+
+
+def whole_gram(triangle: Tensor, depth: int) -> Tensor:
+    """(B, depth, depth), of which `triangle` is the lower triangle."""
+    i, j = torch.tril_indices(depth, depth, device=triangle.device)
+    place = torch.empty(depth, depth, dtype=torch.int64, device=triangle.device)
+    place[i, j] = place[j, i] = torch.arange(len(i), device=triangle.device)
+    return triangle[:, place]
 
 
 def solve_small(gram: Tensor, rhs: Tensor, columns: Tensor, head: Tensor, ridge: float) -> Tensor:

@@ -63,7 +63,7 @@ def rows_of_chunk(x0: Tensor, method: Method, most_bytes: int) -> int:
     solver = method.solver
     narrow = solver.history_dtype if isinstance(solver, Anderson) else None
     stored = (narrow or x0.dtype).itemsize
-    row = dim * (2 * depth_of(solver) * stored + 4 * x0.element_size())
+    row = dim * (2 * depth_of(solver, dim) * stored + 4 * x0.element_size())
     most = max(1, most_bytes // max(1, row))
     if most >= batch:
         return batch

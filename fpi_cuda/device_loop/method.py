@@ -21,7 +21,8 @@ class Method:
     """How a system is solved: all that a captured step holds besides the map.
 
     Attributes:
-        solver, rtol, max_steps, backend: as in fpi_cuda.solvers.loop.solve.
+        solver, rtol, max_steps, backend: as in fpi_cuda.solvers.loop.solve. The floor is that of
+            the state's dtype, under autocast too: a captured step measures no noise of g.
     """
 
     solver: FixedPointSolver

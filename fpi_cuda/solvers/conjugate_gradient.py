@@ -12,7 +12,13 @@ from fpi_cuda.solvers.linear import Correction, Operator, Round, checked, refine
 
 @torch.no_grad()
 def conjugate_gradient(
-    apply: Operator, apply_transpose: Operator, v: Tensor, *, atol: Tensor, max_steps: int
+    apply: Operator,
+    apply_transpose: Operator,
+    v: Tensor,
+    *,
+    atol: Tensor,
+    max_steps: int,
+    arithmetic: torch.dtype | None = None,
 ) -> SolveResult:
     """Solve A c = v for every sample, from c = 0; ||v - A c|| falls with every step.
 
@@ -23,6 +29,7 @@ def conjugate_gradient(
         atol: (B,) float64; sample i is converged when ||v_i - A_i c_i|| <= atol_i.
         max_steps: cap on the evaluations of both operators per sample. A step costs one of
             each; one more recomputes the residual.
+        arithmetic: what autocast gave to products in A; None where it was off.
     Returns:
         SolveResult; num_steps counts evaluations of both operators, residual is ||v - A c||
         recomputed, and a sample that failed keeps the best c.
@@ -38,7 +45,16 @@ def conjugate_gradient(
     def correct(round_: Round) -> Correction:
         return descend(forward, transpose, round_)
 
-    return refine("conjugate_gradient", apply, v, correct, least=2, atol=atol, max_steps=max_steps)
+    return refine(
+        "conjugate_gradient",
+        apply,
+        v,
+        correct,
+        least=2,
+        atol=atol,
+        max_steps=max_steps,
+        arithmetic=arithmetic,
+    )
 
 
 def descend(forward: Operator, transpose: Operator, round_: Round) -> Correction:

@@ -14,25 +14,27 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.capturing import being_captured
-from fpi_cuda.control import CONTROL_FIELDS
+from fpi_cuda.control import column
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import MOST_STEPS, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import differs, row_norm
 from fpi_cuda.solvers.judge import LARGEST_TOLERANCE
+from fpi_cuda.solvers.noise import EVERY, noise_of
 from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
 from fpi_cuda.solvers.workspace import Workspace, allocate, compute_dtype, depth_of
 
+# Of the stop test, as csrc/common/decide.h has it.
 HIDDEN = 0.25
-"""Against the starting scale, as csrc/common/decide.h has it: what rounding may hide."""
-BEST, SCALE0 = (CONTROL_FIELDS.index(name) for name in ("best", "scale0"))
+FALL = 0.01
+SETTLED = 4.0
 
 
 class System(NamedTuple):
     """What is solved, row by row or jointly.
 
     Attributes:
-        evaluate, solver, rtol, max_steps, backend: as in fpi_cuda.solvers.loop.solve.
+        evaluate, solver, rtol, max_steps, backend, arithmetic: as in fpi_cuda.solvers.loop.solve.
         atol: one number, or (B,) float64.
         linear: the tolerance is that of all rows together, ||atol||: a right-hand side may be zero
             in some of them.
@@ -45,6 +47,7 @@ class System(NamedTuple):
     max_steps: int
     backend: Backend
     linear: bool
+    arithmetic: torch.dtype | None
 
     def value(self, x: Tensor) -> Tensor:
         """The map at x (B, D), in memory of its own."""
@@ -88,7 +91,7 @@ class RowWatch:
             self._next_look = 2 * number
             if self._moved_out(x, gx, work):
                 return True
-        if number == 1 and depth_of(self._system.solver) and self._probe_shows(x, gx):
+        if number == 1 and depth_of(self._system.solver, x.shape[1]) and self._probe_shows(x, gx):
             return True
         if number == 2:
             self._first = None
@@ -98,7 +101,7 @@ class RowWatch:
         """Solve jointly from here; arguments as in `found`, which was true."""
         self._coupling.depends()
         work.forget()
-        scale = float(work.control[:, SCALE0].norm())
+        scale = float(column(work.control, "scale0").norm())
         if self._first is not None:
             # Nothing is lost: the second point is that of the joint solve too.
             return joint_solve(self._system, self._x0, self._first, 1, scale, known=(x, gx))
@@ -117,18 +120,18 @@ class RowWatch:
         if not self._num_moved(result, gx):
             self._coupling.is_independent()
             return result
-        number = int(result.num_steps.max())
         work.forget()
-        if bool(((result.status != Status.CONVERGED) & (result.num_steps == number)).any()):
+        if bool((result.status != Status.CONVERGED).any()):
             gx = system.value(result.x)
             if not self._num_moved(result, gx):
                 self._coupling.is_independent()
                 return result
         self._coupling.depends()
+        number = int(result.num_steps.max())
         told = retold(result, gx, work.atol, system.rtol)
         if number >= system.max_steps or bool((told.status == Status.CONVERGED).all()):
             return told
-        scale = float(work.control[:, SCALE0].norm())
+        scale = float(column(work.control, "scale0").norm())
         return joint_solve(system, result.x, gx, number, scale)
 
     def _num_moved(self, result: SolveResult, gx: Tensor) -> int:
@@ -201,18 +204,24 @@ def joint_solve(
         tolerance are CONVERGED even where the whole ended MAX_STEPS or STALLED.
     """
     shape, solver, backend = x.shape, system.solver, system.backend
-    judge = JointTest(system, scale, len(x), x.device)
+    rows = len(x)
     x = x.reshape(1, -1).clone(memory_format=torch.contiguous_format)
     work = allocate(x, solver, 0.0)
     work.scratch = backend.scratch(x)
+    judge = JointTest(system, scale, rows, work.control)
+    noise = noise_of(system.arithmetic, x.dtype, system.max_steps)
     least: float | None = None
+
+    def whole(y: Tensor, _: Tensor | None) -> Tensor:
+        return system.value(y.view(shape)).reshape(1, -1)
+
     while True:
         at = x.view(shape)
         residual, passes = judge(at, gx)
         if bool(passes.all()):
             return rows_of(at, Status.CONVERGED, passes, residual, number)
         step(backend, solver, work, x, gx.reshape(1, -1), None, 0.0, MOST_STEPS)
-        status, best = int(work.status[0]), float(work.control[0, BEST])
+        status, best = int(work.status[0]), float(column(work.control, "best"))
         if best != least:
             least, kept = best, (residual, passes)
         if status != Status.ACTIVE or number >= system.max_steps:
@@ -220,6 +229,8 @@ def joint_solve(
             residual, passes = kept
             passes = passes & (ended in (Status.MAX_STEPS, Status.STALLED))
             return rows_of(work.best.view(shape), ended, passes, residual, number)
+        if noise is not None and number % EVERY == 0:
+            noise.after_step(whole, x, None, work)
         at = x.view(shape)
         again = known is not None and torch.equal(known[0], at)
         gx = known[1] if known is not None and again else system.value(at)
@@ -228,14 +239,19 @@ def joint_solve(
 
 
 class JointTest:
-    """The stop test of all rows at one point."""
+    """The stop test of all rows at one point.
 
-    def __init__(self, system: System, scale: float, rows: int, device: torch.device) -> None:
+    Args:
+        scale: as in joint_solve.
+        control: what the rules remember of the joint sample.
+    """
+
+    def __init__(self, system: System, scale: float, rows: int, control: Tensor) -> None:
         self._system = system
-        self._each = torch.zeros(rows, dtype=torch.float64, device=device) + system.atol
+        self._scale = scale
+        self._peak, self._peak_norm = column(control, "peak"), column(control, "peak_norm")
+        self._each = torch.zeros(rows, dtype=torch.float64, device=control.device) + system.atol
         self._total = self._each.norm()
-        self._cap = LARGEST_TOLERANCE * scale + self._total
-        self._hidden = HIDDEN * scale + self._total
 
     def __call__(self, x: Tensor, gx: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) residual, and (B,) whether the row is within its tolerance."""
@@ -245,9 +261,13 @@ class JointTest:
         if system.linear:
             return residual, (total <= self._total).expand(len(residual))
         size = row_norm(gx)
-        told = torch.finfo(x.dtype).eps * size.norm() <= self._hidden
+        whole = size.norm()
+        peak = torch.where(whole <= SETTLED * self._peak_norm, self._peak, 0.0)
+        cap = (FALL * peak).clamp(min=LARGEST_TOLERANCE * self._scale) + self._total
+        hidden = HIDDEN * peak.clamp(min=self._scale) + self._total
+        told = torch.finfo(x.dtype).eps * whole <= hidden
         within = residual <= self._each + system.rtol * size
-        return residual, within & (total <= self._cap) & told
+        return residual, within & (total <= cap) & told
 
 
 def rows_of(x: Tensor, ended: Status, passes: Tensor, residual: Tensor, number: int) -> SolveResult:

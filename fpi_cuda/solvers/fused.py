@@ -15,6 +15,7 @@ from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.judge import SHARE, evaluations_to_judge, judged
 from fpi_cuda.solvers.loop import empty_result
+from fpi_cuda.solvers.workspace import depth_of
 
 
 @dataclass(frozen=True)
@@ -141,13 +142,11 @@ def run(
 ) -> SolveResult:
     """One call of the op; arguments as in solve_fused."""
     assert isinstance(solver, (Picard, Anderson))
-    batch = x0.shape[0]
+    batch, dim = x0.shape
     if batch == 0:
         return empty_result(x0)
-    depth, beta, ridge = (
-        (solver.m, solver.beta, solver.ridge)
-        if isinstance(solver, Anderson)
-        else (0, solver.damping, 0.0)
+    beta, ridge = (
+        (solver.beta, solver.ridge) if isinstance(solver, Anderson) else (solver.damping, 0.0)
     )
     first, *rest = lowered.layers
     second = rest[0] if rest else Layer(first.weight)
@@ -168,7 +167,7 @@ def run(
             activation1=activation_number(first.activation),
             activation2=activation_number(second.activation),
             carry=lowered.carry,
-            depth=depth,
+            depth=depth_of(solver, dim),
             rtol=rtol,
             max_steps=max_steps,
             beta=beta,

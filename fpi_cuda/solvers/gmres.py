@@ -17,7 +17,15 @@ PIECE = 1 << 22
 
 
 @torch.no_grad()
-def gmres(apply: Operator, v: Tensor, *, restart: int, atol: Tensor, max_steps: int) -> SolveResult:
+def gmres(
+    apply: Operator,
+    v: Tensor,
+    *,
+    restart: int,
+    atol: Tensor,
+    max_steps: int,
+    arithmetic: torch.dtype | None = None,
+) -> SolveResult:
     """Solve A c = v for every sample, from c = 0.
 
     Args:
@@ -28,6 +36,7 @@ def gmres(apply: Operator, v: Tensor, *, restart: int, atol: Tensor, max_steps: 
         atol: (B,) float64; sample i is converged when ||v_i - A_i c_i|| <= atol_i.
         max_steps: cap on the evaluations of `apply` per sample. One of them recomputes the
             residual, so that 1 allows no step at all.
+        arithmetic: what autocast gave to products in A; None where it was off.
     Returns:
         SolveResult; num_steps counts evaluations of `apply`, residual is ||v - A c||
         recomputed, and a sample that failed keeps the best c at the end of a cycle.
@@ -41,7 +50,9 @@ def gmres(apply: Operator, v: Tensor, *, restart: int, atol: Tensor, max_steps: 
     def correct(round_: Round) -> Correction:
         return cycle(evaluate, round_, restart)
 
-    return refine("gmres", apply, v, correct, least=1, atol=atol, max_steps=max_steps)
+    return refine(
+        "gmres", apply, v, correct, least=1, atol=atol, max_steps=max_steps, arithmetic=arithmetic
+    )
 
 
 def cycle(evaluate: Operator, round_: Round, restart: int) -> Correction:

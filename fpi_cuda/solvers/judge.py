@@ -43,7 +43,10 @@ def judged(
         size = row_norm(x0)
         # At most the norm of g(x0), and that itself from x0 = 0.
         value = stop_test(x0, 0.0, 0.0).residual - size
-        passes &= at.residual <= LARGEST_TOLERANCE * torch.maximum(size, value) + atol
+        cap = LARGEST_TOLERANCE * torch.maximum(size, value) + atol
+        # Or the solve saw it settle elsewhere, and rounding did not hide the residual.
+        settled = (result.status == Status.CONVERGED) & (SHARE * at.residual <= result.residual)
+        passes &= (at.residual <= cap) | settled
     status = result.status
     lost = (status == Status.NONFINITE) | (status == Status.DIVERGED)
     failed = torch.where(status == Status.CONVERGED, int(Status.STALLED), status)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import row_norm
+from fpi_cuda.solvers.noise import noise_of
 
 Operator = Callable[[Tensor], Tensor]
 """c (B, D) -> A c (B, D), row by row: A is another matrix for every sample."""
@@ -17,10 +18,11 @@ Operator = Callable[[Tensor], Tensor]
 # A correction aims a little below the tolerance, so that rounding between its own estimate and
 # the true residual seldom costs another round.
 AIM = 0.9
-# A round that gains less than this, with the residual under FLOOR roundings, is at the dtype's
-# floor: more rounds only move the rounding about.
+# A round that gains less than this, with the residual at the floor, has only moved the rounding
+# about, and so would more rounds. See csrc/common/decide.h.
 GAIN = 0.9
 FLOOR = 64.0
+HALF_FLOOR = 8.0
 
 
 class Correction(NamedTuple):
@@ -64,6 +66,7 @@ def refine(
     least: int,
     atol: Tensor,
     max_steps: int,
+    arithmetic: torch.dtype | None = None,
 ) -> SolveResult:
     """Solve A c = v by rounds of `correct`, each judged by the recomputed ||v - A c||.
 
@@ -75,6 +78,8 @@ def refine(
         least: evaluations below which `correct` can do nothing.
         atol: (B,) float64.
         max_steps: cap on the evaluations of each sample, the checks included.
+        arithmetic: what autocast gave to products in A; None where it was off. The floor of a
+            sample that gains no more is then that of the noise of A.
     Raises:
         ValueError: v is not a floating (B, D), or atol not (B,).
     """
@@ -88,7 +93,8 @@ def refine(
             f"{operation}: atol must hold one tolerance per sample, "
             f"got v={tuple(v.shape)}, atol={tuple(atol.shape)}"
         )
-    eps = torch.finfo(v.dtype).eps
+    rounding, noisy = least_floor(v.dtype), v.new_zeros(v.shape[:1], dtype=torch.float64)
+    noise = noise_of(arithmetic, v.dtype, max_steps)
     work = working_dtype(v.dtype)
     evaluate = checked(operation, apply, v.dtype)
     x = torch.zeros_like(v)
@@ -121,13 +127,22 @@ def refine(
         better = active & finite & (residual_new < residual)
         scale = torch.maximum(v_norm, torch.maximum(row_norm(x_new), row_norm(product)))
         lowest = torch.minimum(residual, residual_new)
-        stalled = ~(residual_new <= GAIN * residual) & (lowest <= FLOOR * eps * scale)
+        idle = active & finite & ~(residual_new <= GAIN * residual)
+        if noise is not None:
+            num_steps = noise.measure(evaluate, x_new, num_steps, idle, lowest / scale, noisy)
+        stalled = idle & (lowest <= noisy.clamp(min=rounding) * scale)
         x = torch.where(better[:, None], x_new, x)
         r = torch.where(better[:, None], r_new, r)
         residual = torch.where(better, residual_new, residual)
-        status = status.masked_fill(active & stalled, Status.STALLED)
+        status = status.masked_fill(stalled, Status.STALLED)
         status = status.masked_fill(active & ~finite, Status.NONFINITE)
         status = status.masked_fill(active & (residual <= atol), Status.CONVERGED)
+
+
+def least_floor(dtype: torch.dtype) -> float:
+    """The part of the terms of a residual below which the rounding of this dtype decides."""
+    info = torch.finfo(dtype)
+    return (HALF_FLOOR if info.bits == 16 else FLOOR) * info.eps
 
 
 def checked(operation: str, apply: Operator, dtype: torch.dtype) -> Operator:

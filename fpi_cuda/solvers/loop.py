@@ -9,6 +9,7 @@ from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.solvers.coupled import RowWatch, System, solve_jointly
+from fpi_cuda.solvers.noise import EVERY, noise_of
 from fpi_cuda.solvers.polling import active_count
 from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
 from fpi_cuda.solvers.workspace import allocate
@@ -26,6 +27,7 @@ def solve(
     rowwise: bool = False,
     coupling: Coupling | None = None,
     linear: bool = False,
+    arithmetic: torch.dtype | None = None,
 ) -> SolveResult:
     """Iterate from x0 until every sample has stopped.
 
@@ -40,13 +42,14 @@ def solve(
             they are watched, and solved as one sample once they are seen to depend on one another.
             None: it was promised.
         linear: jointly, the tolerance is ||atol||; see fpi_cuda.solvers.coupled.
+        arithmetic: what autocast gives to products in evaluate; None where it is off.
     """
     if x0.shape[0] == 0:
         return empty_result(x0)
     with torch.no_grad():
         watch = None
         if coupling is not None and len(x0) > 1:
-            system = System(evaluate, solver, rtol, atol, max_steps, backend, linear)
+            system = System(evaluate, solver, rtol, atol, max_steps, backend, linear, arithmetic)
             if coupling.joint:
                 return solve_jointly(system, x0)
             watch = RowWatch(system, x0, coupling)
@@ -57,6 +60,7 @@ def solve(
         work = allocate(x0, solver, atol)
         work.scratch = backend.scratch(x0)
         count = active_count(x0.device)
+        noise = noise_of(arithmetic, x0.dtype, max_steps)
         number = 0
         num_active: int | None = len(x)
         looking = watch is not None and watch.looks_early
@@ -77,6 +81,8 @@ def solve(
                 keep = active_first(status)[:num_active]
                 x = x[keep]
                 rows = keep if rows is None else rows[keep]
+            if noise is not None and num_active is not None and number % EVERY == 0:
+                noise.after_step(evaluate, x, rows, work)
             del gx  # its memory, for the next evaluation
             gx = apart_from(x, evaluate(x, rows))
         result = SolveResult(work.best, work.status, work.num_steps, work.residual)

@@ -19,7 +19,7 @@ def compute_dtype(state: torch.dtype) -> torch.dtype:
 
 @dataclass
 class Workspace:
-    """Arrays over a batch of B samples of D elements, with m columns of history.
+    """Arrays over a batch of B samples of D elements, with m columns of history; see depth_of.
 
     Attributes:
         best: (B, D) the best point so far; the point to return once the sample has stopped.
@@ -29,7 +29,7 @@ class Workspace:
         partner_previous: (B, D) g(x) (Anderson) or x (Broyden) one step ago; (0, D) likewise.
         columns_f: (B, m, D) differences of f (Anderson), or the u of Broyden's updates.
         columns_g: (B, m, D) differences of g (Anderson), or the v of Broyden's updates.
-        gram: (B, m, m) float64 <dF_i, dF_j>; (B, 0, 0) for Broyden.
+        gram: (B, m (m + 1) / 2) float64 <dF_i, dF_j>, j <= i; (B, 0) for Broyden.
         control: (B, CONTROL_SIZE) float64.
         atol: (B,) float64.
         status: (B,) int8. num_steps: (B,) int32. residual: (B,) float64.
@@ -57,20 +57,28 @@ class Workspace:
         self.anchor = nothing
 
 
-def depth_of(solver: FixedPointSolver) -> int:
-    """Columns of history that `solver` keeps; 0 for Picard."""
-    return solver.m if isinstance(solver, (Anderson, Broyden)) else 0
+def depth_of(solver: FixedPointSolver, dim: int) -> int:
+    """Columns of history that `solver` keeps of samples of `dim` elements; 0 for Picard.
+
+    Of Anderson's differences no more than `dim` are independent, and no more take part in a step.
+    """
+    if isinstance(solver, Anderson):
+        return min(solver.m, dim)
+    return solver.m if isinstance(solver, Broyden) else 0
 
 
 def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Workspace:
-    """Arrays for a solve from x0 (B, D): 2m + 2 times the state, and a little per sample."""
+    """Arrays for a solve from x0 (B, D): 2m + 2 times the state, and what the rules remember.
+
+    That is 4 m (m + 1) + 8 CONTROL_SIZE + 21 bytes a sample: nothing beside a large one.
+    """
     batch, dim = x0.shape
-    depth = depth_of(solver)
+    depth = depth_of(solver, dim)
     history = solver.history_dtype if isinstance(solver, Anderson) else None
     compute = compute_dtype(x0.dtype)
     stored = history or x0.dtype
     apart = batch if depth and (isinstance(solver, Broyden) or stored != compute) else 0
-    gram_depth = depth if not isinstance(solver, Broyden) else 0
+    products = 0 if isinstance(solver, Broyden) else depth * (depth + 1) // 2
     scalar: dict[str, Any] = {"dtype": torch.float64, "device": x0.device}
     return Workspace(
         best=x0.clone(memory_format=torch.contiguous_format),
@@ -79,7 +87,7 @@ def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Work
         partner_previous=x0.new_empty((apart, dim), dtype=compute),
         columns_f=x0.new_empty((batch, depth, dim), dtype=stored),
         columns_g=x0.new_empty((batch, depth, dim), dtype=stored),
-        gram=torch.empty((batch, gram_depth, gram_depth), **scalar),
+        gram=torch.empty((batch, products), **scalar),
         control=torch.zeros((batch, CONTROL_SIZE), **scalar),
         atol=torch.zeros(batch, **scalar).copy_(atol)
         if isinstance(atol, Tensor)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from fpi_cuda.backends.triton.decide import (
     COLUMNS,
+    FLOATS,
     HAS_PREVIOUS,
     HEAD,
     MIX,
@@ -132,9 +133,10 @@ def measure(
     IN_SLOT: tl.constexpr,
 ):
     """Sums of a span, taken again in float64 where a float32 sum left its range."""
-    columns = tl.load(control + COLUMNS).to(tl.int32)
-    head = tl.load(control + HEAD).to(tl.int32)
-    differs = tl.load(control + HAS_PREVIOUS) != 0
+    counters = control.to(FLOATS, bitcast=True)
+    columns = tl.load(counters + COLUMNS).to(tl.int32)
+    head = tl.load(counters + HEAD).to(tl.int32)
+    differs = tl.load(counters + HAS_PREVIOUS) != 0
     f_previous = own_f_previous
     g_previous = own_g_previous
     if IN_SLOT:
@@ -202,8 +204,9 @@ def judge(
         move, improved, anchors, the mixing, gamma (M, S), and the slot for this evaluation.
     """
     step = tl.load(num_steps) + 1
-    has_previous = tl.load(control + HAS_PREVIOUS) != 0
-    head = tl.load(control + HEAD)
+    counters = control.to(FLOATS, bitcast=True)
+    has_previous = tl.load(counters + HAS_PREVIOUS) != 0
+    head = tl.load(counters + HEAD)
     norm_f, norm_gx, norm_x = measured(x, gx, ff, gg, xx, dim, alive, S, COMPUTE, BLOCK)
     move, now, improved, anchors, mixing_scale, best, columns = decide(
         control, norm_f, norm_gx, norm_x, tl.load(atol), rtol, max_steps, step,
@@ -232,8 +235,9 @@ def judge(
         valid = age < columns[None, :]
 
         row, column = tl.arange(0, M)[:, None, None], tl.arange(0, M)[None, :, None]
-        place = gram[None, None, :] + row * DEPTH + column
-        stored = alive[None, None, :] & (row < DEPTH) & (column < DEPTH)
+        low, high = tl.minimum(row, column), tl.maximum(row, column)
+        place = gram[None, None, :] + high * (high + 1) // 2 + low
+        stored = alive[None, None, :] & (row < DEPTH) & (column <= row)
         is_fresh = admits[None, :] & is_fresh
         in_row, in_column = is_fresh[:, None, :], is_fresh[None, :, :]
         is_new = in_row | in_column
@@ -250,12 +254,12 @@ def judge(
         mixes = (move == MIX) & worth_mixing(solved, rhs, norm_f * norm_f)
         gamma = tl.where(mixes[None, :], solved, 0.0)
         slot = next_slot(columns, head, DEPTH)
-        tl.store(control + COLUMNS, columns.to(tl.float64), mask=alive)
-        tl.store(control + HEAD, head.to(tl.float64), mask=alive)
-        remembers = tl.where(onward, 1.0, 0.0).to(tl.float64)
-        tl.store(control + HAS_PREVIOUS, remembers, mask=alive)
+        tl.store(counters + COLUMNS, columns.to(tl.float32), mask=alive)
+        tl.store(counters + HEAD, head.to(tl.float32), mask=alive)
+        remembers = tl.where(onward, 1.0, 0.0).to(tl.float32)
+        tl.store(counters + HAS_PREVIOUS, remembers, mask=alive)
     else:
-        tl.store(control + COLUMNS, columns, mask=alive)
+        tl.store(counters + COLUMNS, columns.to(tl.float32), mask=alive)
     return move, improved, anchors, beta * mixing_scale, gamma, slot
 
 

@@ -108,7 +108,7 @@ def anderson_judge_kernel(
     sample += one
     plan += one
     move, improved, anchors, mixing, gamma, slot = judge(
-        x + row * dim, gx + row * dim, gram + sample * DEPTH * DEPTH,
+        x + row * dim, gx + row * dim, gram + sample * (DEPTH * (DEPTH + 1) // 2),
         control + sample * CONTROL_STRIDE, atol + sample, status + sample, num_steps + sample,
         residual + sample, one == 0, ff, gg, xx, with_df, with_f, dim, rtol, max_steps, beta,
         ridge, EPSILON, STALL_STEPS, 1, DEPTH, M, BLOCK, COMPUTE,

@@ -63,7 +63,7 @@ def anderson_step_kernel(
         first_step, 1, DEPTH, M, BLOCK, COMPUTE, IN_SLOT,
     )  # fmt: skip
     move, improved, anchors, mixing, gamma, slot = judge(
-        x, gx, gram + sample * DEPTH * DEPTH, control, atol + sample, status + sample,
+        x, gx, gram + sample * (DEPTH * (DEPTH + 1) // 2), control, atol + sample, status + sample,
         num_steps + sample, residual + sample, alive, ff, gg, xx, with_df, with_f, dim, rtol,
         max_steps, beta, ridge, EPSILON, STALL_STEPS, 1, DEPTH, M, BLOCK, COMPUTE,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def require_arrays(
         "residual": (residual, (batch,), torch.float64),
     }
     if gram is not None:
-        expected["gram"] = (gram, (batch, depth, depth), torch.float64)
+        expected["gram"] = (gram, (batch, depth * (depth + 1) // 2), torch.float64)
     if sample_of is not None:
         expected["sample_of"] = (sample_of, (rows,), torch.int64)
     elif rows != batch:

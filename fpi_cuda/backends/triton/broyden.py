@@ -9,6 +9,7 @@ import triton.language as tl
 from fpi_cuda.backends import reference
 from fpi_cuda.backends.triton.decide import (
     COLUMNS,
+    FLOATS,
     HAS_PREVIOUS,
     HEAD,
     MIX,
@@ -112,8 +113,9 @@ def measure(
     COMPUTE: tl.constexpr,
 ):
     """Sums of a span, taken again in float64 where a float32 sum left its range."""
-    kept = kept_columns(tl.load(control + COLUMNS), DEPTH)
-    differs = tl.load(control + HAS_PREVIOUS) != 0
+    counters = control.to(FLOATS, bitcast=True)
+    kept = kept_columns(tl.load(counters + COLUMNS), DEPTH)
+    differs = tl.load(counters + HAS_PREVIOUS) != 0
     ff, gg, xx, ss, yy, us, vy, vf = take_sums(
         x, gx, f_previous, x_previous, columns_u, columns_v, begin, end, dim, differs, kept,
         M, BLOCK, COMPUTE, COMPUTE,
@@ -161,8 +163,9 @@ def judge(
         move, improved, anchors, the mixing, the columns kept, and whether to form a fresh one.
     """
     step = tl.load(num_steps) + 1
-    has_previous = tl.load(control + HAS_PREVIOUS) != 0
-    head = tl.load(control + HEAD)
+    counters = control.to(FLOATS, bitcast=True)
+    has_previous = tl.load(counters + HAS_PREVIOUS) != 0
+    head = tl.load(counters + HEAD)
     norm_f, norm_gx, norm_x = measured_alone(x, gx, ff, gg, xx, dim, COMPUTE, BLOCK)
     move, now, improved, anchors, mixing_scale, best, columns = decide(
         control, norm_f, norm_gx, norm_x, tl.load(atol), rtol, max_steps, step,
@@ -173,9 +176,10 @@ def judge(
     tl.store(residual, tl.where((move != STOP) | improved, norm_f, best))
     onward = (move == MIX) | (move == PICARD)
     kept = kept_columns(columns, DEPTH)
-    tl.store(control + COLUMNS, tl.where(onward, kept.to(tl.float64), columns))
-    tl.store(control + HEAD, tl.where(step == 1, 0.0, head))
-    tl.store(control + HAS_PREVIOUS, tl.where(onward, 1.0, 0.0).to(tl.float64))
+    left = tl.where(onward, kept.to(tl.float64), columns)
+    tl.store(counters + COLUMNS, left.to(tl.float32))
+    tl.store(counters + HEAD, tl.where(step == 1, 0.0, head).to(tl.float32))
+    tl.store(counters + HAS_PREVIOUS, tl.where(onward, 1.0, 0.0).to(tl.float32))
     # A difference that is rounding noise would fill H with it.
     sound = (yy < float("inf")) & (tl.sqrt(yy) > norm_gx * EPSILON * 0.5) & (ss > 0)
     updates = onward & has_previous & (step > 1) & sound

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fpi_cuda.backends.triton.broyden import advance, form_soundly, is_sound, judge, measure
-from fpi_cuda.backends.triton.decide import ACTIVE, COLUMNS, CONTROL_STRIDE
+from fpi_cuda.backends.triton.decide import ACTIVE, COLUMNS, CONTROL_STRIDE, FLOATS
 from fpi_cuda.backends.triton.row import IDLE, total, totals
 
 # Of the plan that judge leaves for the rest: move, improved, anchors, mixing, kept columns,
@@ -206,7 +206,8 @@ def broyden_advance_kernel(
     fresh_vf = total(partial + 2 * spans, formed, 256)
     updates = updates & is_sound(fresh_vv, fresh_vy, fresh_vf, tl.load(plan + 6))
     if updates & (span == 0):
-        tl.store(control + sample * CONTROL_STRIDE + COLUMNS, kept + 1)
+        counters = (control + sample * CONTROL_STRIDE).to(FLOATS, bitcast=True)
+        tl.store(counters + COLUMNS, (kept + 1).to(tl.float32))
     at = sample * dim
     history = sample * DEPTH * dim
     end = tl.minimum((span + 1) * SPAN, dim)

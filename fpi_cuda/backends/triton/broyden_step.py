@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fpi_cuda.backends.triton.broyden import advance, form_soundly, is_sound, judge, measure
-from fpi_cuda.backends.triton.decide import ACTIVE, COLUMNS, CONTROL_STRIDE
+from fpi_cuda.backends.triton.decide import ACTIVE, COLUMNS, CONTROL_STRIDE, FLOATS
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def broyden_step_kernel(
         )  # fmt: skip
     updates = updates & is_sound(fresh_vv, fresh_vy, fresh_vf, yy)
     if updates:
-        tl.store(control + COLUMNS, kept.to(tl.float64) + 1)
+        tl.store(control.to(FLOATS, bitcast=True) + COLUMNS, kept.to(tl.float32) + 1)
     tl.debug_barrier()
     advance(
         x, gx, best, anchor, f_previous, x_previous, columns_u, columns_v, 0, dim, dim, move,

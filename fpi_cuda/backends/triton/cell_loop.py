@@ -102,7 +102,7 @@ def workspace(
         x.new_empty(rows if depth else 0, dim),
         x.new_empty(rows, depth, dim),
         x.new_empty(rows, depth, dim),
-        x.new_empty((rows, depth, depth), dtype=torch.float64),
+        x.new_empty((rows, depth * (depth + 1) // 2), dtype=torch.float64),
         x.new_empty((rows, CONTROL_SIZE), dtype=torch.float64),
     )
 

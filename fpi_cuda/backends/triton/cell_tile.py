@@ -11,7 +11,15 @@ import triton.language as tl
 
 from fpi_cuda.backends.triton.anderson import advance, judge, measure
 from fpi_cuda.backends.triton.cell_product import apply_layer
-from fpi_cuda.backends.triton.decide import COLUMNS, CONTROL_STRIDE, HAS_PREVIOUS, HEAD, STOP
+from fpi_cuda.backends.triton.decide import (
+    COLUMNS,
+    CONTROL_STRIDE,
+    FLOATS,
+    HAS_PREVIOUS,
+    HEAD,
+    LEAST_FLOOR,
+    STOP,
+)
 
 
 @triton.jit
@@ -35,9 +43,11 @@ def refill(
     place = first + before.to(tl.int64)
     fresh = (alive == 0) & (place < batch)
     sample = tl.where(fresh, place, sample)
-    tl.store(control + COLUMNS, 0.0, mask=fresh)
-    tl.store(control + HEAD, 0.0, mask=fresh)
-    tl.store(control + HAS_PREVIOUS, 0.0, mask=fresh)
+    counters = control.to(FLOATS, bitcast=True)
+    tl.store(counters + LEAST_FLOOR, 0.0, mask=fresh)
+    tl.store(counters + COLUMNS, 0.0, mask=fresh)
+    tl.store(counters + HEAD, 0.0, mask=fresh)
+    tl.store(counters + HAS_PREVIOUS, 0.0, mask=fresh)
     tl.store(num_steps + sample, 0, mask=fresh)
     for at in range(0, dim, BLOCK):
         d = (at + tl.arange(0, BLOCK))[None, :]
@@ -111,7 +121,7 @@ def cell_loop_kernel(
     hidden += row * width
     columns_f += row * DEPTH * dim
     columns_g += row * DEPTH * dim
-    gram += row * DEPTH * DEPTH
+    gram += row * (DEPTH * (DEPTH + 1) // 2)
     control += row * CONTROL_STRIDE
     # An empty slot keeps the number of a sample that exists, of which it reads and writes nothing.
     sample, alive, more = refill(

@@ -7,11 +7,12 @@ is found by size: `v - v == 0` of a product v is contracted to a fused multiply-
 which leaves the product's rounding.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from fpi_cuda.backends import rules
-from fpi_cuda.control import CONTROL_FIELDS, CONTROL_SIZE
+from fpi_cuda.control import CONTROL_SIZE, COUNTERS, NORMS
 from fpi_cuda.result import Status
 
 # Triton's kernels may read no other globals than these.
@@ -30,8 +31,10 @@ RETURN = tl.constexpr(rules.RETURN)
 ANCHOR = tl.constexpr(rules.ANCHOR)
 
 CAP = tl.constexpr(rules.CAP)
-GROWTH = tl.constexpr(rules.GROWTH)
+FALL = tl.constexpr(rules.FALL)
+SETTLED = tl.constexpr(rules.SETTLED)
 HIDDEN = tl.constexpr(rules.HIDDEN)
+GROWTH = tl.constexpr(rules.GROWTH)
 PATIENCE = tl.constexpr(rules.PATIENCE)
 PROGRESS = tl.constexpr(rules.PROGRESS)
 LET_GO = tl.constexpr(rules.LET_GO)
@@ -42,30 +45,42 @@ FIRST_GROWTH = tl.constexpr(rules.FIRST_GROWTH)
 PICARD_LENGTH = tl.constexpr(rules.PICARD_LENGTH)
 PICARD_GROWTH = tl.constexpr(rules.PICARD_GROWTH)
 DIVERGENCE = tl.constexpr(rules.DIVERGENCE)
-DIVERGENCE_STEPS = tl.constexpr(rules.DIVERGENCE_STEPS)
+RISE = tl.constexpr(rules.RISE)
+NEAR_PEAK = tl.constexpr(rules.NEAR_PEAK)
+OVERFLOW = tl.constexpr(rules.OVERFLOW)
+LARGEST_SINGLE = tl.constexpr(torch.finfo(torch.float32).max)
+LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
+DOUBLE_EPSILON = tl.constexpr(torch.finfo(torch.float64).eps)
 REJECTIONS = tl.constexpr(rules.REJECTIONS)
-GROWTHS = tl.constexpr(rules.GROWTHS)
 GAIN = tl.constexpr(rules.GAIN)
 FLOOR = tl.constexpr(rules.FLOOR)
+HALF_FLOOR = tl.constexpr(rules.HALF_FLOOR)
+HALF_EPSILON = tl.constexpr(rules.HALF_EPSILON)
 
 CONTROL_STRIDE = tl.constexpr(CONTROL_SIZE)
-SCALE0 = tl.constexpr(CONTROL_FIELDS.index("scale0"))
-FIRST = tl.constexpr(CONTROL_FIELDS.index("first"))
-BEST = tl.constexpr(CONTROL_FIELDS.index("best"))
-PREVIOUS = tl.constexpr(CONTROL_FIELDS.index("previous"))
-GAIN_RESIDUAL = tl.constexpr(CONTROL_FIELDS.index("gain_residual"))
-GAIN_STEP = tl.constexpr(CONTROL_FIELDS.index("gain_step"))
-SINCE_BEST = tl.constexpr(CONTROL_FIELDS.index("since_best"))
-PATIENCE_LEFT = tl.constexpr(CONTROL_FIELDS.index("patience"))
-NEXT_LENGTH = tl.constexpr(CONTROL_FIELDS.index("picard_length"))
-PICARD_LEFT = tl.constexpr(CONTROL_FIELDS.index("picard_left"))
-MIXING_SCALE = tl.constexpr(CONTROL_FIELDS.index("mixing_scale"))
-REJECTED = tl.constexpr(CONTROL_FIELDS.index("rejections"))
-GREW = tl.constexpr(CONTROL_FIELDS.index("growths"))
-COLUMNS = tl.constexpr(CONTROL_FIELDS.index("columns"))
-HEAD = tl.constexpr(CONTROL_FIELDS.index("head"))
-HAS_PREVIOUS = tl.constexpr(CONTROL_FIELDS.index("has_previous"))
-ANCHORED = tl.constexpr(CONTROL_FIELDS.index("anchored"))
+SCALE0 = tl.constexpr(NORMS.index("scale0"))
+FIRST = tl.constexpr(NORMS.index("first"))
+BEST = tl.constexpr(NORMS.index("best"))
+PREVIOUS = tl.constexpr(NORMS.index("previous"))
+GAIN_RESIDUAL = tl.constexpr(NORMS.index("gain_residual"))
+PEAK = tl.constexpr(NORMS.index("peak"))
+PEAK_NORM = tl.constexpr(NORMS.index("peak_norm"))
+ANCHORED = tl.constexpr(NORMS.index("anchored"))
+# The counters, two to a number behind the norms, lie at these places of a row of float32.
+FLOATS = tl.constexpr(tl.pointer_type(tl.float32))
+BEST_RELATIVE = tl.constexpr(2 * len(NORMS) + COUNTERS.index("best_relative"))
+LEAST_FLOOR = tl.constexpr(2 * len(NORMS) + COUNTERS.index("floor"))
+GAIN_STEP = tl.constexpr(2 * len(NORMS) + COUNTERS.index("gain_step"))
+GROWTH_STEP = tl.constexpr(2 * len(NORMS) + COUNTERS.index("growth_step"))
+SINCE_BEST = tl.constexpr(2 * len(NORMS) + COUNTERS.index("since_best"))
+PATIENCE_LEFT = tl.constexpr(2 * len(NORMS) + COUNTERS.index("patience"))
+NEXT_LENGTH = tl.constexpr(2 * len(NORMS) + COUNTERS.index("picard_length"))
+PICARD_LEFT = tl.constexpr(2 * len(NORMS) + COUNTERS.index("picard_left"))
+MIXING_SCALE = tl.constexpr(2 * len(NORMS) + COUNTERS.index("mixing_scale"))
+REJECTED = tl.constexpr(2 * len(NORMS) + COUNTERS.index("rejections"))
+COLUMNS = tl.constexpr(2 * len(NORMS) + COUNTERS.index("columns"))
+HEAD = tl.constexpr(2 * len(NORMS) + COUNTERS.index("head"))
+HAS_PREVIOUS = tl.constexpr(2 * len(NORMS) + COUNTERS.index("has_previous"))
 
 
 @triton.jit
@@ -89,43 +104,67 @@ def decide(
     Returns:
         move, status, improved, anchors, mixing_scale, best, and the columns left.
     """
+    counters = control.to(FLOATS, bitcast=True)
     first_step = step == 1
     scale0 = tl.where(first_step, tl.maximum(norm_x, norm_gx), tl.load(control + SCALE0))
     first = tl.where(first_step, residual, tl.load(control + FIRST))
     best = tl.where(first_step, residual, tl.load(control + BEST))
     previous = tl.where(first_step, residual * FIRST_GROWTH, tl.load(control + PREVIOUS))
     gain_residual = tl.where(first_step, residual, tl.load(control + GAIN_RESIDUAL))
-    gain_step = tl.where(first_step, 1.0, tl.load(control + GAIN_STEP))
-    since_best = tl.where(first_step, 0.0, tl.load(control + SINCE_BEST))
-    patience = tl.where(first_step, PATIENCE, tl.load(control + PATIENCE_LEFT))
-    picard_length = tl.where(first_step, PICARD_LENGTH, tl.load(control + NEXT_LENGTH))
-    picard_left = tl.where(first_step, FIRST_PICARD, tl.load(control + PICARD_LEFT))
-    mixing_scale = tl.where(first_step, 1.0, tl.load(control + MIXING_SCALE))
-    rejections = tl.where(first_step, 0.0, tl.load(control + REJECTED))
-    growths = tl.where(first_step, 0.0, tl.load(control + GREW))
-    columns = tl.where(first_step, 0.0, tl.load(control + COLUMNS))
+    peak = tl.where(first_step, residual, tl.load(control + PEAK))
+    peak_norm = tl.where(first_step, norm_gx, tl.load(control + PEAK_NORM))
     anchored = tl.where(first_step, 0.0, tl.load(control + ANCHORED))
+    relative = residual / norm_gx
+    relative = tl.where(relative < 1, relative, 1.0).to(tl.float32)
+    best_relative = tl.where(first_step, relative, tl.load(counters + BEST_RELATIVE))
+    gain_step = tl.where(first_step, 1.0, tl.load(counters + GAIN_STEP).to(tl.float64))
+    growth_step = tl.where(first_step, 1.0, tl.load(counters + GROWTH_STEP).to(tl.float64))
+    since_best = tl.where(first_step, 0.0, tl.load(counters + SINCE_BEST).to(tl.float64))
+    patience = tl.where(first_step, PATIENCE, tl.load(counters + PATIENCE_LEFT).to(tl.float64))
+    picard_length = tl.load(counters + NEXT_LENGTH).to(tl.float64)
+    picard_length = tl.where(first_step, PICARD_LENGTH, picard_length)
+    picard_left = tl.load(counters + PICARD_LEFT).to(tl.float64)
+    picard_left = tl.where(first_step, FIRST_PICARD, picard_left)
+    mixing_scale = tl.where(first_step, 1.0, tl.load(counters + MIXING_SCALE).to(tl.float64))
+    rejections = tl.where(first_step, 0.0, tl.load(counters + REJECTED).to(tl.float64))
+    columns = tl.where(first_step, 0.0, tl.load(counters + COLUMNS).to(tl.float64))
 
     finite = residual < float("inf")
-    rejections = tl.where(finite, 0.0, rejections + 1)
-    hopeless = (finite == 0) & (first_step | (rejections >= REJECTIONS))
     improved = finite & (first_step | (residual < best))
+    starts_over = finite if SAFEGUARDED else improved
+    rejections = tl.where(starts_over, 0.0, rejections + tl.where(finite, 0.0, 1.0))
+    hopeless = (finite == 0) & (first_step | (rejections >= REJECTIONS))
+    plain = finite & (picard_left > 0) if SAFEGUARDED else finite
+    rose = plain & (residual > peak * RISE)
+    growth_step = tl.where(rose, step.to(tl.float64), growth_step)
+    peaks = rose | (plain & (norm_gx > peak_norm * SETTLED))
+    peak = tl.where(peaks, residual, peak)
+    peak_norm = tl.where(peaks, norm_gx, peak_norm)
     progressed = finite & (first_step | (residual < best * PROGRESS))
     since_best = tl.where(finite, tl.where(progressed, 0.0, since_best + 1), since_best)
     best = tl.where(improved, residual, best)
+    best_relative = tl.where(improved, relative, best_relative)
     mixing_scale = tl.where(improved, tl.minimum(2 * mixing_scale, 1.0), mixing_scale)
     mixing_scale = tl.where(finite, mixing_scale, mixing_scale * 0.5)
     gained = finite & (best <= gain_residual * GAIN)
     gain_residual = tl.where(gained, best, gain_residual)
     gain_step = tl.where(gained, step.to(tl.float64), gain_step)
 
-    passes = residual <= atol + tl.minimum(rtol * norm_gx, scale0 * CAP)
-    hidden = norm_gx * EPSILON > atol + scale0 * HIDDEN
+    of_peak = tl.where(norm_gx <= peak_norm * SETTLED, peak, 0.0)
+    cap = tl.maximum(scale0 * CAP, of_peak * FALL)
+    passes = residual <= atol + tl.minimum(rtol * norm_gx, cap)
+    hidden = norm_gx * EPSILON > atol + tl.maximum(scale0, of_peak) * HIDDEN
     reference = tl.maximum(first, scale0 * EPSILON * FLOOR)
-    ran_away = (step > DIVERGENCE_STEPS) & (residual > reference * DIVERGENCE)
-    floor_steps = tl.maximum(picard_length, STALL_STEPS) if SAFEGUARDED else STALL_STEPS
-    at_floor = (step - gain_step >= floor_steps) & (best <= norm_gx * EPSILON * FLOOR)
-    status = tl.where(step >= max_steps, MAX_STEPS, ACTIVE)
+    grows = (peak > reference * DIVERGENCE) & ((residual < peak * NEAR_PEAK) == 0)
+    grows = grows & (step - growth_step < STALL_STEPS)
+    largest = LARGEST_DOUBLE if EPSILON <= DOUBLE_EPSILON else LARGEST_SINGLE
+    ran_away = grows & (residual > largest * OVERFLOW) & (SAFEGUARDED == 0)
+    least = EPSILON * (HALF_FLOOR if EPSILON > HALF_EPSILON else FLOOR)
+    floor = tl.load(counters + LEAST_FLOOR).to(tl.float64)
+    phase = tl.where(floor <= least, picard_length, 0.0) if SAFEGUARDED else 0.0
+    at_floor = step - gain_step >= tl.maximum(phase, STALL_STEPS)
+    at_floor = at_floor & (best_relative.to(tl.float64) <= tl.maximum(floor, least))
+    status = tl.where(step >= max_steps, tl.where(grows, DIVERGED, MAX_STEPS), ACTIVE)
     status = tl.where(finite & at_floor, STALLED, status)
     status = tl.where(finite & (ran_away | (passes & hidden)), DIVERGED, status)
     status = tl.where(finite & passes & (hidden == 0), CONVERGED, status)
@@ -138,14 +177,12 @@ def decide(
         in_phase = picard_left > 0
         picard_grew = residual > previous * PICARD_GROWTH
         grew = residual > best * GROWTH
-        growths = tl.where(going, tl.where(grew & (in_phase == 0), growths + 1, 0.0), growths)
-        gives_up = growths >= GROWTHS
         clean = (patience == PATIENCE) & (picard_left <= FIRST_PICARD - (FIRST_LEAST - 1))
         clean = clean & (residual <= first * FIRST_GAIN)
         left = tl.where(picard_grew | clean, 0.0, picard_left - 1)
         leaves = in_phase & (left <= 0)
         returns = leaves & picard_grew & grew
-        anchors = going & leaves & (returns == 0) & (gives_up == 0)
+        anchors = going & leaves & (returns == 0)
         enters = (in_phase == 0) & (grew | (since_best >= patience))
         lets_go = (in_phase == 0) & (best <= anchored * LET_GO)
         now_anchored = tl.where(lets_go, 0.0, anchored)
@@ -157,19 +194,16 @@ def decide(
         chosen = tl.where(enters | (in_phase & (leaves == 0)), PICARD, MIX)
         chosen = tl.where(returns, RETURN, chosen)
         chosen = tl.where(to_anchor, ANCHOR, chosen)
-        chosen = tl.where(gives_up, STOP, chosen)
         move = tl.where(going, chosen, move)
-        changes = going & (gives_up == 0)
-        status = tl.where(going & gives_up, DIVERGED, status)
-        enters = changes & enters
-        columns = tl.where(changes & returns, 0.0, columns)
-        anchored = tl.where(changes, now_anchored, anchored)
+        enters = going & enters
+        columns = tl.where(going & returns, 0.0, columns)
+        anchored = tl.where(going, now_anchored, anchored)
         left = tl.where(in_phase, left, 0.0)
-        picard_left = tl.where(changes, tl.where(enters, length, left), picard_left)
+        picard_left = tl.where(going, tl.where(enters, length, left), picard_left)
         previous = tl.where(enters, against, previous)
         patience = tl.where(enters, 2 * patience, patience)
         picard_length = tl.where(enters, 2 * picard_length, picard_length)
-        since_best = tl.where(enters | (changes & leaves), 0.0, since_best)
+        since_best = tl.where(enters | (going & leaves), 0.0, since_best)
     move = tl.where(status == ACTIVE, move, STOP)
     improved = improved | (status == CONVERGED) | (hopeless & first_step)
 
@@ -180,13 +214,16 @@ def decide(
     tl.store(control + BEST, best)
     tl.store(control + PREVIOUS, previous)
     tl.store(control + GAIN_RESIDUAL, gain_residual)
-    tl.store(control + GAIN_STEP, gain_step)
-    tl.store(control + SINCE_BEST, since_best)
-    tl.store(control + PATIENCE_LEFT, patience)
-    tl.store(control + NEXT_LENGTH, picard_length)
-    tl.store(control + PICARD_LEFT, picard_left)
-    tl.store(control + MIXING_SCALE, mixing_scale)
-    tl.store(control + REJECTED, rejections)
-    tl.store(control + GREW, growths)
+    tl.store(control + PEAK, peak)
+    tl.store(control + PEAK_NORM, peak_norm)
     tl.store(control + ANCHORED, anchored)
+    tl.store(counters + BEST_RELATIVE, best_relative)
+    tl.store(counters + GAIN_STEP, gain_step.to(tl.float32))
+    tl.store(counters + GROWTH_STEP, growth_step.to(tl.float32))
+    tl.store(counters + SINCE_BEST, since_best.to(tl.float32))
+    tl.store(counters + PATIENCE_LEFT, patience.to(tl.float32))
+    tl.store(counters + NEXT_LENGTH, picard_length.to(tl.float32))
+    tl.store(counters + PICARD_LEFT, picard_left.to(tl.float32))
+    tl.store(counters + MIXING_SCALE, mixing_scale.to(tl.float32))
+    tl.store(counters + REJECTED, rejections.to(tl.float32))
     return move, status, improved, anchors, mixing_scale, best, columns
