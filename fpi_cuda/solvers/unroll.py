@@ -49,6 +49,21 @@ def unroll(
         num_steps=work.num_steps,
         residual=work.residual,
     )
+    first = None
     while bool((state.status == Status.ACTIVE).any()):
-        state = reference.step(state, evaluate(state.x, None), rules, solver)
-    return SolveResult(state.best, state.status, state.num_steps, state.residual.detach())
+        gx = evaluate(state.x, None)
+        first = gx if first is None else first
+        state = reference.step(state, gx, rules, solver)
+    value = state.best if first is None else stepped_once(x0, first, state.best)
+    return SolveResult(value, state.status, state.num_steps, state.residual.detach())
+
+
+def stepped_once(x0: Tensor, gx0: Tensor, best: Tensor) -> Tensor:
+    """`best` (B, D), with the derivative of g(x0) in samples that return x0 itself.
+
+    A sample that starts at its fixed point takes no step, and would have no derivative.
+    """
+    returned = (best == x0).all(1) & torch.isfinite(gx0).all(1)
+    # The value of x0, for gx0 - gx0 is zero.
+    stood = x0.detach() + (gx0 - gx0.detach())
+    return torch.where(returned[:, None], stood, best)
