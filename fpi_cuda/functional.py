@@ -220,7 +220,7 @@ def solved(
     account = Account(result.status, record, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
-    strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
+    strategy = strategy_for(options, engine, account, flat_map, course.on_device)
     residual = None if course.leaves_the_host_alone else result.residual
     value = attach(differentiated, result.x, residual, strategy, born_after)
     if value.requires_grad:
@@ -250,7 +250,7 @@ def solved_live(
 
     with flat_map.replay.solving():
         result, frame = live_solve(flat_map, start, run)
-    strategy = strategy_for(options, engine, Account(result.status, record), start.shape[1])
+    strategy = strategy_for(options, engine, Account(result.status, record), flat_map)
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
     return value, SolveResult(*map(frame.raised, result))

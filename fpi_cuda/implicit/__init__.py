@@ -7,6 +7,7 @@ from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graph import sequence_number
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
 from fpi_cuda.implicit.live import attach_live, live_solve
+from fpi_cuda.implicit.scaling import Scaling
 from fpi_cuda.implicit.strategy import (
     Account,
     DeviceSolve,
@@ -29,6 +30,7 @@ __all__ = [
     "Jacobian",
     "LinearSolve",
     "Linearization",
+    "Scaling",
     "Strategy",
     "Truncated",
     "attach",

@@ -73,6 +73,11 @@ class FlatMap:
         return self._prepared if self.hoisted else self.z
 
     @property
+    def arithmetic(self) -> torch.dtype:
+        """What products in g are rounded to: autocast's dtype, else that of the state."""
+        return self.replay.autocast_dtype or self.layout.dtype
+
+    @property
     def damping(self) -> tuple[int, float]:
         """Steps of g in one evaluation, and how long each is."""
         return self._steps, self._damping

@@ -33,7 +33,8 @@ from fpi_cuda.implicit.probe import (
     tangent_at,
     tracked_levels,
 )
-from fpi_cuda.implicit.strategy import Apply, Strategy, unmeasured
+from fpi_cuda.implicit.scaling import Apply
+from fpi_cuda.implicit.strategy import Strategy, finite_rows, unmeasured
 from fpi_cuda.result import Status
 from fpi_cuda.transforms import Frame, Level
 
@@ -166,10 +167,16 @@ def solution(h: Apply, b: Tensor, solved: Solved, candidates: Set[int]) -> Tenso
             y = h(y)
         flat = frame.lower(y)
         given = strategy.account.masked(frame.lower(b))
-        _, bad = strategy.account.close(given, unmeasured(given, flat, strategy.truncation))
-        dropped = strategy.account.hopeless if bad is None else bad
-        if dropped is not None:
-            keep = frame.raised(~dropped)[..., None]
+        if strategy.truncation and bool((finite_rows(given) & ~finite_rows(flat)).any()):
+            # Scaled, an overflow is told from a series that has no finite sum.
+            with transforms.truncated(0) as restored:
+                assert solved.matrix is not None
+                _, bad = strategy.solve(given, solved.matrix.bound(restored), transpose=False)
+        else:
+            _, bad = strategy.account.close(given, unmeasured(given, flat, strategy.truncation))
+        zeroed = strategy.account.hopeless if bad is None else bad
+        if zeroed is not None:
+            keep = frame.raised(~zeroed | ~finite_rows(given))[..., None]
             y = torch.where(keep, y, torch.zeros((), dtype=y.dtype, device=y.device))
         return y
     flat = frame.lower(b)

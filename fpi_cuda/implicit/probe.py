@@ -17,7 +17,7 @@ from fpi_cuda.implicit.live_jacobian import (
     LiveJacobian,
     PlainJacobian,
 )
-from fpi_cuda.implicit.strategy import Apply
+from fpi_cuda.implicit.scaling import Apply
 from fpi_cuda.transforms import Frame, Level
 
 MIXED = (

@@ -17,7 +17,7 @@ from fpi_cuda.implicit.levels import Point, Solved
 from fpi_cuda.implicit.linearization import Jacobian, OpenLinearization
 from fpi_cuda.implicit.live_jacobian import PlainJacobian, TransposedJacobian
 from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.strategy import Strategy, series, unmeasured, zero_rows
+from fpi_cuda.implicit.strategy import Strategy, dropped, finite_rows, series, unmeasured
 from fpi_cuda.result import Status
 from fpi_cuda.transforms import Frame
 
@@ -61,6 +61,9 @@ class Problem(Protocol):
     def pushed(self, y: Tensor) -> Tensor:
         """The tangent of the solution, as a function of y and the inputs, which have tangents."""
 
+    def overflow(self, v: Tensor) -> list[Tensor] | None:
+        """What each input gets besides where v is not finite in samples left out; None: nothing."""
+
 
 class _Implicit(torch.autograd.Function):
     """The fixed point of a Problem, as a function of h at it and of the inputs of h.
@@ -82,7 +85,7 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor) -> tuple[MaybeTensor, ...]:
         problem: Problem = ctx.problem
-        nothing = [None] * (len(ctx.needs_input_grad) - 2)
+        nothing: list[MaybeTensor] = [None] * (len(ctx.needs_input_grad) - 2)
         if v is None:
             return (None, None, *nothing)
         if transforms.is_legacy_batched(v):
@@ -95,13 +98,14 @@ class _Implicit(torch.autograd.Function):
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             y, *inputs = ctx.saved_tensors
             if follows(v, y, *inputs):
-                return (None, None, *problem.pulled(v, y))
+                return (None, None, *added(problem.pulled(v, y), problem.overflow(v)))
         c, bad = problem.pull(v)
+        overflow = problem.overflow(v)
         if bad is not None:
             pulled = problem.pulled_without(c, bad)
             if pulled is not None:
-                return (None, None, *pulled)
-        return (None, c, *nothing)
+                return (None, None, *added(pulled, overflow))
+        return (None, c, *added(nothing, overflow))
 
     @staticmethod
     def jvp(ctx: Any, _: None, t: MaybeTensor, *__: MaybeTensor) -> Tensor:
@@ -116,6 +120,13 @@ class _Implicit(torch.autograd.Function):
         # Forward-mode is off here, so this one has the graph alone.
         y = differentiable(problem, *inputs)
         return problem.pushed(y)
+
+
+def added(pulled: list[MaybeTensor], more: list[Tensor] | None) -> list[MaybeTensor]:
+    """The sums of two lists of gradients."""
+    if more is None:
+        return pulled
+    return [b if a is None else a + b for a, b in zip(pulled, more, strict=True)]
 
 
 def differentiable(problem: Problem, *inputs: Tensor) -> Tensor:
@@ -168,7 +179,7 @@ class MapProblem:
             if bool(bad.all()):
                 return self._no_gradient()
             opened = self._open(y, bad)
-            v = zero_rows(v, bad)
+            v = dropped(v, bad)
             c, _ = linear_solution(self._strategy, opened, v, transpose=True)
         return opened.pulled(c)
 
@@ -185,6 +196,13 @@ class MapProblem:
         if tangent is None or self._all_failed is not None:
             return torch.zeros_like(y)
         return linear_solution(self._strategy, self._open(y), tangent, transpose=False)[0]
+
+    def overflow(self, v: Tensor) -> list[Tensor] | None:
+        hopeless = self._strategy.account.hopeless
+        if hopeless is None:
+            return None
+        rows = hopeless & ~finite_rows(v.detach())
+        return [spoiled(t, rows) for t in self._inputs.originals] if bool(rows.any()) else None
 
     def _open(self, x: Tensor, bad: Tensor | None = None) -> OpenLinearization:
         if bad is None:
@@ -259,8 +277,19 @@ class LinearProblem:
         )
         return solution
 
+    def overflow(self, v: Tensor) -> list[Tensor] | None:
+        return None
+
     def _masked(self, v: Tensor) -> Tensor:
-        return v if self._bad is None else zero_rows(v, self._bad)
+        return v if self._bad is None else dropped(v, self._bad)
+
+
+def spoiled(t: Tensor, rows: Tensor) -> Tensor:
+    """A gradient for t that is NaN in rows (B,), or as a whole where t has no such rows."""
+    if t.dim() == 0 or len(t) != len(rows):
+        return torch.full_like(t, torch.nan)
+    mask = rows.reshape(-1, *[1] * (t.dim() - 1))
+    return torch.where(mask, torch.full_like(t, torch.nan), 0.0)
 
 
 def plain_point(hy: Tensor, matrix: Jacobian, strategy: Strategy, status: Tensor) -> Point:
@@ -280,9 +309,13 @@ def linear_solution(
     account = strategy.account
     b = account.masked(b)
     if strategy.truncation is not None:
-        y = series(lambda y: opened.differentiable(y, transpose=transpose), b, strategy.truncation)
-        _, bad = account.close(b, unmeasured(b, y.detach(), strategy.truncation))
-        return y if bad is None else zero_rows(y, bad), bad
+        k = strategy.truncation
+        # As in Strategy.solve: an overflow is told from a series that has no finite sum.
+        factor = strategy.scaling.of(b.detach()).factor if k else b.new_ones(1, 1)
+        y = series(lambda y: opened.differentiable(y, transpose=transpose), b / factor, k)
+        _, bad = account.close(b, unmeasured(b, y.detach(), k))
+        y = y * factor
+        return y if bad is None else torch.where((bad & finite_rows(b))[:, None], 0.0, y), bad
     y, bad = strategy.solve(b.detach(), opened, transpose=transpose)
     hy = opened.differentiable(y, transpose=transpose) + b
     problem = LinearProblem(opened, b, y, hy, strategy, bad, transpose=transpose)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fpi_cuda.implicit.attach import attach
 from fpi_cuda.implicit.flat_map import FlatMap, replace_rows
 from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.strategy import Account, Truncated, failed, unmeasured
+from fpi_cuda.implicit.strategy import Account, Truncated, dropped, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
 
 Run = Callable[[FlatMap, Tensor], SolveResult]
@@ -40,12 +40,14 @@ def attach_unrolled(
     mended = mended_if_batchwise(flat_map, plain, bad)
     good = int(torch.nonzero(~bad)[0])
     again = run(mended, replace_rows(x0, bad, good))
-    value = torch.where(bad[:, None], plain, again.x)
+    value = again.x.clone()
+    with torch.no_grad():
+        value.copy_(torch.where(bad[:, None], plain, value))
 
-    def note(v: Tensor) -> None:
-        v = v.detach()
-        account.close(v, unmeasured(v, v, 0))
+    def without_failed(v: Tensor) -> Tensor:
+        account.close(v.detach(), unmeasured(v.detach(), v.detach(), 0))
+        return dropped(v, bad)
 
     if value.requires_grad:
-        value.register_hook(note)
+        value.register_hook(without_failed)
     return value
