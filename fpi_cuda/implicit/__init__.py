@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fpi_cuda.implicit.attach import attach
+from fpi_cuda.implicit.cut_graph import watching
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graph import sequence_number
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
@@ -40,4 +41,5 @@ __all__ = [
     "merge_innermost",
     "residual_in",
     "sequence_number",
+    "watching",
 ]

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fpi_cuda.implicit.cut_graph import notice_cut_of
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
-from fpi_cuda.implicit.graph import mark_as_anchor
-from fpi_cuda.implicit.inputs import SAME_VALUE, Inputs
+from fpi_cuda.implicit.graph import leads_to, mark_as_anchor
+from fpi_cuda.implicit.inputs import Inputs, buffers_of, moved_since
 from fpi_cuda.implicit.linearization import Linearization
 from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.problem import MapProblem, differentiable
+from fpi_cuda.implicit.problem import MapProblem, solved_state
 from fpi_cuda.implicit.strategy import Strategy, without_autocast
 from fpi_cuda.row_norm import row_norm
+
+# A g that moves buffers of its own (spectral norm, in training) drifts while it is solved.
+SAME_RESIDUAL = 1e-2
 
 
 def attach(
@@ -26,8 +31,8 @@ def attach(
     residual: Tensor | None,
     strategy: Strategy,
     born_after: int,
-) -> Tensor:
-    """x_star as a function of all that g depends on; x_star itself if that is nothing.
+) -> Any:
+    """x_star, as the user's state, as a function of all that g depends on.
 
     Args:
         flat_map: g with its inputs, already evaluated.
@@ -37,8 +42,9 @@ def attach(
     Raises:
         RuntimeError: g has another residual now.
     """
+    layout = flat_map.layout
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return x_star
+        return layout.taken_apart(x_star)
     x = x_star.detach()
     if strategy.truncation != 0:
         mark_as_anchor(x.requires_grad_())
@@ -51,16 +57,27 @@ def attach(
     evaluated = flat_map
     if residual is not None:
         evaluated = flat_map.watched(SameResidual(residual, hopeless))
+    if strategy.truncation == 0 and flat_map.damping[0] > 1:
+        evaluated = evaluated.watched_twice(functools.partial(notice_cut_in_a_step, flat_map))
+    buffers = buffers_of(flat_map)
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = evaluated(x)
-    inputs = Inputs(flat_map, x, gx, born_after)
+    inputs = Inputs(flat_map, x, gx, born_after, moved_since(buffers))
     if inputs.unnamed and account.late and account.settle() is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
         return attach(flat_map, x_star, residual, strategy, born_after)
     if not inputs and not has_tangent(gx):
-        return x_star
+        return layout.taken_apart(x_star)
+    if strategy.truncation != 0 and inputs.unreached:
+        notice_cut_of(flat_map, x, inputs.unreached)
     problem = MapProblem(flat_map, x_star, gx, Linearization(x, gx), inputs, strategy)
-    return differentiable(problem, *inputs.originals)
+    return solved_state(problem, layout, *inputs.originals)
+
+
+def notice_cut_in_a_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
+    """Warn where a step of several has no graph from the one before it, which has one."""
+    if x.requires_grad and not leads_to(gx, x):
+        notice_cut_of(flat_map, x)
 
 
 class SameResidual:
@@ -80,7 +97,7 @@ class SameResidual:
 
     def __call__(self, x: Tensor, gx: Tensor) -> None:
         x, gx = x.detach(), gx.detach()
-        share = max(SAME_VALUE, 8 * torch.finfo(x.dtype).eps)
+        share = max(SAME_RESIDUAL, 8 * torch.finfo(x.dtype).eps)
         with without_autocast(x.device):
             change = (row_norm(gx - x) - self._residual).abs()
             # False where either is not finite: those are the solver's to report.

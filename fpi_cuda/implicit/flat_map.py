@@ -65,6 +65,7 @@ class FlatMap:
         self._steps = 1
         self._damping = 1.0
         self._watch: Watch | None = None
+        self._second_watch: Watch | None = None
         self._recording: Recording | None = None
 
     @property
@@ -172,6 +173,12 @@ class FlatMap:
         other._watch = watch
         return other
 
+    def watched_twice(self, watch: Watch) -> FlatMap:
+        """This map, damped, whose second step in one evaluation is shown to `watch`."""
+        other = copy.copy(self)
+        other._second_watch = watch
+        return other
+
     def mended(self, bad: Tensor) -> FlatMap:
         """This map with a good sample's x and z in the place of those of the bad ones.
 
@@ -203,6 +210,8 @@ class FlatMap:
             gx = self._checked(x, call, read)
             if self._watch is not None and step == 0:
                 self._watch(x, gx)
+            if self._second_watch is not None and step == 1:
+                self._second_watch(x, gx)
             x = gx if self._damping == 1.0 else x + self._damping * (gx - x)
         return x
 
@@ -226,7 +235,7 @@ class FlatMap:
         name = "what prepare returned" if self.hoisted else "z"
         # From x = 0 the first evaluation may change nothing.
         with untouched(name, read, compare=habit.evaluations < 2):
-            gx = self.replay(lambda: call(self.layout.unflatten(given)))
+            gx = self.replay(lambda: call(self.layout.unflatten(given, writable=copies)))
         changed = before != version_of(given)
         if changed and not copies:
             raise ValueError(

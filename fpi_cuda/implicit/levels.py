@@ -10,7 +10,7 @@ pass may come when the levels above have ended.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -167,8 +167,8 @@ def solution(h: Apply, b: Tensor, solved: Solved, candidates: Set[int]) -> Tenso
             y = h(y)
         flat = frame.lower(y)
         given = strategy.account.masked(frame.lower(b))
-        if strategy.truncation and bool((finite_rows(given) & ~finite_rows(flat)).any()):
-            # Scaled, an overflow is told from a series that has no finite sum.
+        if strategy.truncation and not bool(finite_rows(flat).all()):
+            # There an overflow is told from a series that has no finite sum.
             with transforms.truncated(0) as restored:
                 assert solved.matrix is not None
                 _, bad = strategy.solve(given, solved.matrix.bound(restored), transpose=False)
@@ -191,7 +191,11 @@ def solution(h: Apply, b: Tensor, solved: Solved, candidates: Set[int]) -> Tenso
 
 
 def attach_levels(
-    h: Apply, y: Tensor, solved: Solved, candidates: Set[int] | None = None
+    h: Apply,
+    y: Tensor,
+    solved: Solved,
+    candidates: Set[int] | None = None,
+    when_cut: Callable[[], None] | None = None,
 ) -> Tensor:
     """y with its derivatives at every live level, or at those that are candidates.
 
@@ -199,6 +203,7 @@ def attach_levels(
         h: the map at the current levels, of which y is the fixed point.
         y: plain (N, D).
         solved: without a matrix, it is taken from h; all levels must then be candidates.
+        when_cut: called where the graph of h does not lead to y.
     Returns:
         (samples..., D) at the current levels.
     """
@@ -219,6 +224,8 @@ def attach_levels(
     assert probe is not None
     tracked = [level for level in wanted if probe.depends(level)]
     numbers = frozenset(level.number for level in tracked)
+    if tracked and anchored and when_cut is not None and probe.is_cut():
+        when_cut()
     if tracked and anchored and solved.matrix is None:
         solved = replace(solved, matrix=matrix_of(h, y, probe, frame))
     if tracked and any(number < min(numbers) for number in probe.anchors):
