@@ -17,6 +17,7 @@ from fpi_cuda.implicit import (
     Exact,
     FlatMap,
     LinearSolve,
+    Scaling,
     Strategy,
     Truncated,
 )
@@ -55,29 +56,34 @@ def strategy_for(
     options: Options,
     engine: Backend,
     account: Account,
-    dim: int,
+    flat_map: FlatMap,
     on_device: DeviceSolve | None = None,
     arithmetic: torch.dtype | None = None,
 ) -> Strategy:
     """How the adjoint system is dealt with.
 
     Args:
+        flat_map: the map of the fixed point.
         on_device: tried before the solver of the host.
         arithmetic: what autocast gave to products in g, and so gives to those with its Jacobian.
     """
     adjoint = options.adjoint
+    rowwise = options.asks_rowwise(flat_map.g)
+    scaling = Scaling(coupled=False if rowwise else None, arithmetic=flat_map.arithmetic)
     if isinstance(adjoint, Neumann):
-        return Truncated(account, truncation=adjoint.k)
+        return Truncated(account, truncation=adjoint.k, scaling=scaling)
     if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
         return Truncated(account, truncation=0)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
     solver_of_system = linear_solve(
-        adjoint_solver(options, adjoint, dim),
+        adjoint_solver(options, adjoint, flat_map.layout.dim),
         adjoint.max_steps or options.max_steps,
         engine,
         arithmetic,
     )
-    return Exact(account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device)
+    return Exact(
+        account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device, scaling=scaling
+    )
 
 
 def adjoint_method(options: Options, engine: Backend, dim: int) -> Method | None:

@@ -95,9 +95,9 @@ def site_of(g: Any) -> Hashable:
     if isinstance(g, partial):
         return ("partial", site_of(g.func))
     if isinstance(g, types.MethodType):
-        return ("method", g.__func__.__code__, site_of(g.__self__))
+        return ("method", weakref.ref(g.__func__.__code__), site_of(g.__self__))
     if isinstance(g, types.FunctionType):
-        return ("function", g.__code__)
+        return ("function", weakref.ref(g.__code__))
     if isinstance(g, nn.Module):
         return ("module", weakref.ref(g), g.training)
     return ("object", type(g))

@@ -26,6 +26,7 @@ from fpi_cuda.implicit import (
     merge_innermost,
     residual_in,
     sequence_number,
+    watching,
 )
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Picard, Unroll
 from fpi_cuda.request import (
@@ -73,7 +74,12 @@ def fixed_point(
 
     The value is differentiable, to any order and in forward mode too, in z, in the parameters
     of g and in whatever tensors g closes over; g at the value is evaluated once more for that,
-    where grad mode is on. Not converging is a status, not an exception.
+    where grad mode is on. Not converging is a status, not an exception. A gradient that comes in
+    as Inf or NaN goes out so.
+
+    The graph of the value holds g, for derivatives of derivatives. An object that is held by g
+    and holds the value is collected all the same; one that holds what was computed from the value,
+    with its graph, has to let go of that.
 
     Args:
         g: g(x, *z) -> like x, a function or module. An object that also has `prepare(*z)` and
@@ -115,9 +121,12 @@ def fixed_point(
         TypeError, ValueError: an option, x0 or z that makes no sense; a g that changes shape,
             dtype or device, or z in place. What g itself raises passes through.
         RuntimeError: a derivative, transform, tracer or route that cannot be served (torch.compile
-            can: the solve runs outside of its graph), or a g with another value when it is
-            evaluated again.
+            can: the solve runs outside of its graph), or a g with another value, or with a z or
+            parameter written to, when it is evaluated again.
         ConvergenceError: with throw=True.
+    Warns:
+        FixedPointWarning: samples contribute no gradient; or g moves with x, but its graph does
+            not lead to x (detach, no_grad, numpy), so that gradients leave dg/dx out.
     Source:
         Jeon, Lee, Choi, Differentiable Forward and Backward Fixed-Point Iteration Layers, IEEE
         Access 2021, eq. (3), (4) and (7) to (9).
@@ -215,7 +224,7 @@ def solve_flat(
     residual = residual_in(layout.dtype, residual)
     if not layout.batch_dims:
         status, num_steps, residual = status[0], num_steps[0], residual[0]
-    return Solution(layout.unflatten(value), status, num_steps, residual, record)
+    return Solution(value, status, num_steps, residual, record)
 
 
 def coupling_of(flat_map: FlatMap, options: Options) -> Coupling | None:
@@ -247,8 +256,8 @@ def solved(
     record: AdjointRecord,
     coupling: Coupling | None,
     born_after: int,
-) -> tuple[Tensor, SolveResult]:
-    """The fixed point by the solver, then its derivatives."""
+) -> tuple[Any, SolveResult]:
+    """The fixed point, as the user's state, by the solver, then its derivatives."""
     if differentiates() and being_captured(flat_map.layout.device):
         raise RuntimeError(UNDER_GRAD)
     course = Course(flat_map, options, engine, record, coupling)
@@ -258,15 +267,16 @@ def solved(
     if not differentiates():
         if coupling is None and course.may_take_rows:
             require_kept_promise(flat_map, options, check)
-        return result.x, result
+        with torch.enable_grad():  # views made under no_grad refuse in-place operations
+            return flat_map.layout.taken_apart(result.x), result
     account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
     arithmetic = flat_map.replay.autocast_dtype
-    strategy = strategy_for(options, engine, account, start.shape[1], course.on_device, arithmetic)
+    strategy = strategy_for(options, engine, account, flat_map, course.on_device, arithmetic)
     watch = None if course.leaves_the_host_alone else check
     value = attach(differentiated, result.x, watch, strategy, born_after)
-    if value.requires_grad:
+    if any(part.requires_grad for part in (value if flat_map.layout.is_tuple else (value,))):
         course.prepare_adjoint(result.x, account)
     return value, result
 
@@ -297,7 +307,7 @@ def solved_live(
     engine: Backend,
     record: AdjointRecord,
     coupling: Coupling | None,
-) -> tuple[Tensor, SolveResult]:
+) -> tuple[Any, SolveResult]:
     """The same inside torch.func transforms; results are those of the samples seen there."""
 
     def run(evaluate: Any, x0: Tensor) -> SolveResult:
@@ -317,15 +327,15 @@ def solved_live(
         result, frame = live_solve(flat_map, start, run)
     account = Account(result.status, record, coupling)
     arithmetic = flat_map.replay.autocast_dtype
-    strategy = strategy_for(options, engine, account, start.shape[1], arithmetic=arithmetic)
+    strategy = strategy_for(options, engine, account, flat_map, arithmetic=arithmetic)
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
-    return value, SolveResult(*map(frame.raised, result))
+    return flat_map.layout.unflatten(value, writable=True), SolveResult(*map(frame.raised, result))
 
 
 def unrolled(
     flat_map: FlatMap, start: Tensor, options: Options, record: AdjointRecord, born_after: int
-) -> tuple[Tensor, SolveResult]:
+) -> tuple[Any, SolveResult]:
     """The fixed point with the graph of every step that led to it."""
 
     if transforms.active():
@@ -337,7 +347,7 @@ def unrolled(
     def run(flat_map: FlatMap, x0: Tensor) -> SolveResult:
         with flat_map.replay.solving():
             return unroll(
-                flat_map.evaluate,
+                watching(flat_map),
                 x0,
                 options.solver,
                 rtol=options.rtol,
@@ -349,7 +359,7 @@ def unrolled(
 
     result = run(flat_map, start)
     value = attach_unrolled(flat_map, start, result, run, record, born_after)
-    return value, result._replace(x=value)
+    return value, result
 
 
 def detached(solution: Solution) -> Solution:

@@ -254,7 +254,8 @@ class Unroll:
     """Gradient by differentiating through every step of the solver.
 
     Memory grows with the number of steps. It is the only choice that also gives the gradient
-    in x0.
+    in x0. A sample that returns its x0, for it was solved or nothing better was found, has the
+    gradient of one step from there.
     """
 
 

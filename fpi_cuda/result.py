@@ -58,7 +58,8 @@ class Stats:
         num_steps: (B,) int32, evaluations of the map spent on each sample.
         residual: (B,) ||h(y) - y||_2 of the returned y, in the units of y.
         num_zeroed: samples whose gradient was set to zero, because the forward or the adjoint
-            solve ended NONFINITE or DIVERGED. 0 for a forward solve.
+            solve ended NONFINITE or DIVERGED. 0 for a forward solve. A sample whose incoming
+            gradient is itself Inf or NaN is NONFINITE but not counted: its gradient is NaN.
     """
 
     status: Tensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +52,28 @@ class Layout:
         ]
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
-    def unflatten(self, flat: Tensor) -> Any:
-        """The state with n samples that lies in `flat` (n, D)."""
-        parts = flat.split(self.sizes, 1) if len(self.shapes) > 1 else (flat,)
+    def unflatten(self, flat: Tensor, *, writable: bool = False) -> Any:
+        """The state with n samples that lies in `flat` (n, D), as views of it.
+
+        Args:
+            writable: autograd shall allow in-place operations on each tensor of a tuple.
+        """
+        if len(self.shapes) == 1:
+            return self._shaped((flat,))
+        if not writable:
+            return self._shaped(flat.split(self.sizes, 1))
+        starts = itertools.accumulate(self.sizes, initial=0)
+        return self._shaped(
+            [flat.narrow(1, start, size) for start, size in zip(starts, self.sizes, strict=False)]
+        )
+
+    def taken_apart(self, flat: Tensor) -> Any:
+        """The same of a `flat` that nobody else will use: tensors of their own to autograd."""
+        if len(self.shapes) == 1:
+            return self._shaped((flat,))
+        return self._shaped(flat.unsafe_split_with_sizes(self.sizes, 1))
+
+    def _shaped(self, parts: Sequence[Tensor]) -> Any:
         state = tuple(
             part.reshape((*part.shape[: self.batch_dims], *shape))
             for part, shape in zip(parts, self.shapes, strict=True)

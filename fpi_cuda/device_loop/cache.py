@@ -9,8 +9,6 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
-
 from fpi_cuda.device_loop.graphs import Refused
 
 Key = tuple[Hashable, ...]
@@ -213,8 +211,8 @@ def bound(memories: OrderedDict[Key, Any]) -> None:
         memories.popitem(last=False)
 
 
-def references_in(key: Hashable) -> Iterator[weakref.ref[nn.Module]]:
-    """Weak references to modules anywhere in a key."""
+def references_in(key: Hashable) -> Iterator[weakref.ref[Any]]:
+    """Weak references to modules and functions anywhere in a key."""
     if isinstance(key, weakref.ref):
         yield key
     elif isinstance(key, tuple):
@@ -222,13 +220,13 @@ def references_in(key: Hashable) -> Iterator[weakref.ref[nn.Module]]:
             yield from references_in(part)
 
 
-def modules_in(key: Hashable) -> list[nn.Module]:
-    """The modules of a key that are alive."""
+def modules_in(key: Hashable) -> list[Any]:
+    """The modules and functions of a key that are alive."""
     return [module for module in (ref() for ref in references_in(key)) if module is not None]
 
 
 def holds_dead(key: Hashable) -> bool:
-    """Whether a module of the key is gone."""
+    """Whether a module or function of the key is gone."""
     return any(ref() is None for ref in references_in(key))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from fpi_cuda.implicit.attach import attach
+from fpi_cuda.implicit.cut_graph import watching
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graph import sequence_number
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
 from fpi_cuda.implicit.live import attach_live, live_solve
+from fpi_cuda.implicit.scaling import Apply, Scaling
 from fpi_cuda.implicit.strategy import (
     Account,
-    Apply,
     DeviceSolve,
     Exact,
     FixedPointWarning,
@@ -31,6 +32,7 @@ __all__ = [
     "Jacobian",
     "LinearSolve",
     "Linearization",
+    "Scaling",
     "Strategy",
     "Truncated",
     "attach",
@@ -40,4 +42,5 @@ __all__ = [
     "merge_innermost",
     "residual_in",
     "sequence_number",
+    "watching",
 ]

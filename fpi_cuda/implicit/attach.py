@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fpi_cuda.implicit.cut_graph import notice_cut_of
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
-from fpi_cuda.implicit.graph import mark_as_anchor
+from fpi_cuda.implicit.graph import leads_to, mark_as_anchor
 from fpi_cuda.implicit.inputs import Inputs
 from fpi_cuda.implicit.linearization import Linearization
 from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.problem import MapProblem, differentiable
+from fpi_cuda.implicit.problem import MapProblem, solved_state
 from fpi_cuda.implicit.strategy import Strategy
 
 
@@ -32,8 +33,8 @@ def attach(
     check: Check | None,
     strategy: Strategy,
     born_after: int,
-) -> Tensor:
-    """x_star as a function of all that g depends on; x_star itself if that is nothing.
+) -> Any:
+    """x_star, as the user's state, as a function of all that g depends on.
 
     Args:
         flat_map: g with its inputs, already evaluated.
@@ -41,8 +42,9 @@ def attach(
         check: looks at x_star and g there, and at the samples that failed; None: nobody does.
         born_after: autograd's sequence number before flat_map was made.
     """
+    layout = flat_map.layout
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return x_star
+        return layout.taken_apart(x_star)
     x = x_star.detach()
     if strategy.truncation != 0:
         mark_as_anchor(x.requires_grad_())
@@ -55,6 +57,8 @@ def attach(
     evaluated = flat_map
     if check is not None:
         evaluated = flat_map.watched(functools.partial(check, ignored=hopeless))
+    if strategy.truncation == 0 and flat_map.damping[0] > 1:
+        evaluated = evaluated.watched_twice(functools.partial(notice_cut_in_a_step, flat_map))
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = evaluated(x)
     inputs = Inputs(flat_map, x, gx, born_after)
@@ -62,9 +66,17 @@ def attach(
         # Samples that failed cannot be left out later where g cannot be evaluated again.
         return attach(flat_map, x_star, check, strategy, born_after)
     if not inputs and not has_tangent(gx):
-        return x_star
+        return layout.taken_apart(x_star)
+    if strategy.truncation != 0 and inputs.unreached:
+        notice_cut_of(flat_map, x, inputs.unreached)
     problem = MapProblem(flat_map, x_star, gx, Linearization(x, gx), inputs, strategy)
-    return differentiable(problem, *inputs.originals)
+    return solved_state(problem, layout, *inputs.originals)
+
+
+def notice_cut_in_a_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
+    """Warn where a step of several has no graph from the one before it, which has one."""
+    if x.requires_grad and not leads_to(gx, x):
+        notice_cut_of(flat_map, x)
 
 
 def tensors_saved_as_they_are() -> contextlib.AbstractContextManager[Any]:

@@ -74,12 +74,18 @@ class FlatMap:
         self._steps = 1
         self._damping = 1.0
         self._watch: Watch | None = None
+        self._second_watch: Watch | None = None
         self._recording: Recording | None = None
 
     @property
     def read(self) -> Any:
         """What g reads besides x: what prepare returned, else z."""
         return self._prepared if self.hoisted else self.z
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """What products in g are rounded to: autocast's dtype, else that of the state."""
+        return self.replay.autocast_dtype or self.layout.dtype
 
     @property
     def damping(self) -> tuple[int, float]:
@@ -186,6 +192,12 @@ class FlatMap:
         other._watch = watch
         return other
 
+    def watched_twice(self, watch: Watch) -> FlatMap:
+        """This map, damped, whose second step in one evaluation is shown to `watch`."""
+        other = copy.copy(self)
+        other._second_watch = watch
+        return other
+
     def mended(self, bad: Tensor) -> FlatMap:
         """This map with a good sample's x and z in the place of those of the bad ones.
 
@@ -227,6 +239,8 @@ class FlatMap:
             gx = self._checked(x, call, read)
             if self._watch is not None and step == 0:
                 self._watch(x, gx)
+            if self._second_watch is not None and step == 1:
+                self._second_watch(x, gx)
             x = gx if self._damping == 1.0 else x + self._damping * (gx - x)
         return x
 
@@ -251,7 +265,7 @@ class FlatMap:
         # From x = 0 the first evaluation may change nothing.
         compare = habit.evaluations < 2
         with untouched(name, read, compare=compare), one_evaluation(self._buffers):
-            gx = self.replay(lambda: call(self.layout.unflatten(given)))
+            gx = self.replay(lambda: call(self.layout.unflatten(given, writable=copies)))
         changed = before != version_of(given)
         if changed and not copies:
             raise ValueError(

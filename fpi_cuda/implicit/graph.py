@@ -23,11 +23,15 @@ class Frontier:
         leaves: parameters and other leaves that require grad, anchors excepted.
         edges: non-leaf tensors that were there before the evaluation.
         nodes: the nodes of the evaluation itself.
+        anchors: those that it leads to.
+        visited: all edges on the way.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
     nodes: set[Any] = field(default_factory=set)
+    anchors: list[Tensor] = field(default_factory=list)
+    visited: set[Edge] = field(default_factory=set)
 
 
 def edge_of(t: Tensor) -> Edge | None:
@@ -48,11 +52,10 @@ def frontier_of(out: Tensor, known: Iterable[Edge], born_after: int) -> Frontier
         return found
     start = edge_of(out)
     if start is None:
-        if not is_anchor(out):
-            found.leaves.append(out)
+        (found.anchors if is_anchor(out) else found.leaves).append(out)
         return found
     stops = set(known)
-    visited: set[Edge] = set()
+    visited = found.visited
     pending = [start]
     while pending:
         edge = pending.pop()
@@ -63,14 +66,33 @@ def frontier_of(out: Tensor, known: Iterable[Edge], born_after: int) -> Frontier
         if edge in stops:
             found.edges.append(edge)
         elif is_leaf_node(node):
-            if not is_anchor(node.variable):
-                found.leaves.append(node.variable)
+            variable = node.variable
+            (found.anchors if is_anchor(variable) else found.leaves).append(variable)
         elif node._sequence_nr() < born_after:
             found.edges.append(edge)
         elif node not in found.nodes:
             found.nodes.add(node)
             pending.extend(node.next_functions)
     return found
+
+
+def leads_to(out: Tensor, x: Tensor) -> bool:
+    """Whether the graph of out leads to x."""
+    if out is x:
+        return True
+    if out.grad_fn is None:
+        return False
+    seen: set[Any] = set()
+    pending: list[Any] = [out.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node is x.grad_fn or (is_leaf_node(node) and node.variable is x):
+            return True
+        pending.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def depends_beyond(out: Tensor) -> bool:

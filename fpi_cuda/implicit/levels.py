@@ -10,7 +10,7 @@ pass may come when the levels above have ended.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,8 @@ from fpi_cuda.implicit.probe import (
     tangent_at,
     tracked_levels,
 )
-from fpi_cuda.implicit.strategy import Apply, Strategy, unmeasured
+from fpi_cuda.implicit.scaling import Apply
+from fpi_cuda.implicit.strategy import Strategy, finite_rows, unmeasured
 from fpi_cuda.result import Status
 from fpi_cuda.transforms import Frame, Level
 
@@ -166,10 +167,16 @@ def solution(h: Apply, b: Tensor, solved: Solved, candidates: Set[int]) -> Tenso
             y = h(y)
         flat = frame.lower(y)
         given = strategy.account.masked(frame.lower(b))
-        _, bad = strategy.account.close(given, unmeasured(given, flat, strategy.truncation))
-        dropped = strategy.account.hopeless if bad is None else bad
-        if dropped is not None:
-            keep = frame.raised(~dropped)[..., None]
+        if strategy.truncation and not bool(finite_rows(flat).all()):
+            # There an overflow is told from a series that has no finite sum.
+            with transforms.truncated(0) as restored:
+                assert solved.matrix is not None
+                _, bad = strategy.solve(given, solved.matrix.bound(restored), transpose=False)
+        else:
+            _, bad = strategy.account.close(given, unmeasured(given, flat, strategy.truncation))
+        zeroed = strategy.account.hopeless if bad is None else bad
+        if zeroed is not None:
+            keep = frame.raised(~zeroed | ~finite_rows(given))[..., None]
             y = torch.where(keep, y, torch.zeros((), dtype=y.dtype, device=y.device))
         return y
     flat = frame.lower(b)
@@ -184,7 +191,11 @@ def solution(h: Apply, b: Tensor, solved: Solved, candidates: Set[int]) -> Tenso
 
 
 def attach_levels(
-    h: Apply, y: Tensor, solved: Solved, candidates: Set[int] | None = None
+    h: Apply,
+    y: Tensor,
+    solved: Solved,
+    candidates: Set[int] | None = None,
+    when_cut: Callable[[], None] | None = None,
 ) -> Tensor:
     """y with its derivatives at every live level, or at those that are candidates.
 
@@ -192,6 +203,7 @@ def attach_levels(
         h: the map at the current levels, of which y is the fixed point.
         y: plain (N, D).
         solved: without a matrix, it is taken from h; all levels must then be candidates.
+        when_cut: called where the graph of h does not lead to y.
     Returns:
         (samples..., D) at the current levels.
     """
@@ -212,6 +224,8 @@ def attach_levels(
     assert probe is not None
     tracked = [level for level in wanted if probe.depends(level)]
     numbers = frozenset(level.number for level in tracked)
+    if tracked and anchored and when_cut is not None and probe.is_cut():
+        when_cut()
     if tracked and anchored and solved.matrix is None:
         solved = replace(solved, matrix=matrix_of(h, y, probe, frame))
     if tracked and any(number < min(numbers) for number in probe.anchors):

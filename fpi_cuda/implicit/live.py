@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
+from fpi_cuda.implicit.cut_graph import notice_cut
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.levels import Solved, attach_levels
 from fpi_cuda.implicit.mending import mended_if_batchwise
@@ -55,4 +56,12 @@ def attach_live(flat_map: FlatMap, x_star: Tensor, strategy: Strategy, frame: Fr
     if hopeless is not None and not frame.batch and not bool(hopeless.all()):
         flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
     solved = Solved(strategy, None, frame, strategy.account.status)
-    return attach_levels(flat_map, x_star, solved)
+
+    def when_cut() -> None:
+        def evaluate(x: Tensor) -> Tensor:
+            with torch.no_grad(), flat_map.replay.solving():
+                return frame.lower(flat_map(frame.raised(x)))
+
+        notice_cut(flat_map.g, evaluate, x_star, flat_map.arithmetic)
+
+    return attach_levels(flat_map, x_star, solved, when_cut=when_cut)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
-from fpi_cuda.implicit.strategy import Apply
+from fpi_cuda.implicit.scaling import Apply
 from fpi_cuda.transforms import Frame, Restore
 
 

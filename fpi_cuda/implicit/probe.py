@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.graph import depends_beyond, mark_as_anchor
+from fpi_cuda.implicit.graph import depends_beyond, leads_to, mark_as_anchor
 from fpi_cuda.implicit.linearization import Linearization, gradient
 from fpi_cuda.implicit.live_jacobian import (
     FlatJacobian,
@@ -17,7 +17,7 @@ from fpi_cuda.implicit.live_jacobian import (
     LiveJacobian,
     PlainJacobian,
 )
-from fpi_cuda.implicit.strategy import Apply
+from fpi_cuda.implicit.scaling import Apply
 from fpi_cuda.transforms import Frame, Level
 
 MIXED = (
@@ -79,6 +79,14 @@ class Probe:
         if level == PLAIN and tangent is not None:
             raise RuntimeError(MIXED)
         return tangent is not None if level.kind == "Jvp" else depends_beyond(edge)
+
+    def is_cut(self) -> bool:
+        """Whether the graph of h(y) does not lead to y at the lowest level that recorded one."""
+        for number, anchor in sorted(self.anchors.items()):
+            edge = self.edge(number)
+            if edge.requires_grad:
+                return not leads_to(edge, anchor)
+        return bool(self.anchors) and torch.is_grad_enabled()
 
 
 def tracked_levels(t: Tensor) -> set[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +19,9 @@ from fpi_cuda.implicit.levels import Point, Solved
 from fpi_cuda.implicit.linearization import Jacobian, OpenLinearization
 from fpi_cuda.implicit.live_jacobian import PlainJacobian, TransposedJacobian
 from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.strategy import Strategy, series, unmeasured, zero_rows
+from fpi_cuda.implicit.strategy import Strategy, dropped, finite_rows, series, unmeasured
 from fpi_cuda.result import Status
+from fpi_cuda.state import Layout
 from fpi_cuda.transforms import Frame
 
 LEGACY = (
@@ -30,6 +33,10 @@ LEGACY_TANGENT = (
     "fixed_point: torch.autograd.functional with vectorize=True in forward mode is not supported. "
     "Use torch.func.jacfwd, or torch.func.hessian"
 )
+
+
+Get = Callable[[], Any]
+"""The problem of a node, held or only known."""
 
 
 class Problem(Protocol):
@@ -61,6 +68,9 @@ class Problem(Protocol):
     def pushed(self, y: Tensor) -> Tensor:
         """The tangent of the solution, as a function of y and the inputs, which have tangents."""
 
+    def overflow(self, v: Tensor) -> list[Tensor] | None:
+        """What each input gets besides where v is not finite in samples left out; None: nothing."""
+
 
 class _Implicit(torch.autograd.Function):
     """The fixed point of a Problem, as a function of h at it and of the inputs of h.
@@ -71,56 +81,141 @@ class _Implicit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, problem: Problem, hy: Tensor, *inputs: Tensor) -> Tensor:
-        # A copy, so that an in-place op on the result does not reach the y that is linearized at.
-        value = problem.value.clone()
-        ctx.problem = problem
+        ctx.problem, ctx.num_inputs = problem, len(inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(value, *inputs)
+        ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
-        return value
+        # A copy, so that an in-place op on the result does not reach the y that is linearized at.
+        return problem.value.clone()
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        problem: Problem = ctx.problem
-        nothing = [None] * (len(ctx.needs_input_grad) - 2)
-        if v is None:
-            return (None, None, *nothing)
-        if transforms.is_legacy_batched(v):
-            if torch.is_grad_enabled():
-                raise RuntimeError(LEGACY)
-            c = transforms.from_legacy_vmap(problem.point().pulled, v)
-            return (None, c, *nothing)
-        if transforms.active():
-            return (None, problem.point().pulled(v), *nothing)
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            y, *inputs = ctx.saved_tensors
-            if follows(v, y, *inputs):
-                return (None, None, *problem.pulled(v, y))
-        c, bad = problem.pull(v)
-        if bad is not None:
-            pulled = problem.pulled_without(c, bad)
-            if pulled is not None:
-                return (None, None, *pulled)
-        return (None, c, *nothing)
+        return (None, *pulled_back(ctx.problem, v, ctx))
 
     @staticmethod
     def jvp(ctx: Any, _: None, t: MaybeTensor, *__: MaybeTensor) -> Tensor:
-        problem: Problem = ctx.problem
-        if t is None:
-            return torch.zeros_like(problem.value)
-        if transforms.is_legacy_batched(t):
-            raise RuntimeError(LEGACY_TANGENT)
-        if not torch.is_grad_enabled():
-            return problem.push(t)
+        return pushed_forward(ctx.problem, t, ctx.saved_tensors)
+
+
+class _State(torch.autograd.Function):
+    """The same as the state that the user sees."""
+
+    @staticmethod
+    def forward(ctx: Any, get: Get, layout: Layout, hy: Tensor, *inputs: Tensor) -> Any:
+        ctx.get, ctx.layout, ctx.num_inputs = get, layout, len(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        value = layout.unflatten(get().value)
+        # As above, and copied last: views refuse in-place operations.
+        return tuple(map(contiguous_copy, value)) if layout.is_tuple else contiguous_copy(value)
+
+    @staticmethod
+    def backward(ctx: Any, *v: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        return (None, None, *pulled_back(ctx.get(), flat(ctx.layout, v), ctx))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, t: MaybeTensor, *___: MaybeTensor) -> Any:
+        return ctx.layout.unflatten(pushed_forward(ctx.get(), t, ctx.saved_tensors))
+
+
+class _Part(torch.autograd.Function):
+    """One tensor of a tuple state, itself. It holds what its tuple only knows of.
+
+    So the cycle through a g that holds its own fixed point is one that Python's collector can
+    see: through the node that belongs to this tensor alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, part: Tensor) -> Tensor:
+        ctx.problem = problem
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(part)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, v: MaybeTensor) -> tuple[None, MaybeTensor]:
+        return None, v
+
+
+def contiguous_copy(t: Tensor) -> Tensor:
+    """t, row-major, in memory of its own."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def flat(layout: Layout, v: tuple[MaybeTensor, ...]) -> MaybeTensor:
+    """(B, D) from the gradients of the tensors of a state; None where there are none."""
+    like = next((t for t in v if t is not None), None)
+    if like is None:
+        return None
+    parts = tuple(
+        like.new_zeros((layout.batch, *shape)) if t is None else t
+        for t, shape in zip(v, layout.shapes, strict=True)
+    )
+    return layout.flatten(parts if layout.is_tuple else parts[0])
+
+
+def pulled_back(problem: Problem, v: MaybeTensor, ctx: Any) -> tuple[MaybeTensor, ...]:
+    """The gradients of hy and of the inputs that are saved in ctx, from that of the solution."""
+    nothing: list[MaybeTensor] = [None] * ctx.num_inputs
+    if v is None:
+        return (None, *nothing)
+    if transforms.is_legacy_batched(v):
+        if torch.is_grad_enabled():
+            raise RuntimeError(LEGACY)
+        return (transforms.from_legacy_vmap(problem.point().pulled, v), *nothing)
+    if transforms.active():
+        return (problem.point().pulled(v), *nothing)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        # Not read before: it raises where one of them was written to.
         inputs = ctx.saved_tensors
-        # Forward-mode is off here, so this one has the graph alone.
         y = differentiable(problem, *inputs)
-        return problem.pushed(y)
+        if follows(v, y, *inputs):
+            return (None, *added(problem.pulled(v, y), problem.overflow(v)))
+    c, bad = problem.pull(v)
+    overflow = problem.overflow(v)
+    if bad is not None:
+        pulled = problem.pulled_without(c, bad)
+        if pulled is not None:
+            return (None, *added(pulled, overflow))
+    return (c, *added(nothing, overflow))
+
+
+def pushed_forward(problem: Problem, t: MaybeTensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    """The tangent of the solution, from that of hy."""
+    if t is None:
+        return torch.zeros_like(problem.value)
+    if transforms.is_legacy_batched(t):
+        raise RuntimeError(LEGACY_TANGENT)
+    if not torch.is_grad_enabled():
+        return problem.push(t)
+    # Forward-mode is off here, so this one has the graph alone.
+    return problem.pushed(differentiable(problem, *inputs))
+
+
+def added(pulled: list[MaybeTensor], more: list[Tensor] | None) -> list[MaybeTensor]:
+    """The sums of two lists of gradients."""
+    if more is None:
+        return pulled
+    return [b if a is None else a + b for a, b in zip(pulled, more, strict=True)]
 
 
 def differentiable(problem: Problem, *inputs: Tensor) -> Tensor:
     """The value of the problem, as a function of the inputs of its h."""
     return _Implicit.apply(problem, problem.hy, *inputs)
+
+
+def solved_state(problem: Problem, layout: Layout, *inputs: Tensor) -> Any:
+    """The value of the problem as the user's state, as a function of the inputs of its h.
+
+    A g that holds its own fixed point, as self.x = fixed_point(self.step, ...).value does, is a
+    cycle that Python's collector sees only through nodes with one owner: the tensor's own.
+    """
+    # What changes a tensor in place must change its tangent in place: no parts there.
+    if not layout.is_tuple or forward_ad._current_level >= 0:
+        return _State.apply(lambda: problem, layout, problem.hy, *inputs)
+    parts = _State.apply(weakref.ref(problem), layout, problem.hy, *inputs)
+    return tuple(_Part.apply(problem, part) for part in parts)
 
 
 class MapProblem:
@@ -168,7 +263,7 @@ class MapProblem:
             if bool(bad.all()):
                 return self._no_gradient()
             opened = self._open(y, bad)
-            v = zero_rows(v, bad)
+            v = dropped(v, bad)
             c, _ = linear_solution(self._strategy, opened, v, transpose=True)
         return opened.pulled(c)
 
@@ -185,6 +280,13 @@ class MapProblem:
         if tangent is None or self._all_failed is not None:
             return torch.zeros_like(y)
         return linear_solution(self._strategy, self._open(y), tangent, transpose=False)[0]
+
+    def overflow(self, v: Tensor) -> list[Tensor] | None:
+        hopeless = self._strategy.account.hopeless
+        if hopeless is None:
+            return None
+        rows = hopeless & ~finite_rows(v.detach())
+        return [spoiled(t, rows) for t in self._inputs.originals] if bool(rows.any()) else None
 
     def _open(self, x: Tensor, bad: Tensor | None = None) -> OpenLinearization:
         if bad is None:
@@ -259,8 +361,19 @@ class LinearProblem:
         )
         return solution
 
+    def overflow(self, v: Tensor) -> list[Tensor] | None:
+        return None
+
     def _masked(self, v: Tensor) -> Tensor:
-        return v if self._bad is None else zero_rows(v, self._bad)
+        return v if self._bad is None else dropped(v, self._bad)
+
+
+def spoiled(t: Tensor, rows: Tensor) -> Tensor:
+    """A gradient for t that is NaN in rows (B,), or as a whole where t has no such rows."""
+    if t.dim() == 0 or len(t) != len(rows):
+        return torch.full_like(t, torch.nan)
+    mask = rows.reshape(-1, *[1] * (t.dim() - 1))
+    return torch.where(mask, torch.full_like(t, torch.nan), 0.0)
 
 
 def plain_point(hy: Tensor, matrix: Jacobian, strategy: Strategy, status: Tensor) -> Point:
@@ -280,9 +393,14 @@ def linear_solution(
     account = strategy.account
     b = account.masked(b)
     if strategy.truncation is not None:
-        y = series(lambda y: opened.differentiable(y, transpose=transpose), b, strategy.truncation)
-        _, bad = account.close(b, unmeasured(b, y.detach(), strategy.truncation))
-        return y if bad is None else zero_rows(y, bad), bad
+        k = strategy.truncation
+        y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
+        if k and not bool(finite_rows(y.detach()).all()):
+            # There an overflow is told from a series that has no finite sum.
+            _, bad = strategy.solve(b.detach(), opened, transpose=transpose)
+        else:
+            _, bad = account.close(b, unmeasured(b, y.detach(), k))
+        return y if bad is None else torch.where((bad & finite_rows(b))[:, None], 0.0, y), bad
     y, bad = strategy.solve(b.detach(), opened, transpose=transpose)
     hy = opened.differentiable(y, transpose=transpose) + b
     problem = LinearProblem(opened, b, y, hy, strategy, bad, transpose=transpose)

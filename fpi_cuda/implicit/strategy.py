@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,10 +17,9 @@ from torch import Tensor
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.implicit.late import Late
 from fpi_cuda.implicit.linearization import Jacobian
+from fpi_cuda.implicit.scaling import Apply, Scaling
 from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
 from fpi_cuda.row_norm import row_norm
-
-Apply = Callable[[Tensor], Tensor]
 
 
 class LinearSolve(Protocol):
@@ -99,6 +98,11 @@ class Account:
         self.late = False
         return self._failed if self._any.value() else None
 
+    @property
+    def joint(self) -> bool:
+        """Whether rows were seen to depend on one another."""
+        return self.coupling is not None and self.coupling.joint
+
     def settle(self) -> Tensor | None:
         """`hopeless`, for a forward pass that takes care of these samples."""
         self._unmended = False
@@ -111,25 +115,38 @@ class Account:
     def masked(self, b: Tensor) -> Tensor:
         """b with zeros for the samples that failed forward."""
         hopeless = self.hopeless
-        return b if hopeless is None else zero_rows(b, hopeless)
+        return b if hopeless is None else dropped(b, hopeless)
 
-    def close(self, b: Tensor, result: SolveResult) -> tuple[Tensor, Tensor | None]:
+    def close(
+        self, b: Tensor, result: SolveResult, *, whole: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         """Record `result`, of a solve for b; return its x and which samples fail in all.
 
         Those have zero in x. The second value is None where it says no more than what the forward
-        pass has taken care of.
+        pass has taken care of. A b that is itself not finite is no failed solve: x is not finite
+        there either, for whoever watches gradients for overflow.
+
+        Args:
+            whole: all of such a row of x is lost; else it is left as it is.
         """
         hopeless = self.hopeless
         x, status, num_steps, residual = result
         bad = failed(status)
         fails_here = bool(bad.any())
-        if hopeless is not None:
-            bad = bad | hopeless
-            status = torch.where(hopeless, self.status, status)
-        num_zeroed = int(bad.sum()) if fails_here or hopeless is not None else 0
-        if fails_here:
-            x = zero_rows(x, bad)
-            residual = torch.where(bad, row_norm(b), residual)
+        num_zeroed = 0
+        if fails_here or hopeless is not None:
+            finite = finite_rows(b)
+            bad = bad & finite
+            if fails_here:
+                x = zero_rows(x, bad)
+                if whole:
+                    x = torch.where(finite[:, None], x, b + torch.nan)
+                residual = torch.where(bad, row_norm(b), residual)
+                fails_here = bool(bad.any())
+            if hopeless is not None:
+                bad = bad | hopeless
+                status = torch.where(hopeless, self.status, status)
+            num_zeroed = int((bad & finite).sum())
         self._record.stats = Stats(status, num_steps, residual_in(b.dtype, residual), num_zeroed)
         if num_zeroed and not self._record.warned:
             self._record.warned = True
@@ -149,11 +166,13 @@ class Strategy(abc.ABC):
 
     Attributes:
         account: of the solve.
+        scaling: of right-hand sides.
         truncation: y is the series b + M b + ... + M^k b with this k; None: it is the solution.
     """
 
     account: Account
     truncation: int | None = None
+    scaling: Scaling = dataclasses.field(default=Scaling(), kw_only=True)
 
     @abc.abstractmethod
     def solve(
@@ -190,24 +209,41 @@ class Exact(Strategy):
             return self._solve(self.account.masked(b), matrix, transpose)
 
     def _solve(self, b: Tensor, matrix: Jacobian, transpose: bool) -> tuple[Tensor, Tensor | None]:
+        scaling = self.scaling.joint() if self.account.joint else self.scaling
+        scale = scaling.of(b)
+        result = self._solve_scaled(b / scale.factor, matrix, transpose)
+        if scale.differs is not None and bool(scale.differs):
+            apply = matrix.transposed if transpose else matrix.product
+            if not scaling.holds(apply, b, scale, result):
+                scale = scaling.joint().of(b)
+                result = self._solve_scaled(b / scale.factor, matrix, transpose)
+        residual = result.residual * scale.factor[:, 0].double()
+        return self.account.close(b, result._replace(x=result.x * scale.factor, residual=residual))
+
+    def _solve_scaled(self, b: Tensor, matrix: Jacobian, transpose: bool) -> SolveResult:
         both: list[Apply] = [matrix.product, matrix.transposed]
         apply, apply_transpose = reversed(both) if transpose else both
-        scale = power_of_two(b)
-        scaled = b / scale
-        size = row_norm(scaled)
+        size = row_norm(b)
         coupling = self.account.coupling
-        joint = coupling is not None and coupling.joint
-        result = None
-        if transpose and self.on_device is not None and not joint:
-            result = self.on_device(matrix, scaled, self.rtol * size)
-        if result is None and not bool(size.any()):
-            return self.account.close(b, trivial(b, size))
-        if result is None or coupling is not None:
-            result = self.linear_solve(
-                apply, apply_transpose, scaled, self.rtol * size, coupling, result
-            )
-        result = result._replace(x=result.x * scale, residual=result.residual * scale.double())
-        return self.account.close(b, result)
+        found = None
+        if transpose and self.on_device is not None and not self.account.joint:
+            found = self.on_device(matrix, b, self.rtol * size)
+            if found is not None and coupling is None:
+                return found
+        total = float(size.sum())
+        if total == 0:
+            return found or trivial(b, size)
+        if math.isfinite(total):
+            return self.linear_solve(apply, apply_transpose, b, self.rtol * size, coupling, found)
+        # Iterated on, these rows would spoil others where g couples them.
+        lost = ~torch.isfinite(size)
+        size = torch.where(lost, 0.0, size)
+        result = self.linear_solve(
+            apply, apply_transpose, zero_rows(b, lost), self.rtol * size, coupling
+        )
+        if self.account.joint:
+            return lose(result._replace(x=result.x + torch.nan), torch.ones_like(lost))
+        return lose(result, lost)
 
 
 @dataclass(frozen=True)
@@ -227,8 +263,19 @@ class Truncated(Strategy):
         b = self.account.masked(b)
         apply = matrix.transposed if transpose else matrix.product
         with torch.no_grad(), without_autocast(b.device):
-            y = series(apply, b, self.truncation)
-            return self.account.close(b, unmeasured(b, y, self.truncation))
+            result = self._summed(b, apply)
+            if self.truncation and bool((result.status == Status.NONFINITE).any()):
+                # Rows of b that are not finite must not reach others where g couples them, and
+                # scaled, an overflow is told from a series that has no finite sum.
+                lost = ~finite_rows(b)
+                clean = zero_rows(b, lost)
+                scaled = self._summed(clean / self.scaling.of(clean).factor, apply)
+                result = self._summed(clean, apply)._replace(status=scaled.status)
+                result = lose(result, lost)
+            return self.account.close(b, result, whole=self.truncation > 0)
+
+    def _summed(self, b: Tensor, apply: Apply) -> SolveResult:
+        return unmeasured(b, series(apply, b, self.truncation), self.truncation)
 
 
 def series(apply: Apply, b: Tensor, k: int) -> Tensor:
@@ -264,21 +311,29 @@ def zero_rows(t: Tensor, rows: Tensor) -> Tensor:
     return torch.where(rows[:, None], torch.zeros((), dtype=t.dtype, device=t.device), t)
 
 
+def finite_rows(b: Tensor) -> Tensor:
+    """(B,) bool: the row of b (B, D) is finite."""
+    return torch.isfinite(b).all(1)
+
+
+def dropped(b: Tensor, rows: Tensor) -> Tensor:
+    """b with zeros where rows (B,) is True, but for rows of b that are themselves not finite.
+
+    An overflow of the user's loss is theirs to see, whatever became of the sample.
+    """
+    return zero_rows(b, rows & finite_rows(b))
+
+
+def lose(result: SolveResult, rows: Tensor) -> SolveResult:
+    """`result`, with rows (B,) of the account as those of right-hand sides that are not finite."""
+    status = torch.where(rows, int(Status.NONFINITE), result.status).to(torch.int8)
+    residual = torch.where(rows, torch.nan, result.residual)
+    return result._replace(status=status, residual=residual)
+
+
 def residual_in(state: torch.dtype, residual: Tensor) -> Tensor:
     """A residual as it is reported: in the state's dtype, but at least float32."""
     return residual.to(torch.promote_types(state, torch.float32))
-
-
-def power_of_two(b: Tensor) -> Tensor:
-    """0-dim, about the largest |b|, exact to divide by: a loss scale then changes no digit.
-
-    One for the whole batch, since the samples of a g that is not row-wise are coupled.
-    """
-    largest = b.abs().nan_to_num(0.0, 0.0, 0.0).amax() if b.numel() else b.new_zeros(())
-    # The power and its inverse must both be normal numbers of the dtype.
-    most = int(math.log2(torch.finfo(b.dtype).max)) - 2
-    exponent = torch.frexp(largest.double()).exponent.clamp(-most, most)
-    return torch.ldexp(torch.ones((), dtype=torch.float64, device=b.device), exponent).to(b.dtype)
 
 
 @contextlib.contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fpi_cuda import transforms
 from fpi_cuda.implicit.attach import attach
 from fpi_cuda.implicit.flat_map import FlatMap, replace_rows
 from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.strategy import Account, Truncated, failed, unmeasured
+from fpi_cuda.implicit.strategy import Account, Truncated, dropped, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
 
 Run = Callable[[FlatMap, Tensor], SolveResult]
@@ -24,15 +26,17 @@ def attach_unrolled(
     run: Run,
     record: AdjointRecord,
     born_after: int,
-) -> Tensor:
+) -> Any:
     """The x of `result`, which `run` gave for x0, differentiable where the solve succeeded.
+
+    It is returned as the user's state.
 
     A failed sample would poison parameters, for zero times NaN is NaN. So the solve that is
     differentiated is repeated with a good sample in its place.
     """
     bad = failed(result.status)
     if not bool(bad.any()):
-        return result.x
+        return as_state(flat_map, result.x)
     account = Account(result.status, record)
     plain = result.x.detach()
     if bool(bad.all()):
@@ -40,12 +44,22 @@ def attach_unrolled(
     mended = mended_if_batchwise(flat_map, plain, bad)
     good = int(torch.nonzero(~bad)[0])
     again = run(mended, replace_rows(x0, bad, good))
-    value = torch.where(bad[:, None], plain, again.x)
+    value = again.x.clone()
+    with torch.no_grad():
+        value.copy_(torch.where(bad[:, None], plain, value))
 
-    def note(v: Tensor) -> None:
-        v = v.detach()
-        account.close(v, unmeasured(v, v, 0))
+    def without_failed(v: Tensor) -> Tensor:
+        account.close(v.detach(), unmeasured(v.detach(), v.detach(), 0))
+        return dropped(v, bad)
 
     if value.requires_grad:
-        value.register_hook(note)
-    return value
+        value.register_hook(without_failed)
+    return as_state(flat_map, value)
+
+
+def as_state(flat_map: FlatMap, value: Tensor) -> Any:
+    """The user's state that lies in `value` (B, D), which nobody else holds."""
+    if transforms.active():
+        # No torch.func.vmap of what takes a tensor apart.
+        return flat_map.layout.unflatten(value, writable=True)
+    return flat_map.layout.taken_apart(value)

@@ -54,13 +54,28 @@ def unroll(
         residual=work.residual,
     )
     noise, number = noise_of(arithmetic, x0.dtype, max_steps), 0
+    first = None
     while bool((state.status == Status.ACTIVE).any()):
         number += 1
-        state = reference.step(state, evaluate(state.x, None), rules, solver)
+        gx = evaluate(state.x, None)
+        first = gx if first is None else first
+        state = reference.step(state, gx, rules, solver)
         if noise is not None and number % EVERY == 0:
             # Apart from what autograd may have kept.
             control, num_steps = state.control.clone(), state.num_steps.clone()
             state = dataclasses.replace(state, control=control, num_steps=num_steps)
             with torch.no_grad():
                 noise.after_step(evaluate, state.x.detach(), None, state)
-    return SolveResult(state.best, state.status, state.num_steps, state.residual.detach())
+    value = state.best if first is None else stepped_once(x0, first, state.best)
+    return SolveResult(value, state.status, state.num_steps, state.residual.detach())
+
+
+def stepped_once(x0: Tensor, gx0: Tensor, best: Tensor) -> Tensor:
+    """`best` (B, D), with the derivative of g(x0) in samples that return x0 itself.
+
+    A sample that starts at its fixed point takes no step, and would have no derivative.
+    """
+    returned = (best == x0).all(1) & torch.isfinite(gx0).all(1)
+    # The value of x0, for gx0 - gx0 is zero.
+    stood = x0.detach() + (gx0 - gx0.detach())
+    return torch.where(returned[:, None], stood, best)

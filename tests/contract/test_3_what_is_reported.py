@@ -422,4 +422,5 @@ def test_what_is_measured_is_counted_and_capped() -> None:
         with torch.autocast("cpu", BF16), torch.no_grad():
             sol = fpi.fixed_point(counted, torch.zeros_like(z), z, rtol=0.0, max_steps=max_steps)
         assert int(sol.num_steps.max()) <= min(calls, max_steps)
-        assert calls <= max_steps + 5 * (max_steps // 20)
+        # One more probes the rows, another looks at them in the end.
+        assert calls <= max_steps + 5 * (max_steps // 20) + 2
