@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -10,13 +12,20 @@ from fpi_cuda.adjoint import adjoint_method, adjoint_solver
 from fpi_cuda.capturing import being_captured
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.faithful import counting_changes
-from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step, why_not_worth
+from fpi_cuda.fused import (
+    FusedAdjoint,
+    fused_map,
+    require_same_as_step,
+    why_no_fused_adjoint,
+    why_not_worth,
+)
 from fpi_cuda.fused_evaluation import FusedEvaluation
 from fpi_cuda.implicit import Account, DeviceSolve, FlatMap
 from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route, SolveResult
+from fpi_cuda.shortcuts import why_not_captured
 from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import Backend, solve
 
@@ -46,6 +55,7 @@ class Course:
         self._graphs: Graphs | None = None
         self._adjoint: DeviceAdjoint | None = None
         self._fused: FusedMap | None = None
+        self._fused_at: Tensor
         self._fused_adjoint: FusedAdjoint | None = None
         self._evaluation: FusedEvaluation | None = None
 
@@ -117,8 +127,7 @@ class Course:
             raise NotLowered(f'route="{options.route}" asks for it')
         if being_captured(x0.device):
             raise NotLowered(BEING_CAPTURED)
-        rowwise = options.asks_rowwise(flat_map.g)
-        fused = fused_map(flat_map, self._engine, options.solver, rowwise=rowwise)
+        fused = fused_map(flat_map, self._engine, options.solver, rowwise=self._rowwise)
         if options.route is None:
             reason = why_not_worth(fused, self._engine, options.solver, len(x0), options.precision)
             if reason is not None:
@@ -134,7 +143,7 @@ class Course:
             precision=options.precision,
         )
         require_same_as_step(flat_map, fused, result.x)
-        self._fused = fused
+        self._fused, self._fused_at = fused, result.x
         return result
 
     def plan_fused_adjoint(self, account: Account) -> None:
@@ -150,6 +159,8 @@ class Course:
         if options.adjoint.solver is None:
             solver = no_deeper(solver, self._engine)
         reason = why_not_served(solver, layout.dtype, self._engine)
+        if reason is None:
+            reason = why_no_fused_adjoint(self._flat_map, self._fused, self._fused_at)
         if reason is not None:
             require_host_allowed(options, "the adjoint", reason)
             self._record.adjoint_route = Route("host", reason)
@@ -208,12 +219,20 @@ class Course:
         self._record.adjoint_route = Route("host", str(reason))
 
     def _may_take_rows(self) -> bool:
-        return self._options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable()
+        return self._rowwise and self._flat_map.selectable()
+
+    @functools.cached_property
+    def _rowwise(self) -> bool:
+        return self._options.asks_rowwise(self._flat_map.g)
 
     def _require_graphs(self, device: torch.device) -> Graphs:
         if self._options.route == "host":
             raise Refused(HOST_ASKED_FOR)
-        return device_loop.graphs_for(device)
+        graphs = device_loop.graphs_for(device)
+        reason = why_not_captured(self._flat_map.g)
+        if reason is not None:
+            raise Refused(reason)
+        return graphs
 
 
 def not_taken(not_fused: str, not_on_device: str) -> str:

@@ -33,6 +33,7 @@ LEVELS = [
         "control",
         "faithful",
         "lowered",
+        "shortcuts",
         "tracing",
         "transforms",
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fpi_cuda.implicit.attach import attach
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graph import sequence_number
+from fpi_cuda.implicit.hoisting import why_whole_last
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
 from fpi_cuda.implicit.live import attach_live, live_solve
 from fpi_cuda.implicit.strategy import (
@@ -38,4 +39,5 @@ __all__ = [
     "merge_innermost",
     "residual_in",
     "sequence_number",
+    "why_whole_last",
 ]

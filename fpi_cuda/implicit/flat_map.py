@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.faithful import Replay
+from fpi_cuda.implicit.hoisting import why_whole
 from fpi_cuda.implicit.untouched import parts_of, untouched, version_of
 from fpi_cuda.state import Layout
 
@@ -37,12 +38,13 @@ class Habit:
 class FlatMap:
     """x (B, D) -> g(x, *z) (B, D), checked at every evaluation.
 
-    A g that offers `prepare(*z)` and `step(x, prepared)` has the first called once, here.
+    A g that offers `prepare(*z)` and `step(x, prepared)` has the first called once, here, where
+    that is what calling it does.
 
     Attributes:
         g, layout, z, replay: as given.
         source_z: z, also where a mended map evaluates g on something else.
-        hoisted: g offers prepare and step.
+        whole: why g(x, *z) is called in every evaluation; None: prepare and step stand for it.
     """
 
     def __init__(self, g: Any, layout: Layout, z: tuple[Tensor, ...], replay: Replay) -> None:
@@ -51,7 +53,7 @@ class FlatMap:
         self.z = z
         self.source_z = z
         self.replay = replay
-        self.hoisted = offers_hoisting(g)
+        self.whole = why_whole(g, layout, z)
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
         self._prepare_replay = Replay(layout.device)
@@ -66,6 +68,11 @@ class FlatMap:
         self._damping = 1.0
         self._watch: Watch | None = None
         self._recording: Recording | None = None
+
+    @property
+    def hoisted(self) -> bool:
+        """Whether prepare and step stand for g."""
+        return self.whole is None
 
     @property
     def read(self) -> Any:
@@ -246,11 +253,6 @@ class FlatMap:
 
     def _widened(self, gx: Tensor, low: torch.dtype) -> Tensor:
         return gx.to(self.layout.dtype) if gx.dtype == low else gx
-
-
-def offers_hoisting(g: object) -> bool:
-    """Whether g separates what does not depend on x."""
-    return callable(getattr(g, "prepare", None)) and callable(getattr(g, "step", None))
 
 
 def select(read: Any, rows: Tensor) -> Any:
