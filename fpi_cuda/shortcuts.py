@@ -88,6 +88,14 @@ def any_hooks(own: dict[str, Any]) -> bool:
     )
 
 
+def any_backward_hooks(module: nn.Module) -> bool:
+    """Whether backward hooks are on the module, on one inside it, or on all modules."""
+    on_all = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
+    return bool(on_all) or any(
+        part._backward_hooks or part._backward_pre_hooks for part in parts_of(module)
+    )
+
+
 def hooks_on_all() -> bool:
     """Whether there are hooks on all modules."""
     return bool(
