@@ -56,8 +56,11 @@ def require_true_products(
         if p is not None
     )
     size = 0.0 if pushed is None else float(pushed.double().norm() * w.double().norm())
-    size += sum(float(p.double().norm() * d.double().norm())
-                for p, d in zip(pulled, directions, strict=True) if p is not None)
+    size += sum(
+        float(p.double().norm() * d.double().norm())
+        for p, d in zip(pulled, directions, strict=True)
+        if p is not None
+    )
     if abs(along - back) > torch.finfo(gx.dtype).eps ** 0.5 * size:
         raise RuntimeError(CHANGED)
 
