@@ -280,7 +280,8 @@ def why_rows_unknown(g: object) -> str | None:
         if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
             return f"{type(part).__name__} computes with all samples"
         if part._modules and type(part).__module__.startswith("fpi_cuda.cells."):
+            child: Any
             for name, child in part._modules.items():
-                if name in LINEAR_PARTS and not isinstance(child, LINEAR):
+                if name in LINEAR_PARTS and type(child).forward is not LINEAR_FORWARD:
                     return f"{type(part).__name__}.{name} is a {type(child).__name__}"
     return None

@@ -129,4 +129,5 @@ class MLPEnergy(nn.Module):
         return f"activation={self.activation!r}, quadratic={self.quadratic}"
 
 
-describes(MLPEnergy.lower_descent, MLPEnergy, "prepare", "value", "gradient", "_hidden_input")
+METHODS = ("prepare", "value", "gradient", "forward", "_hidden_input")
+describes(MLPEnergy.lower_descent, MLPEnergy, *METHODS)

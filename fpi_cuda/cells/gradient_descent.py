@@ -68,23 +68,22 @@ class GradientDescent(Cell):
         self.x_features = getattr(energy, "x_features", None)
 
     def prepare(self, *z: Tensor) -> Any:
-        """What the energy can do with z alone; z itself where it offers nothing."""
+        """What the energy can do with z alone; z itself where it offers nothing.
+
+        Whether its methods still stand for it is looked at here, once per solve: hooks and
+        other methods may be set at any time.
+        """
         if not self.hoisted:
             return z
         energy = self.energy
-        reason = self.why_not_closed()
-        if reason is None:
+        if self.why_not_closed() is None:
             return energy.prepare(*z)
-        called_whole = isinstance(energy, nn.Module) and why_call_matters(energy) is not None
-        if not called_whole and offers(energy, "value") and stands_for(energy, "value", WHOLE):
+        if self.offers_value():
             return Valued((energy.prepare(*z),)) if self.closed_form else energy.prepare(*z)
         return Whole(z) if callable(energy) else energy.prepare(*z)
 
     def why_not_closed(self) -> str | None:
-        """Why the energy's own methods need not stand for it any more, or None if they do.
-
-        It is looked at once per solve: hooks and methods may be set at any time.
-        """
+        """Why the energy's own methods need not stand for it any more, or None if they do."""
         energy = self.energy
         if not stands_for(energy, "gradient" if self.closed_form else "value", METHODS):
             return f"{type(energy).__name__} redefines its value"
@@ -92,6 +91,15 @@ class GradientDescent(Cell):
         if replaced is not None:
             return f"{replaced}() was replaced"
         return why_parts_matter(energy) if isinstance(energy, nn.Module) else None
+
+    def offers_value(self) -> bool:
+        """Whether value(x, prepare(*z)) is what calling the energy gives."""
+        energy = self.energy
+        if not offers(energy, "value") or not stands_for(energy, "value", WHOLE):
+            return False
+        if replaced_method(type(energy), "lower_descent") is not None:
+            return False
+        return not isinstance(energy, nn.Module) or why_call_matters(energy) is None
 
     def step(self, x: Tensor, prepared: Any) -> Tensor:
         """One gradient step, shaped like x."""
