@@ -70,8 +70,10 @@ def why_own_call_matters(module: nn.Module) -> str | None:
     own = module.__dict__
     if any_hooks(own):
         return f"{type(module).__name__} has hooks, which must see its evaluations"
-    if "forward" in own or "_call_impl" in own or own.get("_compiled_call_impl") is not None:
+    if "forward" in own or "_call_impl" in own:
         return f"{type(module).__name__} has a forward() that was set on the instance"
+    if own.get("_compiled_call_impl") is not None:
+        return f"{type(module).__name__} was compiled to be called whole"
     kind = type(module)
     if kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
         return f"{type(module).__name__} is not called as nn.Module is"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tape import TapeGraphs
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook
@@ -19,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fpi_cuda as fpi
-from fpi_cuda import cells
+from fpi_cuda import cells, device_loop
+from fpi_cuda.device_loop.cache import PlanCache
 from fpi_cuda.implicit import hoisting
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.state import layout_of
@@ -132,6 +134,12 @@ def patched_call(g: nn.Module) -> None:
     g._call_impl = lambda *args: halved(old(*args))  # type: ignore[method-assign]
 
 
+def compiled(g: nn.Module) -> None:
+    # As module.compile() does, whose compiler would make this the slowest test of all.
+    old = g._call_impl
+    g._compiled_call_impl = lambda *args: halved(old(*args))  # type: ignore[assignment]
+
+
 def other_class(g: nn.Module) -> None:
     kind = type(g)
 
@@ -155,8 +163,8 @@ def other_call(g: nn.Module) -> None:
 HUNG = {
     f.__name__: f
     for f in (
-        forward_hook, hook_with_kwargs, pre_hook, patched_forward, patched_call, other_class,
-        other_call,
+        forward_hook, hook_with_kwargs, pre_hook, patched_forward, patched_call, compiled,
+        other_class, other_call,
     )
 }  # fmt: skip
 
@@ -408,7 +416,7 @@ def test_a_descent_follows_the_energy_that_is_called(
         (nn.Module, "__call__", dense),
         (nn.Module, "_call_impl", mlp),
     ],
-    ids=str,
+    ids=lambda part: getattr(part, "__name__", part),
 )
 def test_patched_classes(
     kind: Any, method: str, make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
@@ -584,6 +592,40 @@ def test_comparing_leaves_no_trace() -> None:
     del g
     gc.collect()
     assert gone() is None
+
+
+# --- captured loops -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let states on the CPU be captured, on a stand-in for CUDA graphs."""
+    monkeypatch.setitem(device_loop.GRAPHS, "cpu", TapeGraphs())
+    monkeypatch.setattr(device_loop, "plans", PlanCache())
+
+
+@pytest.mark.usefixtures("tape")
+@pytest.mark.parametrize("on", ["g", "inside"])
+def test_a_captured_loop_does_not_pass_hooks_over(on: str) -> None:
+    g, z, seen = Plain().double(), inputs(), []
+    options = {"solver": fpi.Picard(), **TIGHT}
+    fpi.fixed_point(g, start(g), z, route="device", **options)
+    (g if on == "g" else g.A).register_forward_hook(lambda m, args, out: seen.append(1))
+    with pytest.raises(RuntimeError, match="has hooks, which must see its evaluations"):
+        fpi.fixed_point(g, start(g), z, route="device", **options)
+    assert "has hooks, which must see its evaluations" in fpi.FPILayer(g).explain()
+    seen.clear()
+    with torch.no_grad():
+        sol = fpi.fixed_point(g, start(g), z, **options)
+    assert len(seen) >= int(sol.num_steps.max())
+
+
+@pytest.mark.usefixtures("tape")
+def test_a_captured_loop_takes_hooks_that_compute_weights() -> None:
+    g, z = Plain().double(), inputs()
+    prune.l1_unstructured(g.A, "weight", 0.5)
+    sol = fpi.fixed_point(g, start(g), z, route="device", **TIGHT)
+    torch.testing.assert_close(sol.value, by_hand(g, z), **CLOSE)
 
 
 # --- rows ---------------------------------------------------------------------------------------
