@@ -22,7 +22,10 @@ class Cell(nn.Module):
     native code:
 
     - `lower(prepared)` returns step() as a fpi_cuda.lowered.Lowered, or raises NotLowered with
-      the reason why it cannot.
+      the reason why it cannot. The two are compared in every solve.
+
+    Hooks, and a forward() that a subclass or the instance redefines, are not passed over: the
+    cell is then called whole in every step.
 
     Attributes:
         rowwise: sample i of the result depends on sample i of x and z alone, and dim 0 of
