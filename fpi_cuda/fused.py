@@ -24,6 +24,7 @@ from fpi_cuda.lowered import NotLowered, added_functions
 from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
+from fpi_cuda.shortcuts import why_rows_unknown
 from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import Backend
 
@@ -44,7 +45,7 @@ def why_not_fused(
     except NotLowered as reason:
         return str(reason)
     if not rowwise:
-        return "rowwise is not True"
+        return why_rows_unknown(g) or "rowwise is not True"
     return why_not_served(solver, dtype, engine)
 
 

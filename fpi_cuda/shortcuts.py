@@ -68,7 +68,12 @@ def why_call_matters(module: nn.Module) -> str | None:
 def why_own_call_matters(module: nn.Module) -> str | None:
     """The same where there are no hooks on all modules."""
     own = module.__dict__
-    if any_hooks(own):
+    if (
+        own.get("_forward_hooks")
+        or own.get("_forward_pre_hooks")
+        or own.get("_backward_hooks")
+        or own.get("_backward_pre_hooks")
+    ):
         return f"{type(module).__name__} has hooks, which must see its evaluations"
     if "forward" in own or "_call_impl" in own:
         return f"{type(module).__name__} has a forward() that was set on the instance"
@@ -78,16 +83,6 @@ def why_own_call_matters(module: nn.Module) -> str | None:
     if kind.__call__ is not CALL or kind._call_impl is not CALL_IMPL:
         return f"{type(module).__name__} is not called as nn.Module is"
     return None
-
-
-def any_hooks(own: dict[str, Any]) -> bool:
-    """Whether a module with these attributes has hooks."""
-    return bool(
-        own.get("_forward_hooks")
-        or own.get("_forward_pre_hooks")
-        or own.get("_backward_hooks")
-        or own.get("_backward_pre_hooks")
-    )
 
 
 def any_backward_hooks(module: nn.Module) -> bool:
@@ -210,17 +205,16 @@ def why_linear_matters() -> str | None:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a call of the module is weight x + bias, with nothing hanging on it."""
-    own = vars(module)
+    """Whether the value of a call of the module is weight x + bias, hooks on all aside.
+
+    It is asked at every step, so functional.linear() is left to why_parts_matter.
+    """
+    own = module.__dict__
     return (
-        (type(module) is LINEAR or plain_classes(module)[0] is LINEAR)
+        type(module).forward is LINEAR_FORWARD
         and not own["_forward_hooks"]
         and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
         and "forward" not in own
-        and LINEAR.forward is LINEAR_FORWARD
-        and functional.linear is FUNCTIONAL_LINEAR
     )
 
 
@@ -248,8 +242,7 @@ def why_not_captured(g: object) -> str | None:
     if hooks_on_all():
         return ALL_HOOKED
     for part in parts_of(g):
-        own = vars(part)
-        if any_hooks(own) and not all(map(computes_weights, hooks_of(own))):
+        if not all(map(computes_weights, hooks_of(vars(part)))):
             return f"{type(part).__name__} has hooks, which must see its evaluations"
     return None
 
@@ -275,15 +268,19 @@ def why_rows_unknown(g: object) -> str | None:
         return reason
     if not isinstance(g, nn.Module):
         return None
-    reason = why_parts_matter(g)
-    if reason is not None:
-        return reason
+    if hooks_on_all():
+        return ALL_HOOKED
     for part in parts_of(g):
+        reason = why_own_call_matters(part)
+        if reason is not None:
+            return reason
         if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
             return f"{type(part).__name__} computes with all samples"
         if part._modules and type(part).__module__.startswith("fpi_cuda.cells."):
             child: Any
             for name, child in part._modules.items():
                 if name in LINEAR_PARTS and type(child).forward is not LINEAR_FORWARD:
-                    return f"{type(part).__name__}.{name} is a {type(child).__name__}"
-    return None
+                    return (
+                        f"{type(part).__name__}.{name} is a {type(child).__name__}, not nn.Linear"
+                    )
+    return why_linear_matters()
