@@ -219,7 +219,8 @@ class Course:
         self._record.adjoint_route = Route("host", str(reason))
 
     def _may_take_rows(self) -> bool:
-        return self._rowwise and self._flat_map.selectable()
+        flat_map = self._flat_map
+        return flat_map.layout.batch > 1 and self._rowwise and flat_map.selectable()
 
     @functools.cached_property
     def _rowwise(self) -> bool:

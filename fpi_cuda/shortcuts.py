@@ -52,12 +52,8 @@ def why_not_hoisted(g: object) -> str | None:
     """
     if not offers_hoisting(g):
         return NOTHING_TO_HOIST
-    if not isinstance(g, nn.Module):
-        return None if is_composition(g) else redefined(g, "__call__")
-    reason = why_call_matters(g)
-    if reason is not None or is_composition(g):
-        return reason
-    return redefined(g, "forward")
+    reason = why_call_matters(g) if isinstance(g, nn.Module) else None
+    return reason or (None if is_composition(g) else redefined(g))
 
 
 def why_call_matters(module: nn.Module) -> str | None:
@@ -144,8 +140,9 @@ COMPOSITIONS = {shape_of(way) for way in WAYS}
 NAMES = {("step", "prepare"), ("prepare", "step")}
 
 
-def redefined(g: object, call: str) -> str | None:
+def redefined(g: object) -> str | None:
     """Why the call was given another meaning than step and prepare have, or None."""
+    call = "forward" if isinstance(g, nn.Module) else "__call__"
     for method in ("step", "prepare"):
         if definition_depth(g, call) >= definition_depth(g, method):
             return None
@@ -263,11 +260,11 @@ def why_rows_unknown(g: object) -> str | None:
     What hangs on a call may look at all rows, and so may batch norm, and modules that were put
     in the place of a cell's own.
     """
-    reason = why_not_hoisted(g)
-    if reason is not None and reason is not NOTHING_TO_HOIST:
+    reason = None
+    if offers_hoisting(g) and not is_composition(g):
+        reason = redefined(g)
+    if reason is not None or not isinstance(g, nn.Module):
         return reason
-    if not isinstance(g, nn.Module):
-        return None
     if hooks_on_all():
         return ALL_HOOKED
     for part in parts_of(g):

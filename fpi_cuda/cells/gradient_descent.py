@@ -11,6 +11,7 @@ from fpi_cuda.cells.cell import Cell
 from fpi_cuda.cells.lowering import (
     EVALUATION,
     describes,
+    is_described_here,
     replaced_method,
     require_consistent,
 )
@@ -85,11 +86,12 @@ class GradientDescent(Cell):
     def why_not_closed(self) -> str | None:
         """Why the energy's own methods need not stand for it any more, or None if they do."""
         energy = self.energy
-        if not stands_for(energy, "gradient" if self.closed_form else "value", METHODS):
-            return f"{type(energy).__name__} redefines its value"
-        replaced = replaced_method(type(energy), "lower_descent")
-        if replaced is not None:
-            return f"{replaced}() was replaced"
+        if not is_described_here(energy, "lower_descent"):
+            if not stands_for(energy, "gradient" if self.closed_form else "value", METHODS):
+                return f"{type(energy).__name__} redefines its value"
+            replaced = replaced_method(type(energy), "lower_descent")
+            if replaced is not None:
+                return f"{replaced}() was replaced"
         return why_parts_matter(energy) if isinstance(energy, nn.Module) else None
 
     def offers_value(self) -> bool:

@@ -236,11 +236,11 @@ def is_described_here(owner: object, description: str) -> bool:
     known = _described.get(getattr(type(owner), description, None))
     if known is None or not isinstance(owner, known[0]):
         return False
-    own = vars(owner)
-    return description not in own and all(
-        name not in own and getattr(type(owner), name) is method
-        for name, method in known[1].items()
-    )
+    own, kind = vars(owner), type(owner)
+    for name, method in known[1].items():
+        if name in own or getattr(kind, name) is not method:
+            return False
+    return description not in own
 
 
 def require_no_decline(g: Any) -> None:

@@ -44,7 +44,8 @@ class FlatMap:
     Attributes:
         g, layout, z, replay: as given.
         source_z: z, also where a mended map evaluates g on something else.
-        whole: why g(x, *z) is called in every evaluation; None: prepare and step stand for it.
+        hoisted: prepare and step stand for g.
+        whole: why they do not, so that g(x, *z) is called in every evaluation; None if they do.
     """
 
     def __init__(self, g: Any, layout: Layout, z: tuple[Tensor, ...], replay: Replay) -> None:
@@ -54,6 +55,7 @@ class FlatMap:
         self.source_z = z
         self.replay = replay
         self.whole = why_whole(g, layout, z)
+        self.hoisted = self.whole is None
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
         self._prepare_replay = Replay(layout.device)
@@ -68,11 +70,6 @@ class FlatMap:
         self._damping = 1.0
         self._watch: Watch | None = None
         self._recording: Recording | None = None
-
-    @property
-    def hoisted(self) -> bool:
-        """Whether prepare and step stand for g."""
-        return self.whole is None
 
     @property
     def read(self) -> Any:
