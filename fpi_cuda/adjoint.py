@@ -68,8 +68,8 @@ def strategy_for(
         arithmetic: what autocast gave to products in g, and so gives to those with its Jacobian.
     """
     adjoint = options.adjoint
-    rowwise = options.asks_rowwise(flat_map.g)
-    scaling = Scaling(coupled=False if rowwise else None, arithmetic=flat_map.arithmetic)
+    independent = account.coupling is None
+    scaling = Scaling(coupled=False if independent else None, arithmetic=flat_map.arithmetic)
     if isinstance(adjoint, Neumann):
         return Truncated(account, truncation=adjoint.k, scaling=scaling)
     if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):

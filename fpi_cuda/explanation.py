@@ -9,11 +9,13 @@ import torch
 from fpi_cuda import backends, device_loop
 from fpi_cuda.adjoint import default_adjoint_solver
 from fpi_cuda.fused import why_declined, why_not_fused
+from fpi_cuda.implicit import why_whole_last
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.precision import NAMES
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord
 from fpi_cuda.route import HOST_ASKED_FOR, not_taken
+from fpi_cuda.shortcuts import why_not_captured, why_rows_unknown
 
 HOST_LOOP = "host loop: torch evaluates g, then one solver step advances all samples"
 DEVICE_LOOP = (
@@ -77,6 +79,8 @@ def route_line(
     except device_loop.Refused as reason:
         return f"{HOST_LOOP} ({not_taken(not_fused, str(reason))})"
     unavailable = HOST_ASKED_FOR if options.route == "host" else graphs.why_not()
+    if unavailable is None:
+        unavailable = why_not_captured(g)
     if unavailable is not None:
         return f"{HOST_LOOP} ({not_taken(not_fused, unavailable)})"
     return (
@@ -142,6 +146,10 @@ def samples_line(options: Options, g: object) -> str:
     if not options.batch_dims:
         return "the whole state is one (batch_dims=0)"
     source = "g.rowwise" if options.rowwise is None else "rowwise"
+    if options.rowwise is None and getattr(g, "rowwise", False):
+        reason = why_rows_unknown(g)
+        if reason is not None:
+            return f"all are evaluated until the last one stops (g.rowwise is True, but {reason})"
     if options.asks_rowwise(g):
         return (
             f"stopped ones leave the batch ({source} is True), where all that g reads has the "
@@ -155,9 +163,10 @@ def samples_line(options: Options, g: object) -> str:
 
 def inputs_line(g: object) -> str:
     """What is computed once per solve."""
-    if callable(getattr(g, "prepare", None)) and callable(getattr(g, "step", None)):
+    whole = why_whole_last(g)
+    if whole is None:
         return "g.prepare(*z) runs once per solve, g.step(x, prepared) once per step"
-    return "g(x, *z) runs whole in every step (it has no prepare and step)"
+    return f"g(x, *z) runs whole in every step ({whole})"
 
 
 def adjoint_line(options: Options) -> str:

@@ -84,8 +84,11 @@ def fixed_point(
     Args:
         g: g(x, *z) -> like x, a function or module. An object that also has `prepare(*z)` and
             `step(x, prepared)`, with g(x, *z) = step(x, prepare(*z)), has prepare called once
-            per solve. The same random numbers and the same autocast state are seen by every
-            evaluation of one solve and of its derivatives.
+            per solve, unless calling g is more than that: by a hook, a forward() of a subclass
+            or one set on the instance. A class that defines its call in another way beside
+            prepare and step has them compared, once for each shape and set of parameters. The
+            same random numbers and the same autocast state are seen by every evaluation of one
+            solve and of its derivatives.
         x0: where to start, a floating tensor (B, ...) or a tuple of them; dim 0 is the batch.
             The value does not depend on it, so neither do gradients, but with Unroll().
         z: tensors of any shape, handed to g. Bind anything else with functools.partial.
@@ -210,7 +213,8 @@ def solve_flat(
     flat_map = FlatMap(g, layout, z, replay)
     start = layout.flatten(x0)
     record = AdjointRecord(layout.batch_dims)
-    coupling = coupling_of(flat_map, options)
+    rowwise = options.asks_rowwise(g)
+    coupling = coupling_of(flat_map, options, rowwise)
     if isinstance(options.adjoint, Unroll) and differentiates():
         require_host_allowed(options, "the solve", UNROLLED)
         value, result = unrolled(flat_map, start, options, record, born_after)
@@ -218,7 +222,8 @@ def solve_flat(
         require_host_allowed(options, "the solve", IN_TRANSFORM)
         value, result = solved_live(flat_map, start, options, engine, record, coupling)
     else:
-        value, result = solved(flat_map, start, options, engine, record, coupling, born_after)
+        course = Course(flat_map, options, engine, record, coupling, rowwise)
+        value, result = solved(flat_map, start, options, engine, course, born_after)
     flat_map.over()
     _, status, num_steps, residual = result
     residual = residual_in(layout.dtype, residual)
@@ -227,10 +232,9 @@ def solve_flat(
     return Solution(value, status, num_steps, residual, record)
 
 
-def coupling_of(flat_map: FlatMap, options: Options) -> Coupling | None:
-    """What is known of whether rows depend on one another; None where it was promised."""
-    layout = flat_map.layout
-    if layout.batch < 2 or options.asks_rowwise(flat_map.g):
+def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling | None:
+    """What is known of whether rows depend on one another; None where they cannot."""
+    if flat_map.layout.batch < 2 or rowwise:
         return None
     return Coupling(key_of(flat_map, options))
 
@@ -253,14 +257,13 @@ def solved(
     start: Tensor,
     options: Options,
     engine: Backend,
-    record: AdjointRecord,
-    coupling: Coupling | None,
+    course: Course,
     born_after: int,
 ) -> tuple[Any, SolveResult]:
     """The fixed point, as the user's state, by the solver, then its derivatives."""
     if differentiates() and being_captured(flat_map.layout.device):
         raise RuntimeError(UNDER_GRAD)
-    course = Course(flat_map, options, engine, record, coupling)
+    record, coupling = course.record, course.coupling
     with torch.no_grad(), flat_map.replay.solving():
         result = course.solve(start.detach())
     check = SolutionCheck(result, options.rtol, options.atol, arithmetic_of(flat_map), coupling)

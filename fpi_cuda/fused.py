@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.cells.lowering import (
+    difference,
+    is_lowered_here,
     lowered,
     require_lowerable,
     require_no_decline,
@@ -22,6 +24,7 @@ from fpi_cuda.lowered import NotLowered, added_functions
 from fpi_cuda.options import FixedPointSolver, LinearSolver
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
+from fpi_cuda.shortcuts import why_rows_unknown
 from fpi_cuda.solvers.fused import FusedMap, solve_fused, why_not_served
 from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.workspace import depth_of
@@ -43,7 +46,7 @@ def why_not_fused(
     except NotLowered as reason:
         return str(reason)
     if not rowwise:
-        return "rowwise is not True"
+        return why_rows_unknown(g) or "rowwise is not True"
     return why_not_served(solver, dtype, engine)
 
 
@@ -75,6 +78,8 @@ def fused_map(
         raise NotLowered("the state is not one tensor (B, features)")
     if flat_map.replay.autocast_dtype is not None:
         raise NotLowered("autocast is on")
+    if flat_map.whole is not None:
+        raise NotLowered(flat_map.whole)
     # Not by the replay: the first evaluation of g is yet to come.
     result, random = rehearsed(lambda: lowered(g, flat_map.read), layout.device)
     if random:
@@ -108,8 +113,44 @@ def why_not_worth(
 
 
 def require_same_as_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> None:
-    """Raise where a user's lower() does not describe the user's step(); see require_same_map."""
-    require_same_map(flat_map.g, flat_map.read, fused.lowered, x)
+    """Raise where a user's lower() does not describe the user's step(), at x (B, D) and near it.
+
+    Raises:
+        ValueError: it does not.
+        NotLowered: step() draws random numbers, which lower() cannot.
+    """
+    if is_lowered_here(flat_map.g):
+        return
+    # Besides x itself, for where that is zero, or weights are, an error of the other is hidden.
+    size = x.abs().amax(1, keepdim=True)
+    size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+    away = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype, device=x.device)
+    for points in (x, x + size * away):
+        expected = flat_map.evaluate(points.clone(), None)
+        if flat_map.replay.stochastic:
+            raise NotLowered("step() draws random numbers")
+        require_same_map(type(flat_map.g).__name__, fused.lowered, points, expected)
+
+
+def why_no_fused_adjoint(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> str | None:
+    """Why the derivative of a fused map at x (B, D) is not for the fused loop, or None."""
+    if fused.lowered.x_factor is not None:
+        return "the adjoint of a map with an x_factor is none that it runs"
+    if is_lowered_here(flat_map.g) or len(x) == 0:
+        return None
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        gx = flat_map(leaf)
+        v = torch.arange(1, x.numel() + 1, device=x.device).sin().to(x.dtype).reshape(x.shape)
+        found = None
+        if gx.requires_grad:
+            (found,) = torch.autograd.grad(gx, leaf, v, allow_unused=True)
+    expected = torch.zeros_like(x) if found is None else found
+    with torch.no_grad():
+        adjoint = fused.lowered.adjoint(x, torch.zeros_like(x))
+        if not bool(difference(adjoint, v, expected)[1].any()):
+            return None
+    return "step() has another derivative than what lower() describes"
 
 
 class FusedAdjoint:

@@ -22,6 +22,7 @@ from fpi_cuda.options import (
     require_real,
 )
 from fpi_cuda.precision import require_precision
+from fpi_cuda.shortcuts import why_not_hoisted, why_rows_unknown
 
 ROUTES = ("host", "device", "fused")
 
@@ -75,7 +76,9 @@ class Options:
         """Whether it was promised that g may be evaluated on some of the samples."""
         if not self.batch_dims:
             return False
-        return bool(getattr(g, "rowwise", False)) if self.rowwise is None else self.rowwise
+        if self.rowwise is not None:
+            return self.rowwise
+        return bool(getattr(g, "rowwise", False)) and why_rows_unknown(g) is None
 
 
 def require_known(owner: str, function: Callable[..., Any], unknown: dict[str, Any]) -> None:
@@ -99,7 +102,7 @@ def require_map(owner: str, g: object) -> None:
 
 def require_arity(g: Callable[..., Any], z: tuple[object, ...]) -> None:
     """Raise where g cannot be called with x and all of z; for when calling it has failed."""
-    hoisted = callable(getattr(g, "prepare", None)) and callable(getattr(g, "step", None))
+    hoisted = why_not_hoisted(g) is None
     called: Any = getattr(g, "prepare", g) if hoisted else g
     given = z if hoisted else (None, *z)
     try:

@@ -11,13 +11,20 @@ from fpi_cuda.capturing import being_captured
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.faithful import counting_changes
-from fpi_cuda.fused import FusedAdjoint, fused_map, require_same_as_step, why_not_worth
+from fpi_cuda.fused import (
+    FusedAdjoint,
+    fused_map,
+    require_same_as_step,
+    why_no_fused_adjoint,
+    why_not_worth,
+)
 from fpi_cuda.fused_evaluation import FusedEvaluation
 from fpi_cuda.implicit import Account, DeviceSolve, FlatMap
 from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route, SolveResult
+from fpi_cuda.shortcuts import why_not_captured
 from fpi_cuda.solvers.coupled import retold
 from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import solve
@@ -42,6 +49,7 @@ class Course:
         engine: whose kernels take the steps.
         record: where the way that was taken is written down, with the reason.
         coupling: what is known of whether rows depend on one another; None: they do not.
+        rowwise: that was promised.
     """
 
     def __init__(
@@ -51,15 +59,18 @@ class Course:
         engine: Backend,
         record: AdjointRecord,
         coupling: Coupling | None,
+        rowwise: bool,
     ) -> None:
         self._flat_map = flat_map
         self._options = options
         self._engine = engine
-        self._record = record
-        self._coupling = coupling
+        self.record = record
+        self.coupling = coupling
+        self._rowwise = rowwise
         self._graphs: Graphs | None = None
         self._adjoint: DeviceAdjoint | None = None
         self._fused: FusedMap | None = None
+        self._fused_at: Tensor
         self._fused_adjoint: FusedAdjoint | None = None
         self._evaluation: FusedEvaluation | None = None
 
@@ -91,7 +102,7 @@ class Course:
                 require_host_allowed(options, "the solve", str(reason))
             not_fused = str(reason)
         else:
-            self._record.route = Route("fused")
+            self.record.route = Route("fused")
             return result
         method = Method(options.solver, options.rtol, options.max_steps, self._engine)
         try:
@@ -109,10 +120,10 @@ class Course:
             result = self._true_of_all_rows(result)
         except Refused as reason:
             require_host_allowed(options, "the solve", str(reason))
-            self._record.route = Route("host", not_taken(not_fused, str(reason)))
+            self.record.route = Route("host", not_taken(not_fused, str(reason)))
         else:
             self._graphs = graphs
-            self._record.route = Route("device")
+            self.record.route = Route("device")
             return result
         with counting_changes():
             return solve(
@@ -124,7 +135,7 @@ class Course:
                 max_steps=options.max_steps,
                 backend=self._engine,
                 rowwise=self.may_take_rows,
-                coupling=self._coupling,
+                coupling=self.coupling,
                 arithmetic=self._flat_map.replay.autocast_dtype,
             )
 
@@ -134,8 +145,7 @@ class Course:
             raise NotLowered(f'route="{options.route}" asks for it')
         if being_captured(x0.device):
             raise NotLowered(BEING_CAPTURED)
-        rowwise = options.asks_rowwise(flat_map.g)
-        fused = fused_map(flat_map, self._engine, options.solver, rowwise=rowwise)
+        fused = fused_map(flat_map, self._engine, options.solver, rowwise=self._rowwise)
         if options.route is None:
             reason = why_not_worth(fused, self._engine, options.solver, len(x0), options.precision)
             if reason is not None:
@@ -151,7 +161,7 @@ class Course:
             precision=options.precision,
         )
         require_same_as_step(flat_map, fused, result.x)
-        self._fused = fused
+        self._fused, self._fused_at = fused, result.x
         return result
 
     def plan_fused_adjoint(self, account: Account) -> None:
@@ -167,9 +177,11 @@ class Course:
         if options.adjoint.solver is None:
             solver = no_deeper(solver, self._engine)
         reason = why_not_served(solver, layout.dtype, self._engine)
+        if reason is None:
+            reason = why_no_fused_adjoint(self._flat_map, self._fused, self._fused_at)
         if reason is not None:
             require_host_allowed(options, "the adjoint", reason)
-            self._record.adjoint_route = Route("host", reason)
+            self.record.adjoint_route = Route("host", reason)
             return
         if account.hopeless is None:
             self._evaluation = FusedEvaluation(self._flat_map, self._engine)
@@ -182,7 +194,7 @@ class Course:
             account.hopeless,
             self._evaluation,
         )
-        self._record.adjoint_route = Route("fused")
+        self.record.adjoint_route = Route("fused")
 
     def for_adjoint(self, flat_map: FlatMap) -> FlatMap:
         """`flat_map`, recorded if its adjoint is to be fused or solved on the device."""
@@ -210,7 +222,7 @@ class Course:
             return
         if not account.late and account.hopeless is not None:
             self._adjoint.skip()
-            self._record.adjoint_route = Route("host", FAILED_SAMPLES)
+            self.record.adjoint_route = Route("host", FAILED_SAMPLES)
             return
         try:
             with torch.no_grad(), self._flat_map.replay.solving():
@@ -218,11 +230,11 @@ class Course:
         except Refused as reason:
             self._adjoint_on_host(reason)
         else:
-            self._record.adjoint_route = Route("device")
+            self.record.adjoint_route = Route("device")
 
     def _adjoint_on_host(self, reason: Refused) -> None:
         require_host_allowed(self._options, "the adjoint", str(reason))
-        self._record.adjoint_route = Route("host", str(reason))
+        self.record.adjoint_route = Route("host", str(reason))
 
     def _true_of_all_rows(self, result: SolveResult) -> SolveResult:
         """`result` of rows on their own, told by g of all of them together.
@@ -232,7 +244,7 @@ class Course:
         Raises:
             Refused: they depend on one another.
         """
-        coupling = self._coupling
+        coupling = self.coupling
         if coupling is None:
             return result
         gx = self._flat_map.evaluate(result.x, None)
@@ -247,14 +259,19 @@ class Course:
     @property
     def may_take_rows(self) -> bool:
         """Whether the host loop leaves stopped samples out."""
-        return self._options.asks_rowwise(self._flat_map.g) and self._flat_map.selectable()
+        flat_map = self._flat_map
+        return flat_map.layout.batch > 1 and self._rowwise and flat_map.selectable()
 
     def _require_graphs(self, device: torch.device) -> Graphs:
-        if self._coupling is not None and self._coupling.suspected:
+        if self.coupling is not None and self.coupling.suspected:
             raise Refused(COUPLED)
         if self._options.route == "host":
             raise Refused(HOST_ASKED_FOR)
-        return device_loop.graphs_for(device)
+        graphs = device_loop.graphs_for(device)
+        reason = why_not_captured(self._flat_map.g)
+        if reason is not None:
+            raise Refused(reason)
+        return graphs
 
 
 def not_taken(not_fused: str, not_on_device: str) -> str:

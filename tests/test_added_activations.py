@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,59 @@ def test_a_name_that_is_taken_is_refused() -> None:
                 activation1=11, activation2=0, carry=0.0, depth=0, rtol=0.0, max_steps=1,
                 beta=1.0, ridge=0.0, precision=0,
             )  # fmt: skip
+
+
+def cosine(u: Tensor) -> Tensor:
+    return torch.cos(u)
+
+
+def cosine_without_tails(u: Tensor) -> Tensor:
+    return torch.cos(u).masked_fill(u.abs() > 50, torch.nan)
+
+
+def by_numpy(u: Tensor) -> Tensor:
+    return torch.from_numpy(u.detach().numpy() ** 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "activation", "error", "message"),
+    [
+        (3, cells.Activation(torch.sin, cosine, 1.0), TypeError, "name must be a string, got int"),
+        ("my sin", cells.Activation(torch.sin, cosine, 1.0), ValueError, "must be an identifier"),
+        ("sine", torch.sin, TypeError, r"must be an Activation\(value, derivative, lipschitz\)"),
+        ("sine", cells.Activation(torch.sin, cosine, 0), ValueError, r"lipschitz must be in \(0"),
+        ("sine", cells.Activation(torch.sin, cosine, float("inf")), ValueError, "lipschitz"),
+        ("sine", cells.Activation(torch.sin, cosine, "1"), TypeError, "lipschitz must be a number"),
+        (
+            "sine",
+            cells.Activation(torch.sin, torch.sin, 1.0),
+            ValueError,
+            "the derivative of sine must be that of its value, but at .* autograd finds",
+        ),
+        (
+            "sine",
+            cells.Activation(torch.sin, cosine_without_tails, 1.0),
+            ValueError,
+            "the derivative of sine must be that of its value",
+        ),
+        ("sine", cells.Activation(by_numpy, cosine, 1.0), ValueError, "that autograd can"),
+        ("sine", cells.Activation(torch.sum, cosine, 1.0), ValueError, "elementwise"),
+        ("sine", cells.Activation(torch.sin, torch.sum, 1.0), ValueError, "must be elementwise"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_cannot_be_an_activation_is_refused(
+    name: Any, activation: Any, error: type[Exception], message: str, grad: bool
+) -> None:
+    with torch.set_grad_enabled(grad), pytest.raises(error, match="add_activation: .*" + message):
+        cells.add_activation(name, activation)
+    assert name not in cells.ACTIVATIONS
+
+
+def test_a_derivative_with_kinks_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cells.added, "ACTIVATIONS", dict(cells.ACTIVATIONS))
+    relu6 = cells.Activation(
+        torch.nn.functional.relu6, lambda u: ((u > 0) & (u < 6)).to(u.dtype), 1.0
+    )
+    with torch.no_grad():
+        cells.add_activation("relu6", relu6)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from fpi_cuda import FPILayer
+from fpi_cuda import FPILayer, fixed_point
 from fpi_cuda.cells import ACTIVATIONS, MLP, Cell, Dense, GradientDescent, MLPEnergy
 
 Z, X, HIDDEN = 5, 4, 7
@@ -433,6 +433,24 @@ def test_a_forgotten_batch_is_named(cell: Cell) -> None:
 def test_z_of_another_dtype_is_named(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=r"Dense: z must have the dtype of the weights.*z\.to\("):
         Dense(3, 4)(torch.zeros(2, 4), torch.ones(2, 3).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["dense", "mlp", "descent_closed_form"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_a_start_of_another_dtype_is_named(name: str, dtype: torch.dtype) -> None:
+    cell, x0, z = CELLS[name](), torch.zeros(2, X, dtype=dtype), torch.randn(2, Z)
+    message = (
+        rf"x must have the dtype .*, torch.float32, got {dtype}. Use x0.to\(torch.float32\), or"
+    )
+    with pytest.raises(TypeError, match=message):
+        fixed_point(cell, x0, z)
+
+
+@pytest.mark.parametrize("name", ["dense", "mlp", "descent_closed_form"])
+def test_autocast_may_narrow_what_is_prepared(name: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        value = fixed_point(CELLS[name](), torch.zeros(2, X), torch.randn(2, Z)).value
+    assert value.dtype == torch.float32
 
 
 def test_a_class_in_place_of_a_cell_is_named() -> None:

@@ -35,6 +35,7 @@ LEVELS = [
         "faithful",
         "lowered",
         "moving_buffers",
+        "shortcuts",
         "tracing",
         "transforms",
     },

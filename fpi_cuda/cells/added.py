@@ -11,6 +11,7 @@ from fpi_cuda import _extension
 from fpi_cuda.cells.activation import ACTIVATIONS, COMPILED, DERIVATIVES, Activation
 from fpi_cuda.lowered import ACTIVATIONS as BUILT_IN
 from fpi_cuda.lowered import added_functions
+from fpi_cuda.options import require_real
 
 
 def add_activation(name: str, activation: Activation) -> None:
@@ -20,9 +21,24 @@ def add_activation(name: str, activation: Activation) -> None:
     `name_derivative`. What was compiled is compared here with `activation`, on numbers of all
     sizes in float32 and float64. Without such code the cells take the host loop.
 
+    Args:
+        name: an identifier.
+        activation: elementwise; its derivative is compared with what autograd finds of its value.
     Raises:
-        ValueError: the name is taken, or the compiled function is another one.
+        TypeError: name is no string, activation no Activation.
+        ValueError: the name is taken or no identifier, the compiled function is another one, the
+            derivative is that of another function, or lipschitz is not positive and finite.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"add_activation: name must be a string, got {type(name).__name__}")
+    if not name.isidentifier():
+        raise ValueError(f"add_activation: name must be an identifier, got {name!r}")
+    if not isinstance(activation, Activation):
+        raise TypeError(
+            f"add_activation: activation must be an Activation(value, derivative, lipschitz), got "
+            f"{type(activation).__name__}"
+        )
+    require_real("add_activation", "lipschitz", activation.lipschitz, 0.0, open_below=True)
     if name in ACTIVATIONS or name in BUILT_IN:
         raise ValueError(f"add_activation: name must be a new one, got {name!r}, which is taken")
     derivative = f"{name}_derivative"
@@ -31,6 +47,7 @@ def add_activation(name: str, activation: Activation) -> None:
     numbers = {n: len(BUILT_IN) + compiled.index(n) for n in functions if n in compiled}
     for known, number in numbers.items():
         require_same_function(known, number, functions[known])
+    require_own_derivative(name, activation)
     ACTIVATIONS[name] = activation
     if name not in numbers:
         return
@@ -49,8 +66,7 @@ def compiled_names() -> list[str]:
 
 def require_same_function(name: str, number: int, function: Callable[[Tensor], Tensor]) -> None:
     """Raise unless the compiled function `number` is `function`, up to rounding."""
-    small = torch.logspace(-8, 2, 300, dtype=torch.float64)
-    u = torch.cat([torch.linspace(-8, 8, 300, dtype=torch.float64), small, -small])
+    u = numbers_of_all_sizes()
     for dtype in (torch.float32, torch.float64):
         given = u.to(dtype)
         expected = function(given).detach().double()
@@ -66,6 +82,42 @@ def require_same_function(name: str, number: int, function: Callable[[Tensor], T
         nan = given.new_tensor([torch.nan])
         if bool(function(nan).isnan()) and not bool(compiled_value(number, nan).isnan()):
             raise ValueError(f"add_activation: the compiled {name} must be NaN at NaN")
+
+
+def require_own_derivative(name: str, activation: Activation) -> None:
+    """Raise unless activation.derivative is what autograd finds of activation.value.
+
+    Energies and kernels take the one, layers the other.
+    """
+    u = numbers_of_all_sizes()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = u.clone().requires_grad_()
+        value = activation.value(leaf)
+        if not isinstance(value, Tensor) or value.shape != u.shape or not value.requires_grad:
+            raise ValueError(
+                f"add_activation: the value of {name} must be an elementwise function that "
+                "autograd can differentiate. Use torch operations on the tensor it is given"
+            )
+        (expected,) = torch.autograd.grad(value.sum(), leaf)
+    given = activation.derivative(u)
+    if not isinstance(given, Tensor) or given.shape != u.shape:
+        raise ValueError(f"add_activation: the derivative of {name} must be elementwise")
+    error = (given - expected).abs()
+    off = (error > 1e-6 * (1 + expected.abs())) | ~given.isfinite()
+    off &= expected.isfinite()
+    if bool(off.any()):
+        worst = int(torch.where(off, error.nan_to_num(torch.inf), 0.0).argmax())
+        raise ValueError(
+            f"add_activation: the derivative of {name} must be that of its value, but at "
+            f"{float(u[worst]):g} it is {float(given[worst]):g}, and autograd finds "
+            f"{float(expected[worst]):g}"
+        )
+
+
+def numbers_of_all_sizes() -> Tensor:
+    """Float64 numbers at which functions are compared."""
+    small = torch.logspace(-8, 2, 300, dtype=torch.float64)
+    return torch.cat([torch.linspace(-8, 8, 300, dtype=torch.float64), small, -small])
 
 
 def compiled_value(number: int, u: Tensor) -> Tensor:

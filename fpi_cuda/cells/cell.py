@@ -22,7 +22,10 @@ class Cell(nn.Module):
     native code:
 
     - `lower(prepared)` returns step() as a fpi_cuda.lowered.Lowered, or raises NotLowered with
-      the reason why it cannot.
+      the reason why it cannot. The two are compared in every solve.
+
+    Hooks, and a forward() that a subclass or the instance redefines, are not passed over: the
+    cell is then called whole in every step.
 
     Attributes:
         rowwise: sample i of the result depends on sample i of x and z alone, and dim 0 of
@@ -79,7 +82,15 @@ def require_dtype(owner: str, name: str, value: Tensor, linear: nn.Module) -> No
 
 
 def require_same_batch(owner: str, x: Tensor, prepared: Tensor) -> None:
-    """Raise unless x and the prepared z agree in all but their features."""
+    """Raise unless x and the prepared z agree in all but their features.
+
+    In their dtype too, which autocast may narrow.
+    """
+    if x.dtype != prepared.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{owner}: x must have the dtype of the weights and z, {prepared.dtype}, "
+            f"got {x.dtype}. Use x0.to({prepared.dtype}), or .to({x.dtype}) on the cell and z"
+        )
     if x.shape[:-1] != prepared.shape[:-1]:
         raise ValueError(
             f"{owner}: z must have the batch of x, got x={tuple(x.shape)}, "

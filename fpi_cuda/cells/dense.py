@@ -14,7 +14,7 @@ from fpi_cuda.cells.cell import (
     require_features,
     require_same_batch,
 )
-from fpi_cuda.cells.lowering import without_bias
+from fpi_cuda.cells.lowering import describes, without_bias
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_count
 
@@ -82,3 +82,6 @@ class Dense(Cell):
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""
         return f"activation={self.activation!r}"
+
+
+describes(Dense.lower, Dense, "step")

@@ -12,9 +12,11 @@ from fpi_cuda.cells.activation import (
     require_compiled,
 )
 from fpi_cuda.cells.cell import orthogonal_, require_dtype, require_features, require_same_batch
-from fpi_cuda.cells.lowering import without_bias
+from fpi_cuda.cells.lowering import describes, without_bias
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_count, require_real
+from fpi_cuda.partial import partial
+from fpi_cuda.shortcuts import is_plain_linear
 
 
 class MLPEnergy(nn.Module):
@@ -93,9 +95,15 @@ class MLPEnergy(nn.Module):
         return hidden @ self.w + 0.5 * self.quadratic * (x * x).sum(-1)
 
     def gradient(self, x: Tensor, prepared: Tensor) -> Tensor:
-        """The derivative of f in x, in closed form: x (B, x_features) -> (B, x_features)."""
+        """The derivative of f in x: x (B, x_features) -> (B, x_features).
+
+        In closed form, unless something hangs on A that its weight does not say.
+        """
+        linear = self.A
+        if not is_plain_linear(linear):
+            return partial(lambda at: self.value(at, prepared), x)
         slope = ACTIVATIONS[self.activation].derivative(self._hidden_input(x, prepared))
-        return (slope * self.w) @ self.A.weight + self.quadratic * x
+        return (slope * self.w) @ linear.weight + self.quadratic * x
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """f(x, z): x (B, x_features), z (B, z_features) -> (B,)."""
@@ -119,3 +127,7 @@ class MLPEnergy(nn.Module):
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""
         return f"activation={self.activation!r}, quadratic={self.quadratic}"
+
+
+METHODS = ("prepare", "value", "gradient", "forward", "_hidden_input")
+describes(MLPEnergy.lower_descent, MLPEnergy, *METHODS)

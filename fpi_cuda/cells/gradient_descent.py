@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpi_cuda.cells.cell import Cell
-from fpi_cuda.cells.lowering import EVALUATION, require_consistent
+from fpi_cuda.cells.lowering import (
+    EVALUATION,
+    describes,
+    is_described_here,
+    replaced_method,
+    require_consistent,
+)
 from fpi_cuda.lowered import Lowered, NotLowered
 from fpi_cuda.options import require_real
 from fpi_cuda.partial import IndependentError, partial
+from fpi_cuda.shortcuts import definition_depth, why_call_matters, why_parts_matter
 
 
 class GradientDescent(Cell):
@@ -44,9 +51,9 @@ class GradientDescent(Cell):
     def __init__(self, energy: Callable[..., Tensor], step_size: float) -> None:
         super().__init__()
         require_real("GradientDescent", "step_size", step_size, 0.0, open_below=True)
-        hoisted = offers(energy, "prepare", "value") and overrides(energy, "value", WHOLE)
-        closed_form = offers(energy, "prepare", "gradient") and overrides(
-            energy, "gradient", ("value", *WHOLE)
+        hoisted = offers(energy, "prepare", "value") and stands_for(energy, "value", WHOLE)
+        closed_form = offers(energy, "prepare", "gradient") and stands_for(
+            energy, "gradient", METHODS
         )
         if not (hoisted or closed_form or callable(energy)):
             raise TypeError(
@@ -62,12 +69,44 @@ class GradientDescent(Cell):
         self.x_features = getattr(energy, "x_features", None)
 
     def prepare(self, *z: Tensor) -> Any:
-        """What the energy can do with z alone; z itself where it offers nothing."""
-        return self.energy.prepare(*z) if self.hoisted else z
+        """What the energy can do with z alone; z itself where it offers nothing.
+
+        Whether its methods still stand for it is looked at here, once per solve: hooks and
+        other methods may be set at any time.
+        """
+        if not self.hoisted:
+            return z
+        energy = self.energy
+        if self.why_not_closed() is None:
+            return energy.prepare(*z)
+        if self.offers_value():
+            return Valued((energy.prepare(*z),)) if self.closed_form else energy.prepare(*z)
+        return Whole(z) if callable(energy) else energy.prepare(*z)
+
+    def why_not_closed(self) -> str | None:
+        """Why the energy's own methods need not stand for it any more, or None if they do."""
+        energy = self.energy
+        if not is_described_here(energy, "lower_descent"):
+            if not stands_for(energy, "gradient" if self.closed_form else "value", METHODS):
+                return f"{type(energy).__name__} redefines its value"
+            replaced = replaced_method(type(energy), "lower_descent")
+            if replaced is not None:
+                return f"{replaced}() was replaced"
+        return why_parts_matter(energy) if isinstance(energy, nn.Module) else None
+
+    def offers_value(self) -> bool:
+        """Whether value(x, prepare(*z)) is what calling the energy gives."""
+        energy = self.energy
+        if not offers(energy, "value") or not stands_for(energy, "value", WHOLE):
+            return False
+        if replaced_method(type(energy), "lower_descent") is not None:
+            return False
+        return not isinstance(energy, nn.Module) or why_call_matters(energy) is None
 
     def step(self, x: Tensor, prepared: Any) -> Tensor:
         """One gradient step, shaped like x."""
-        if self.closed_form:
+        kind = type(prepared)
+        if self.closed_form and kind is not Whole and kind is not Valued:
             gradient = self.energy.gradient(x, prepared)
         else:
             gradient = self._partial(x, prepared)
@@ -80,12 +119,22 @@ class GradientDescent(Cell):
             raise NotLowered(f"{type(self.energy).__name__} has no lower_descent()")
         for method in (*EVALUATION, "value", "gradient", "_hidden_input"):
             require_consistent(self.energy, method, "lower_descent")
+        reason = self.why_not_closed()
+        if reason is not None:
+            raise NotLowered(reason)
         result: Lowered = lower_descent(prepared, self.step_size)
         return result
 
     def _partial(self, x: Tensor, prepared: Any) -> Tensor:
+        kind = type(prepared)
+
         def value(at: Tensor) -> Tensor:
-            energy = self.energy.value(at, prepared) if self.hoisted else self.energy(at, *prepared)
+            if kind is Valued:
+                energy = self.energy.value(at, *prepared)
+            elif self.hoisted and kind is not Whole:
+                energy = self.energy.value(at, prepared)
+            else:
+                energy = self.energy(at, *prepared)
             require_per_sample(energy, at)
             return energy
 
@@ -102,8 +151,19 @@ class GradientDescent(Cell):
         return f"step_size={self.step_size}"
 
 
+describes(GradientDescent.lower, GradientDescent, "step", "_partial")
+
 # How an energy is called when nothing of it is hoisted.
 WHOLE = ("forward", "__call__")
+METHODS = ("value", *WHOLE)
+
+
+class Whole(tuple[Any, ...]):
+    """The z of an energy that offers prepare, and has to be called whole all the same."""
+
+
+class Valued(tuple[Any, ...]):
+    """What such an energy's prepare returned, alone in here: its gradient does not stand for it."""
 
 
 def offers(energy: object, *names: str) -> bool:
@@ -111,17 +171,13 @@ def offers(energy: object, *names: str) -> bool:
     return all(callable(getattr(energy, name, None)) for name in names)
 
 
-def overrides(energy: object, name: str, others: tuple[str, ...]) -> bool:
-    """True if no class derived from the one that defines `name` redefines one of `others`.
+def stands_for(energy: object, name: str, others: tuple[str, ...]) -> bool:
+    """Whether method `name` says what the others do, which were not redefined without it.
 
     A subclass that changes the energy and inherits its gradient must not be stepped along it.
     """
-    classes = type(energy).__mro__
-
-    def depth(method: str) -> int:
-        return next((i for i, c in enumerate(classes) if method in vars(c)), len(classes))
-
-    return all(depth(name) <= depth(other) for other in others)
+    here = definition_depth(energy, name)
+    return here == 0 or all(here <= definition_depth(energy, o) for o in others)
 
 
 def require_per_sample(energy: Tensor, x: Tensor) -> None:

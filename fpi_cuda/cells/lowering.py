@@ -2,47 +2,87 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.nn.utils import parametrize
 
-from fpi_cuda.lowered import Lowered, NotLowered, activation_number
+from fpi_cuda.lowered import Layer, Lowered, NotLowered, activation_number
+from fpi_cuda.shortcuts import (
+    LINEAR,
+    definition_depth,
+    plain_classes,
+    why_modes_matter,
+    why_not_hoisted,
+    why_parts_matter,
+)
 from fpi_cuda.state import Layout
 
 # How a cell may be evaluated otherwise than by what lower() says.
 EVALUATION = ("prepare", "step", "forward", "__call__")
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-# At which a lowered map is compared with the step that it stands for.
-COMPARED_SAMPLES = 4
+# A kernel's and torch's rounding of the same numbers, in units of the terms that are summed.
+MOST_UNITS = 256
+
+_described: dict[Any, tuple[type, dict[str, Any]]] = {}
+"""By a lower() or lower_descent() of this package: its class, and the methods it stands for."""
 
 
-def lowered(g: object, prepared: object) -> Lowered:
-    """g as the fused loop runs it.
+def describes(lower: Any, kind: type, *methods: str) -> None:
+    """Say that `lower` of this class is what these methods of it compute, as they are now."""
+    _described[lower] = (kind, {name: getattr(kind, name) for name in methods})
+
+
+def lowered(cell: Any, prepared: object) -> Lowered:
+    """A cell as the fused loop runs it.
 
     Args:
-        prepared: what g.prepare returned.
+        cell: for which require_lowerable has nothing to say.
+        prepared: what cell.prepare returned.
     Returns:
         Without a graph.
     Raises:
-        NotLowered: g is none of the cells that can be, or was changed since.
+        NotLowered: it is none that the kernels can run.
+        TypeError: lower() returned something else than it has to.
     """
-    require_lowerable(g)
     if not isinstance(prepared, Tensor):
         raise NotLowered("prepare returns more than one tensor")
-    cell: Any = g
     result: Lowered = cell.lower(prepared)
+    if not is_lowered_here(cell):
+        require_types(type(cell).__name__, result)
     for layer in result.layers:
         if activation_number(layer.activation) is None:
             raise NotLowered(f"no kernel knows the activation {layer.activation!r}")
     return result.detached()
+
+
+def require_types(name: str, result: Any) -> None:
+    """Raise unless lower() of `name` returned one or two layers made of tensors.
+
+    Raises:
+        NotLowered: another number of layers.
+        TypeError: it is no Lowered, or something in it is of the wrong type.
+    """
+
+    def require(given: object, kinds: Any, what: str) -> None:
+        if not isinstance(given, kinds):
+            raise TypeError(
+                f"fixed_point: {name}.lower() must return a fpi_cuda.lowered.Lowered whose {what}, "
+                f"got {type(given).__name__}. Where it cannot, raise NotLowered(reason)"
+            )
+
+    require(result, Lowered, "layers are one or two Layer")
+    require(result.layers, (tuple, list), "layers are a tuple")
+    for layer in result.layers:
+        require(layer, Layer, "layers are Layer")
+        require(layer.weight, Tensor, "weights are tensors")
+        require(layer.activation, str, "activations are names")
+        for t in layer.tensors()[1:]:
+            require(t, (Tensor, type(None)), "bias, shift and factor are tensors or None")
+    require(result.x_factor, (Tensor, type(None)), "x_factor is a tensor or None")
+    require(result.carry, (int, float), "carry is a number")
+    if len(result.layers) not in (1, 2):
+        raise NotLowered(f"it has {len(result.layers)} layers, and the kernels run one or two")
 
 
 def require_lowerable(g: object) -> None:
@@ -54,31 +94,35 @@ def require_lowerable(g: object) -> None:
         raise NotLowered(f"{name} is not a module")
     for method in EVALUATION:
         require_consistent(g, method, "lower")
-    for module in g.modules():
-        if any(getattr(module, hooks, None) for hooks in HOOKS):
-            raise NotLowered(f"{type(module).__name__} has hooks, which must see its evaluations")
-    if any(getattr(torch_module, "_global" + hooks, None) for hooks in HOOKS):
-        raise NotLowered("there are hooks on all modules, which must see their evaluations")
+    require_unpatched(g, "lower")
+    reason = why_not_hoisted(g) or why_parts_matter(g) or why_modes_matter()
+    if reason is not None:
+        raise NotLowered(reason)
+
+
+def require_unpatched(owner: object, description: str) -> None:
+    """Raise NotLowered where a method that this package's description is of was replaced."""
+    replaced = replaced_method(type(owner), description)
+    if replaced is not None:
+        raise NotLowered(f"{replaced}() was replaced")
+
+
+def replaced_method(kind: type, description: str) -> str | None:
+    """The method of this package that its description is of and that was replaced since."""
+    owner, methods = _described.get(getattr(kind, description, None), (kind, {}))
+    if not issubclass(kind, owner):
+        return None
+    for name, method in methods.items():
+        if getattr(owner, name) is not method:
+            return f"{owner.__name__}.{name}"
+    return None
 
 
 def require_consistent(owner: object, evaluation: str, description: str) -> None:
     """Raise NotLowered where `evaluation` was redefined below the class of `description`."""
-    classes = plain_classes(owner)
-
-    def depth(method: str) -> int:
-        return next((i for i, c in enumerate(classes) if method in vars(c)), len(classes))
-
-    if evaluation in vars(owner) or depth(evaluation) < depth(description):
-        raise NotLowered(
-            f"{classes[0].__name__} redefines {evaluation}() and inherits {description}()"
-        )
-
-
-def plain_classes(owner: object) -> tuple[type, ...]:
-    """The classes of `owner`, without the one that holds its parametrizations."""
-    classes = type(owner).__mro__
-    parametrized = isinstance(owner, nn.Module) and parametrize.is_parametrized(owner)
-    return classes[1:] if parametrized else classes
+    if definition_depth(owner, evaluation) < definition_depth(owner, description):
+        name = plain_classes(owner)[0].__name__
+        raise NotLowered(f"{name} redefines {evaluation}() and inherits {description}()")
 
 
 def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -87,7 +131,7 @@ def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tens
     Raises:
         NotLowered: it is another kind of module by now.
     """
-    if plain_classes(module)[0] is not nn.Linear or "forward" in vars(module):
+    if plain_classes(module)[0] is not LINEAR or "forward" in vars(module):
         raise NotLowered(f"{owner}.{name} is a {type(module).__name__}, not nn.Linear")
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = module.bias  # type: ignore[assignment]
@@ -131,38 +175,72 @@ def require_shape(t: Tensor | None, shape: tuple[int, ...]) -> None:
         raise NotLowered(f"a tensor of it has shape {tuple(t.shape)}, not {shape}")
 
 
-def require_same_map(g: Any, prepared: Tensor, result: Lowered, x: Tensor) -> None:
-    """Raise unless lower() describes what step() computes, at points near the first samples of x.
+def require_same_map(name: str, result: Lowered, x: Tensor, expected: Tensor) -> None:
+    """Raise unless lower() of `name` describes what step() computes.
 
-    The cells of this package are not asked.
-
+    Args:
+        x, expected: (B, D), and step() there.
     Raises:
         ValueError: they differ by more than rounding.
     """
-    if is_lowered_here(g):
-        return
-    # Not at x itself: zeros, for one, would hide a wrong weight.
-    away = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype, device=x.device)
-    points = x[:COMPARED_SAMPLES] + away
-    expected = g.step(points.clone(), prepared[:COMPARED_SAMPLES].detach())
-    given = result.rows(COMPARED_SAMPLES)(points)
-    error = (given - expected).abs().nan_to_num(0.0)
-    scale = expected.abs().nan_to_num(0.0, 0.0, 0.0)
-    if bool((error > 1e3 * torch.finfo(x.dtype).eps * (1 + scale)).any()):
+    error, off = difference(result, x, expected)
+    if bool(off.any()):
+        rows = torch.nonzero(off.any(1)).flatten().tolist()
+        worst = float(error[off].nan_to_num(torch.inf).max())
         raise ValueError(
-            f"fixed_point: {type(g).__name__}.lower() must describe the map of step(), but they "
-            f"differ by {float(error.max()):.3g}"
+            f"fixed_point: {name}.lower() must describe the map of step(), but they differ by "
+            f"{worst:.3g} in samples {rows[:8]}"
         )
 
 
+def difference(result: Lowered, x: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the map is from `expected` at x, and where by more than rounding, both (B, D)."""
+    given = result(x)
+    error = (given - expected).abs()
+    terms = rounding(result, x)
+    terms = torch.where(terms.isinf(), torch.maximum(given.abs(), expected.abs()), terms)
+    finfo = torch.finfo(x.dtype)
+    agree = (error <= MOST_UNITS * finfo.eps * terms + finfo.tiny) & error.isfinite()
+    return error, ~(agree | (~given.isfinite() & ~expected.isfinite()))
+
+
+def rounding(result: Lowered, x: Tensor) -> Tensor:
+    """What an error of one unit in each term and each sum adds up to, (B, D), in units."""
+    h = x if result.x_factor is None else x * result.x_factor
+    error = torch.zeros_like(h) if result.x_factor is None else h.abs()
+    for layer in result.layers:
+        weight = layer.weight.abs()
+        u = layer.sums(h)
+        terms = (h.abs() + error) @ weight.mT
+        for t in (layer.bias, layer.shift):
+            terms = terms if t is None else terms + t.abs()
+        slope = dataclasses.replace(layer, factor=None).slope(u)
+        if slope is not None:
+            terms = terms * slope.abs().clamp(min=1.0)
+        h = layer.finished(u)
+        error = terms if layer.factor is None else terms * layer.factor.abs()
+        error = error + h.abs()
+    return error + abs(result.carry) * x.abs()
+
+
 def is_lowered_here(g: object) -> bool:
-    """Whether lower() of g is this package's own."""
-    owners = [g, getattr(g, "energy", g)]
-    methods = [
-        getattr(owner, name, None) for owner in owners for name in ("lower", "lower_descent")
-    ]
-    authors = [getattr(method, "__module__", None) or "" for method in methods if method]
-    return all(author.startswith("fpi_cuda.") for author in authors)
+    """Whether lower() of g is this package's own, and so are the methods that it stands for."""
+    energy = getattr(g, "energy", None)
+    return is_described_here(g, "lower") and (
+        not hasattr(energy, "lower_descent") or is_described_here(energy, "lower_descent")
+    )
+
+
+def is_described_here(owner: object, description: str) -> bool:
+    """Whether a method is this package's own description of this owner's methods."""
+    known = _described.get(getattr(type(owner), description, None))
+    if known is None or not isinstance(owner, known[0]):
+        return False
+    own, kind = vars(owner), type(owner)
+    for name, method in known[1].items():
+        if name in own or getattr(kind, name) is not method:
+            return False
+    return description not in own
 
 
 def require_no_decline(g: Any) -> None:

@@ -14,7 +14,7 @@ from fpi_cuda.cells.cell import (
     require_features,
     require_same_batch,
 )
-from fpi_cuda.cells.lowering import linear_terms, without_bias
+from fpi_cuda.cells.lowering import describes, linear_terms, without_bias
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_count
 
@@ -105,3 +105,6 @@ class MLP(Cell):
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""
         return f"activation={self.activation!r}, out_activation={self.out_activation!r}"
+
+
+describes(MLP.lower, MLP, "step")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.faithful import Replay
+from fpi_cuda.implicit.hoisting import why_whole
 from fpi_cuda.implicit.untouched import parts_of, untouched, version_of
 from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
 from fpi_cuda.state import Layout
@@ -45,12 +46,14 @@ class Habit:
 class FlatMap:
     """x (B, D) -> g(x, *z) (B, D), checked at every evaluation.
 
-    A g that offers `prepare(*z)` and `step(x, prepared)` has the first called once, here.
+    A g that offers `prepare(*z)` and `step(x, prepared)` has the first called once, here, where
+    that is what calling it does.
 
     Attributes:
         g, layout, z, replay: as given.
         source_z: z, also where a mended map evaluates g on something else.
-        hoisted: g offers prepare and step.
+        hoisted: prepare and step stand for g.
+        whole: why they do not, so that g(x, *z) is called in every evaluation; None if they do.
     """
 
     def __init__(self, g: Any, layout: Layout, z: tuple[Tensor, ...], replay: Replay) -> None:
@@ -59,7 +62,8 @@ class FlatMap:
         self.z = z
         self.source_z = z
         self.replay = replay
-        self.hoisted = offers_hoisting(g)
+        self.whole = why_whole(g, layout, z)
+        self.hoisted = self.whole is None
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
         self._prepare_replay = Replay(layout.device)
@@ -295,11 +299,6 @@ class FlatMap:
 def first_line(error: Exception) -> str:
     """What an error says, without what follows."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def offers_hoisting(g: object) -> bool:
-    """Whether g separates what does not depend on x."""
-    return callable(getattr(g, "prepare", None)) and callable(getattr(g, "step", None))
 
 
 def select(read: Any, rows: Tensor) -> Any:

@@ -175,16 +175,23 @@ class Recorder(TorchFunctionMode):
 
 
 class Substitution(TorchFunctionMode):
-    """Puts stand-ins in the place of tensors that g closes over."""
+    """Puts stand-ins in the place of tensors that g closes over.
+
+    Attributes:
+        hooks_set: g has set hooks on tensors meanwhile.
+    """
 
     def __init__(self, stand_ins: Iterable[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self._pairs = {id(original): (original, other) for original, other in stand_ins}
+        self.hooks_set = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Exchange the arguments, then call."""
+        if func is Tensor.register_hook:
+            self.hooks_set = True
         args, kwargs = pytree.tree_map_only(Tensor, self._exchange, (args, kwargs or {}))
         return func(*args, **kwargs)
 

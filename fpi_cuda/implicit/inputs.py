@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.faithful import fresh_cache
+from fpi_cuda.implicit.backward_hooks import require_true_products, watches_gradients
 from fpi_cuda.implicit.cut_graph import columns_unreached
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import stand_in
@@ -104,15 +105,29 @@ class Inputs:
             )
         # Autograd runs the hooks of what it is asked about, and will run them again later.
         hooked = [t for t in self._leaves if t._backward_hooks]
-        other = {id(t): stand_in(t) for t in (*self._exchanged, *hooked)}
+        exchanged = (*self._exchanged, *hooked)
+        other = {id(t): stand_in(t) for t in exchanged}
         self._require_unchanged()
-        z = [other.get(id(t), t.detach()) for t in self._z]
-        named = {name: other[id(t)] for name, t in self._named.items()}
         x_leaf = mark_as_anchor(stand_in(x))
-        # What g is given as z, or holds as a module, it may close over as well.
-        exchange = Substitution([(t, other[id(t)]) for t in (*self._exchanged, *hooked)])
-        with torch.enable_grad(), fresh_cache(), exchange if other else contextlib.nullcontext():
-            gx = flat_map.with_inputs(x_leaf, z, named)
+        watched = watches_gradients(flat_map.g)
+
+        def evaluate(given: Sequence[Tensor]) -> Tensor:
+            nonlocal watched
+            state, *stand_ins = given
+            now = dict(zip(other, stand_ins, strict=True))
+            z = [now.get(id(t), t.detach()) for t in self._z]
+            named = {name: now[id(t)] for name, t in self._named.items()}
+            # What g is given as z, or holds as a module, it may close over as well.
+            exchange = Substitution([(t, now[id(t)]) for t in exchanged])
+            with fresh_cache(), exchange if now else contextlib.nullcontext():
+                gx = flat_map.with_inputs(state, z, named)
+            watched = watched or exchange.hooks_set
+            return gx
+
+        with torch.enable_grad():
+            gx = evaluate([x_leaf, *other.values()])
+        if watched:
+            require_true_products(evaluate, gx, [x_leaf, *other.values()])
         leaves = [other.get(id(t), t) for t in self.originals]
         self._require_same_dependence(gx, leaves)
         if compared is not None:

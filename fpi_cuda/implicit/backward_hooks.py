@@ -1,0 +1,71 @@
+"""Hooks that change gradients, which a second derivative cannot follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fpi_cuda.shortcuts import any_backward_hooks
+
+CHANGED = (
+    "fixed_point: a second derivative differentiates the products with the Jacobian of g, and a "
+    "backward hook on g or inside it changes these, so that they belong to no function. Return "
+    "None from the hook, or ask for first derivatives only"
+)
+
+
+def watches_gradients(g: object) -> bool:
+    """Whether g is a module with backward hooks, its own or on a module inside."""
+    return isinstance(g, nn.Module) and any_backward_hooks(g)
+
+
+def require_true_products(
+    evaluate: Callable[[Sequence[Tensor]], Tensor], gx: Tensor, leaves: Sequence[Tensor]
+) -> None:
+    """Raise where the graph of gx has other products with the Jacobian than forward mode has.
+
+    Forward mode runs no backward hook. One product is compared.
+
+    Args:
+        evaluate: g as a function of the leaves.
+        gx: its value, computed from the leaves.
+    Raises:
+        RuntimeError: they differ by more than rounding.
+    """
+    if forward_ad._current_level >= 0 or not gx.requires_grad:
+        return
+    w = waves(gx, 0)
+    pulled = torch.autograd.grad(gx, list(leaves), w, retain_graph=True, allow_unused=True)
+    directions = [waves(leaf, 1 + i) for i, leaf in enumerate(leaves)]
+    try:
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = [
+                forward_ad.make_dual(leaf.detach(), d)
+                for leaf, d in zip(leaves, directions, strict=True)
+            ]
+            pushed = forward_ad.unpack_dual(evaluate(duals)).tangent
+    except (NotImplementedError, RuntimeError) as error:
+        raise RuntimeError(CHANGED + ". Whether it does cannot be told, see above") from error
+    along = 0.0 if pushed is None else float((pushed.double() * w).sum())
+    back = sum(
+        float((p.double() * d).sum())
+        for p, d in zip(pulled, directions, strict=True)
+        if p is not None
+    )
+    size = 0.0 if pushed is None else float(pushed.double().norm() * w.double().norm())
+    size += sum(
+        float(p.double().norm() * d.double().norm())
+        for p, d in zip(pulled, directions, strict=True)
+        if p is not None
+    )
+    if abs(along - back) > torch.finfo(gx.dtype).eps ** 0.5 * size:
+        raise RuntimeError(CHANGED)
+
+
+def waves(t: Tensor, phase: int) -> Tensor:
+    """Numbers between -1 and 1 in the shape of t, other ones for each phase."""
+    numbers = torch.arange(1, t.numel() + 1, device=t.device, dtype=torch.float64)
+    return (numbers * (1 + 0.1 * phase) + phase).sin().to(t.dtype).reshape(t.shape)
