@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
-from typing import TypeVar
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
+from fpi_cuda import transforms
 from fpi_cuda.capturing import NoRandomNumbers, being_captured
+from fpi_cuda.drawing_ops import Generators
+from fpi_cuda.random_draws import Draw, Recording, Replaying, depth
 
 T = TypeVar("T")
 
@@ -21,22 +29,30 @@ class Replay:
     Autocast: an evaluation in backward runs under the autocast state of the call, on whatever
     thread autograd uses. Inference mode: likewise, where the solver itself runs outside of it.
 
-    Random numbers: a g that draws some from torch's default generators in its first evaluation
-    draws the same ones in every other, so dropout has one mask per solve and its adjoint. Once
-    that evaluation is over, the generators are left where it left them. Numbers from a
-    torch.Generator of g's own, from numpy or from random are out of reach.
+    Random numbers: what a g draws in its first evaluation, from torch's default generators or
+    from one of its own, it is given in every other, so dropout has one mask per solve and its
+    adjoint. No generator is wound back: other threads may draw from them meanwhile. Numbers from
+    numpy or from random are out of reach.
 
+    Args:
+        device: of the state.
+        g, method: whose evaluations they are; "" is its call.
     Attributes:
         stochastic: the first evaluation drew random numbers.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, g: Any = None, method: str = "") -> None:
         self._device = device
+        self._habit = habit_of(g, method)
         self._autocast = AutocastState.current(device.type)
         self._inference = torch.is_inference_mode_enabled()
-        self._generators: list[Tensor] | None = None
         self._first = True
-        self.stochastic = False
+        self._compare = True
+        self._draws: Sequence[Draw] = ()
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(self._draws)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -77,23 +93,121 @@ class Replay:
                 return evaluation()
         if self._first:
             self._first = False
-            before = generator_states(self._device)
+            return self._first_evaluation(evaluation)
+        return self._again(evaluation) if self._draws else evaluation()
+
+    def _first_evaluation(self, evaluation: Callable[[], T]) -> T:
+        before = generator_states(self._device)
+        if self._habit.drew is False and not depth():
             result = evaluation()
-            after = generator_states(self._device)
-            # Raw numbers: torch.func transforms must not see these tensors.
-            with torch._C._DisableFuncTorch():
-                self.stochastic = not all(map(torch.equal, before, after))
-            if self.stochastic:
-                self._generators = before
-            return result
-        if self._generators is None:
-            return evaluation()
-        outside = generator_states(self._device)
-        set_generator_states(self._device, self._generators)
-        try:
-            return evaluation()
-        finally:
-            set_generator_states(self._device, outside)
+            if unmoved(before, self._device):
+                return result
+            # Either g or another thread has drawn. That g would draw the same again shows it.
+            recording = Recording(Generators(before, self._device))
+            with recording:
+                again = evaluation()
+            if same_numbers(result, again):
+                self._keep(recording.draws)
+                return result
+            if not recording.draws:
+                raise RuntimeError(UNSEEN)
+        with Recording() as recording:
+            result = evaluation()
+        self._keep(recording.draws)
+        if not recording.draws and not depth() and not unmoved(before, self._device):
+            with Recording(Generators(before, self._device)):
+                again = evaluation()
+            if not same_numbers(result, again):
+                raise RuntimeError(UNSEEN)
+        return result
+
+    def _keep(self, draws: Sequence[Draw]) -> None:
+        self._draws = draws
+        self._habit.drew = bool(draws)
+
+    def _again(self, evaluation: Callable[[], T]) -> T:
+        before = generator_states(self._device) if self._compare else []
+        with Replaying(self._draws) as replaying:
+            result = evaluation()
+            replaying.require_all()
+        if self._compare:
+            self._compare = False
+            if not depth() and not unmoved(before, self._device):
+                with Replaying(self._draws):
+                    again = evaluation()
+                if not same_numbers(result, again):
+                    raise RuntimeError(UNSEEN)
+        return result
+
+
+UNSEEN = (
+    "fixed_point: g draws random numbers in an op that is not tagged as such "
+    "(torch.Tag.nondeterministic_seeded), so that other evaluations of the solve could not be "
+    "given the same ones. Draw them before the call and pass them as z"
+)
+
+
+class Habit:
+    """What is remembered of a g from solve to solve.
+
+    Attributes:
+        drew: it drew random numbers when it was evaluated first in the latest solve; None: it
+            never was. A wrong answer costs an evaluation, no more.
+    """
+
+    __slots__ = ("__weakref__", "drew")
+
+    def __init__(self) -> None:
+        self.drew: bool | None = None
+
+
+_habits: weakref.WeakKeyDictionary[Any, dict[Any, Habit]] = weakref.WeakKeyDictionary()
+
+
+def habit_of(g: Any, method: str) -> Habit:
+    """That of a module in training or not, of a function's code, or of an object's class.
+
+    Args:
+        method: which of g's; "" for its call.
+    """
+    while isinstance(g, functools.partial):
+        g = g.func
+    called = inspect.unwrap(getattr(g, "__func__", g))
+    if isinstance(called, types.FunctionType):
+        known: Any = called.__code__
+    else:
+        hashable = isinstance(called, nn.Module) and called.__hash__ is not None
+        known = called if hashable else type(called)
+    by_use = _habits.get(known)
+    if by_use is None:
+        by_use = _habits.setdefault(known, {})
+    return by_use.setdefault((method, bool(getattr(called, "training", False))), Habit())
+
+
+def unmoved(before: list[Tensor], device: torch.device) -> bool:
+    """Whether nobody has drawn from the default generators since."""
+    # Raw numbers: torch.func transforms must not see these tensors.
+    with torch._C._DisableFuncTorch():
+        return all(map(torch.equal, before, generator_states(device)))
+
+
+def same_numbers(one: Any, other: Any) -> bool:
+    """Whether two results have the same entries, NaN where NaN is."""
+    ones, others = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    return len(ones) == len(others) and all(map(same_leaf, ones, others))
+
+
+def same_leaf(one: Any, other: Any) -> bool:
+    """The same for a tensor, whatever transforms it is wrapped for; True for anything else."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return True
+    one, other = transforms.numbers(one.detach()), transforms.numbers(other.detach())
+    with torch._C._DisableFuncTorch():
+        return torch.equal(one, other) or bool(
+            one.shape == other.shape
+            and one.dtype == other.dtype
+            and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+        )
 
 
 class AutocastState:
@@ -160,14 +274,6 @@ def generator_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-def set_generator_states(device: torch.device, states: list[Tensor]) -> None:
-    """Undo what was drawn since `generator_states(device)`."""
-    with torch._C._DisableFuncTorch():
-        torch.set_rng_state(states[0])
-        if device.type != "cpu":
-            torch.get_device_module(device).set_rng_state(states[1], device)
-
-
 @contextlib.contextmanager
 def counting_changes() -> Iterator[None]:
     """no_grad, and not inference mode: what is made inside counts how often it is changed."""
@@ -178,25 +284,30 @@ def counting_changes() -> Iterator[None]:
 @contextlib.contextmanager
 def rehearsal(device: torch.device) -> Iterator[None]:
     """An evaluation that does not count: the random numbers it draws will be drawn again."""
-    states = generator_states(device)
-    try:
-        with caches_kept_clean():
-            yield
-    finally:
-        set_generator_states(device, states)
+    with caches_kept_clean(), Recording(Generators(generator_states(device), device)):
+        yield
 
 
-def rehearsed(evaluation: Callable[[], T], device: torch.device) -> tuple[T, bool]:
-    """evaluation() of what does not count, and whether it drew random numbers."""
+def rehearsed(
+    evaluation: Callable[[], T], device: torch.device, g: Any, method: str
+) -> tuple[T, bool]:
+    """evaluation() of what does not count, and whether it drew random numbers.
+
+    Args:
+        g, method: whose evaluation it is. Where it never drew any, a look at the generators
+            will do.
+    """
+    habit = habit_of(g, method)
     before = generator_states(device)
-    drew = False
-    try:
+    if habit.drew is False and not depth():
         result = evaluation()
-    finally:
-        drew = not all(map(torch.equal, before, generator_states(device)))
-        if drew:
-            set_generator_states(device, before)
-    return result, drew
+        if unmoved(before, device):
+            return result, False
+    recording = Recording(Generators(before, device))
+    with recording:
+        result = evaluation()
+    habit.drew = bool(recording.draws)
+    return result, habit.drew
 
 
 @contextlib.contextmanager

@@ -34,8 +34,9 @@ LEVELS = [
         "faithful",
         "lowered",
         "tracing",
-        "transforms",
     },
+    {"random_draws", "transforms"},
+    {"drawing_ops", "recomputed"},
     {"_extension", "capturing", "elementwise"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.

@@ -54,7 +54,7 @@ class FlatMap:
         self.hoisted = offers_hoisting(g)
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
-        self._prepare_replay = Replay(layout.device)
+        self._prepare_replay = Replay(layout.device, g, "prepare")
         self._prepared: Any = None
         if self.hoisted:
             with untouched("z", z, compare=True):
