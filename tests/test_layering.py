@@ -35,7 +35,7 @@ LEVELS = [
         "lowered",
         "tracing",
     },
-    {"random_draws", "transforms"},
+    {"random_draws", "transforms", "weight_cache"},
     {"drawing_ops", "recomputed"},
     {"_extension", "capturing", "elementwise"},
 ]

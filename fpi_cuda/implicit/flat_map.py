@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.faithful import Replay
+from fpi_cuda.implicit.replica import called_with
 from fpi_cuda.implicit.untouched import parts_of, untouched, version_of
 from fpi_cuda.state import Layout
 
@@ -146,7 +147,7 @@ class FlatMap:
 
         def call(state: Any) -> Any:
             if tensors:
-                return torch.func.functional_call(self.g, dict(tensors), (state, *z))
+                return called_with(self.g, tensors, (state, *z))
             if self.hoisted:
                 return self.g.step(state, self._prepare_replay(lambda: self.g.prepare(*z)))
             return self.g(state, *z)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpi_cuda.faithful import fresh_cache
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import stand_in
 from fpi_cuda.implicit.graph import (
@@ -20,6 +21,7 @@ from fpi_cuda.implicit.graph import (
     mark_as_anchor,
 )
 from fpi_cuda.implicit.linearization import OpenLinearization
+from fpi_cuda.weight_cache import laid_aside
 
 # Two evaluations of one g at one x may differ by rounding, not by this share.
 SAME_VALUE = 1e-2
@@ -89,7 +91,11 @@ class Inputs:
         x_leaf = mark_as_anchor(stand_in(x))
         # What g is given as z, or holds as a module, it may close over as well.
         exchange = Substitution([(t, other[id(t)]) for t in (*self._exchanged, *hooked)])
-        with torch.enable_grad(), fresh_cache(), exchange if other else contextlib.nullcontext():
+        with (
+            torch.enable_grad(),
+            laid_aside(covers=True),
+            exchange if other else contextlib.nullcontext(),
+        ):
             gx = flat_map.with_inputs(x_leaf, z, named)
         leaves = [other.get(id(t), t) for t in self.originals]
         self._require_same_dependence(gx, leaves)
