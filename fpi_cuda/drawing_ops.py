@@ -119,13 +119,16 @@ def draws_none(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 def form_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The arguments, but for the numbers in tensors and for generators."""
-    return tuple(map(form_of_one, pytree.tree_leaves((args, kwargs))))
+    given = (*args, *kwargs.items()) if kwargs else args
+    return tuple(map(form_of_one, given))
 
 
 def form_of_one(value: Any) -> Any:
     """A tensor's shape, dtype and device; nothing of a generator; anything else itself."""
     if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype, value.device)
+        return (value.shape, value.dtype, value.device)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(form_of_one, value))
     return None if isinstance(value, torch.Generator) else value
 
 

@@ -51,6 +51,9 @@ OUT_OF_REACH = (
 )
 
 
+# Looked up at every op.
+NOTHING, NUMBERS = Kind.NOTHING, Kind.NUMBERS
+
 _on_this_thread = threading.local()
 
 
@@ -79,6 +82,11 @@ class DrawMode(TorchDispatchMode):
     supports_higher_order_operators = True
 
     @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """The decorator that this would put around each call of an op costs as much as the op."""
+        return False
+
+    @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Compiled code stays compiled; it draws by ops as well."""
         return True
@@ -97,14 +105,10 @@ class DrawMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Call the op, or see to what it draws."""
-        kwargs = kwargs or {}
         kind = known_kinds.get(func) or kind_of(func)
-        nothing = kind is Kind.NOTHING or (
-            kind is not Kind.NUMBERS and draws_none(func, args, kwargs)
-        )
-        recomputations_use(self.rest, draws=not nothing)
-        if nothing:
-            return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        if kind is NOTHING or (kind is not NUMBERS and draws_none(func, args, kwargs)):
+            return func(*args, **kwargs) if kwargs else func(*args)
         if kind is Kind.COMPOSITE:
             _push_on_torch_dispatch_stack(self)
             try:
@@ -115,6 +119,7 @@ class DrawMode(TorchDispatchMode):
             raise RuntimeError(OUT_OF_REACH.format(func.name()))
         if self._differentiable:
             require_not_reentrant()
+        recomputations_use(self.rest)
         return self.draw(kind, func, args, kwargs)
 
     def draw(self, kind: Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

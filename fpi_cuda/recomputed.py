@@ -29,20 +29,18 @@ Start = Callable[[], AbstractContextManager[Any]]
 """Surroundings that hand out the record from some place on."""
 
 
-def recomputations_use(start: Callable[[], Start], *, draws: bool) -> None:
-    """Let what is recomputed later of the segments around this op begin at this place.
+def recomputations_use(start: Callable[[], Start]) -> None:
+    """Let what is recomputed later of the segments around a draw begin the record here.
+
+    Each is met at its own first draw.
 
     Args:
         start: gives the place.
-        draws: the op draws random numbers.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is None:
         return
-    segment = segment_of(hooks[0])
-    if not draws and (segment is None or hasattr(segment, GIVEN)):
-        return
-    for around in (segment, *segments_around()):
+    for around in (segment_of(hooks[0]), *segments_around()):
         if around is not None and not hasattr(around, GIVEN):
             give(around, start())
 

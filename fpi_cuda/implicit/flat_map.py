@@ -222,7 +222,8 @@ class FlatMap:
         name = "what prepare returned" if self.hoisted else "z"
         # From x = 0 the first evaluation may change nothing.
         with untouched(name, read, compare=habit.evaluations < 2):
-            gx = self.replay(lambda: call(self.layout.unflatten(given)))
+            state = self.layout.unflatten(given)
+            gx = self.replay(lambda: call(state))
         changed = before != version_of(given)
         if changed and not copies:
             raise ValueError(
