@@ -107,9 +107,11 @@ class Replay:
             if unmoved(before, self._device):
                 return result
             # Either g or another thread has drawn. That g would draw the same again shows it.
+            between = generator_states(self._device)
             with Recording(Generators(before, self._device)) as recording:
-                again = self._alike(result, evaluation)
+                again = evaluation()
             if not recording.draws:
+                self._require_alike(result, again, between)
                 return result
             if same_numbers(result, again, 0.0):
                 self._draws = recording.draws
@@ -120,7 +122,8 @@ class Replay:
         self._draws = recording.draws
         habit.drew = bool(recording.draws)
         if not recording.draws and not depth() and not unmoved(before, self._device):
-            self._alike(result, evaluation)
+            between = generator_states(self._device)
+            self._require_alike(result, evaluation(), between)
         return result
 
     def _again(self, evaluation: Callable[[], T]) -> T:
@@ -131,22 +134,21 @@ class Replay:
         if self._compare:
             self._compare = False
             if not depth() and not unmoved(before, self._device):
+                between = generator_states(self._device)
                 with Replaying(self._draws):
-                    self._alike(result, evaluation)
+                    again = evaluation()
+                self._require_alike(result, again, between)
         return result
 
-    def _alike(self, result: T, evaluation: Callable[[], T]) -> T:
-        """evaluation() once more, which gave `result` while numbers were drawn unseen.
+    def _require_alike(self, result: object, again: object, between: list[Tensor]) -> None:
+        """Raise if g draws unseen: numbers were drawn in both evaluations, and they differ.
 
-        Raises:
-            RuntimeError: they were drawn by g, for it drew again, and others.
+        Args:
+            result, again: what the two gave.
+            between: where the generators stood before the second.
         """
-        before = generator_states(self._device)
-        again = evaluation()
-        moved = not unmoved(before, self._device)
-        if moved and not same_numbers(result, again, SAME_VALUE):
+        if not same_numbers(result, again, SAME_VALUE) and not unmoved(between, self._device):
             raise RuntimeError(UNSEEN)
-        return again
 
 
 UNSEEN = (
