@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _pop_torch_dispatch_stack, _push_on_torch_dispatch_stack
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fpi_cuda.dispatch_modes import QuietMode
 from fpi_cuda.drawing_ops import (
     Generators,
     Kind,
@@ -72,33 +72,16 @@ class Draw(NamedTuple):
     state: State | None = None
 
 
-class DrawMode(TorchDispatchMode):
-    """Sees every op that draws, on this thread.
-
-    It is pushed without the flags that torch keeps for all threads together, which two threads
-    would leave set for ever; torch.compile need not know of it.
-    """
-
-    supports_higher_order_operators = True
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """The decorator that this would put around each call of an op costs as much as the op."""
-        return False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Compiled code stays compiled; it draws by ops as well."""
-        return True
+class DrawMode(QuietMode):
+    """Sees every op that draws, on this thread."""
 
     def __enter__(self) -> Self:
         self._differentiable = torch.is_grad_enabled()
         _on_this_thread.depth = depth() + 1
-        _push_on_torch_dispatch_stack(self)
-        return self
+        return super().__enter__()
 
     def __exit__(self, *raised: object) -> None:
-        _pop_torch_dispatch_stack(None)
+        super().__exit__(*raised)
         _on_this_thread.depth -= 1
 
     def __torch_dispatch__(

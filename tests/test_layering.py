@@ -38,6 +38,7 @@ LEVELS = [
     {"random_draws", "transforms", "weight_cache"},
     {"drawing_ops", "recomputed"},
     {"_extension", "capturing", "elementwise"},
+    {"dispatch_modes"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.
 OUTSIDE = {"diagnostics", "testing"}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fpi_cuda as fpi
@@ -330,12 +332,26 @@ def test_a_layer_that_draws_inside_of_one_that_draws() -> None:
     assert grad.isfinite().all()
 
 
-def test_records_go_with_the_solve() -> None:
-    layer = fpi.FPILayer(nn.Sequential(nn.Linear(D, D), nn.Dropout(0.3), nn.Tanh()))
-    sol = fpi.fixed_point(layer.g, torch.zeros(B, D))
-    assert sol.converged.all()
-    value = sol.value
+def test_records_go_with_the_graph_of_the_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[weakref.ref[Tensor]] = []
+    draw = Recording.draw
+
+    def watched(self: Recording, *args: Any) -> Any:
+        out = draw(self, *args)
+        records.append(weakref.ref(self.draws[-1].numbers[0]))
+        return out
+
+    def alive() -> int:
+        gc.collect()
+        return sum(record() is not None for record in records)
+
+    monkeypatch.setattr(Recording, "draw", watched)
+    z = torch.randn(B, D, dtype=F64, requires_grad=True)
+    with torch.no_grad():
+        sol = fpi.fixed_point(DRAWS["dropout"], torch.zeros(B, D, dtype=F64), z)
+    assert records
+    assert alive() == 0
+    sol = fpi.fixed_point(DRAWS["dropout"], torch.zeros(B, D, dtype=F64), z)
+    assert alive() == 1
     del sol
-    before = torch.get_rng_state()
-    value.sum().backward()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert alive() == 0
