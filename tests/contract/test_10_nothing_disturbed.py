@@ -311,8 +311,7 @@ def test_one_mask_per_solve_on_each_thread() -> None:
     for thread in threads:
         thread.join()
     changes = [
-        sum(not torch.equal(a, b) for a, b in itertools.pairwise(seen))
-        for seen in masks.values()
+        sum(not torch.equal(a, b) for a, b in itertools.pairwise(seen)) for seen in masks.values()
     ]
     # The very first evaluation of a g may be repeated with the numbers that then count.
     assert all(2 <= change <= 5 for change in changes), changes
