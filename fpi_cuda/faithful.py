@@ -65,15 +65,20 @@ class Replay:
         """Equal for calls that were made under the same autocast."""
         return self._autocast.key
 
-    def __call__(self, evaluation: Callable[[], T]) -> T:
-        """evaluation(), in the surroundings of the first one."""
+    def __call__(self, evaluation: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """evaluation(), in the surroundings of the first one.
+
+        Args:
+            again: the same, from fresh copies of what it may have changed; it is called where
+                another thread draws at that time, to see whether g does.
+        """
         watch_weight_cache()
         with contextlib.ExitStack() as stack:
             if self._inference and not torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode())
             if self._autocast != AutocastState.current(self._device.type):
                 stack.enter_context(self._autocast.entered())
-            return self._with_random_numbers(evaluation)
+            return self._with_random_numbers(evaluation, again or evaluation)
 
     @contextlib.contextmanager
     def solving(self) -> Iterator[None]:
@@ -87,7 +92,7 @@ class Replay:
                 stack.enter_context(self._autocast.switched_off())
             yield
 
-    def _with_random_numbers(self, evaluation: Callable[[], T]) -> T:
+    def _with_random_numbers(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
         if self._first and being_captured(self._device):
             # The generators cannot be asked now.
             self._first = False
@@ -95,10 +100,10 @@ class Replay:
                 return evaluation()
         if self._first:
             self._first = False
-            return self._first_evaluation(evaluation)
-        return self._again(evaluation) if self._draws else evaluation()
+            return self._first_evaluation(evaluation, again)
+        return self._later_evaluation(evaluation, again) if self._draws else evaluation()
 
-    def _first_evaluation(self, evaluation: Callable[[], T]) -> T:
+    def _first_evaluation(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
         habit = habit_of(self._g, self._method)
         self._g = None
         before = generator_states(self._device)
@@ -109,24 +114,25 @@ class Replay:
             # Either g or another thread has drawn. That g would draw the same again shows it.
             between = generator_states(self._device)
             with Recording(Generators(before, self._device)) as recording:
-                again = evaluation()
+                repeated = again()
             if not recording.draws:
-                self._require_alike(result, again, between)
+                self._require_alike(result, repeated, between)
                 return result
-            if same_numbers(result, again, 0.0):
+            if same_numbers(result, repeated, 0.0):
                 self._draws = recording.draws
                 habit.drew = True
                 return result
+            evaluation = again
         with Recording() as recording:
             result = evaluation()
         self._draws = recording.draws
         habit.drew = bool(recording.draws)
         if not recording.draws and not depth() and not unmoved(before, self._device):
             between = generator_states(self._device)
-            self._require_alike(result, evaluation(), between)
+            self._require_alike(result, again(), between)
         return result
 
-    def _again(self, evaluation: Callable[[], T]) -> T:
+    def _later_evaluation(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
         before = generator_states(self._device) if self._compare else []
         with Replaying(self._draws) as replaying:
             result = evaluation()
@@ -136,18 +142,18 @@ class Replay:
             if not depth() and not unmoved(before, self._device):
                 between = generator_states(self._device)
                 with Replaying(self._draws):
-                    again = evaluation()
-                self._require_alike(result, again, between)
+                    repeated = again()
+                self._require_alike(result, repeated, between)
         return result
 
-    def _require_alike(self, result: object, again: object, between: list[Tensor]) -> None:
+    def _require_alike(self, result: object, repeated: object, between: list[Tensor]) -> None:
         """Raise if g draws unseen: numbers were drawn in both evaluations, and they differ.
 
         Args:
-            result, again: what the two gave.
+            result, repeated: what the two gave.
             between: where the generators stood before the second.
         """
-        if not same_numbers(result, again, SAME_VALUE) and not unmoved(between, self._device):
+        if not same_numbers(result, repeated, SAME_VALUE) and not unmoved(between, self._device):
             raise RuntimeError(UNSEEN)
 
 

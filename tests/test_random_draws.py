@@ -212,6 +212,28 @@ def test_a_thread_that_draws_meanwhile_does_not_change_what_a_known_g_draws() ->
         assert (masked(sol.value) > 0) == (share[0] > 0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_g_that_works_in_place_is_repeated_from_what_it_was_given(share: float) -> None:
+    """Where another thread draws, g is evaluated again to see whether it did."""
+    elsewhere, seen = [False], []
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        if elsewhere[0]:
+            in_thread(lambda: torch.rand(3))
+        x.mul_(0.5)
+        return F.dropout(cell(x, z), share if elsewhere[0] else 0.0)
+
+    z = torch.randn(B, D, dtype=F64)
+    for adjoint in (fpi.Implicit(), fpi.Unroll()):
+        for elsewhere[0] in (False, True):
+            seen.clear()
+            sol = fpi.fixed_point(g, torch.ones_like(z), z, adjoint=adjoint, **TIGHT)
+            assert sol.converged.all()
+        assert (seen[1] == 1).all()
+        torch.autograd.grad(sol.value.sum(), WEIGHT)
+
+
 @torch.library.custom_op("fpi_cuda_tests::hidden_mask", mutates_args=())
 def hidden_mask(x: Tensor) -> Tensor:
     return (torch.rand(x.shape) > 0.5).to(x.dtype)

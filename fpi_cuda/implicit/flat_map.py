@@ -223,7 +223,10 @@ class FlatMap:
         # From x = 0 the first evaluation may change nothing.
         with untouched(name, read, compare=habit.evaluations < 2):
             state = self.layout.unflatten(given)
-            gx = self.replay(lambda: call(state))
+            gx = self.replay(
+                lambda: call(state),
+                lambda: call(self.layout.unflatten(x.clone() if copies else x)),
+            )
         changed = before != version_of(given)
         if changed and not copies:
             raise ValueError(
