@@ -342,7 +342,6 @@ def surroundings() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "warnings": list(warnings.filters),
         "weight cache": (parametrize._cache_enabled, dict(parametrize._cache)),
-        "switch interval": sys.getswitchinterval(),
     }
 
 
