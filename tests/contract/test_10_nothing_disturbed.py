@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -327,8 +328,7 @@ def traced() -> Recorder:
 def surroundings() -> dict[str, Any]:
     """All that a solve might change for a while."""
     return {
-        "grad": torch.is_grad_enabled(),
-        "inference": torch.is_inference_mode_enabled(),
+        "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "autocast": torch.is_autocast_enabled("cpu"),
         "autocast cache": torch.is_autocast_cache_enabled(),
         "forward level": forward_ad._current_level,
@@ -338,8 +338,7 @@ def surroundings() -> dict[str, Any]:
         "a mode somewhere": _python_dispatch.is_in_torch_dispatch_mode(),
         "hooks on saved tensors": torch._C._autograd._top_saved_tensors_default_hooks(False),
         "threads": torch.get_num_threads(),
-        "default dtype": torch.get_default_dtype(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "dtype": (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()),
         "warnings": list(warnings.filters),
         "weight cache": (parametrize._cache_enabled, dict(parametrize._cache)),
     }
@@ -364,6 +363,7 @@ def test_an_interruption_leaves_nothing_behind(dropout: float, surrounding: str)
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
         "inference": torch.inference_mode,
     }[surrounding]
+    import_module("torch._dynamo")  # torch imports it at need, and what it imports sets filters
     before = surroundings()
     state = torch.get_rng_state()
     interrupted = 0
