@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fpi_cuda.dispatch_modes import EagerMode
 
 UNDER_GRAD = (
     "fixed_point: under grad mode a solve cannot be captured into a CUDA graph, for backward has "
@@ -26,7 +27,7 @@ def being_captured(device: torch.device) -> bool:
         return bool(torch.cuda.is_current_stream_capturing())
 
 
-class NoRandomNumbers(TorchDispatchMode):
+class NoRandomNumbers(EagerMode):
     """Raises where an op may draw random numbers: a capture cannot give each step the same."""
 
     def __torch_dispatch__(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterator
-from typing import TypeVar
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from fpi_cuda import transforms
 from fpi_cuda.capturing import NoRandomNumbers, being_captured
+from fpi_cuda.drawing_ops import Generators
+from fpi_cuda.random_draws import Draw, Recording, Replaying, depth
+from fpi_cuda.weight_cache import caches_kept_clean, watch_weight_cache
 
 T = TypeVar("T")
 
@@ -21,22 +29,31 @@ class Replay:
     Autocast: an evaluation in backward runs under the autocast state of the call, on whatever
     thread autograd uses. Inference mode: likewise, where the solver itself runs outside of it.
 
-    Random numbers: a g that draws some from torch's default generators in its first evaluation
-    draws the same ones in every other, so dropout has one mask per solve and its adjoint. Once
-    that evaluation is over, the generators are left where it left them. Numbers from a
-    torch.Generator of g's own, from numpy or from random are out of reach.
+    Random numbers: what a g draws in its first evaluation, from torch's default generators or
+    from one of its own, it is given in every other, so dropout has one mask per solve and its
+    adjoint. No generator is wound back: other threads may draw from them meanwhile. Numbers from
+    numpy or from random are out of reach.
 
+    Args:
+        device: of the state.
+        g, method: whose evaluations they are; "" is its call.
     Attributes:
         stochastic: the first evaluation drew random numbers.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, g: Any = None, method: str = "") -> None:
         self._device = device
+        self._g = g
+        self._method = method
         self._autocast = AutocastState.current(device.type)
         self._inference = torch.is_inference_mode_enabled()
-        self._generators: list[Tensor] | None = None
         self._first = True
-        self.stochastic = False
+        self._compare = True
+        self._draws: Sequence[Draw] = ()
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(self._draws)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -48,14 +65,20 @@ class Replay:
         """Equal for calls that were made under the same autocast."""
         return self._autocast.key
 
-    def __call__(self, evaluation: Callable[[], T]) -> T:
-        """evaluation(), in the surroundings of the first one."""
+    def __call__(self, evaluation: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """evaluation(), in the surroundings of the first one.
+
+        Args:
+            again: the same, from fresh copies of what it may have changed; it is called where
+                another thread draws at that time, to see whether g does.
+        """
+        watch_weight_cache()
         with contextlib.ExitStack() as stack:
             if self._inference and not torch.is_inference_mode_enabled():
                 stack.enter_context(torch.inference_mode())
             if self._autocast != AutocastState.current(self._device.type):
                 stack.enter_context(self._autocast.entered())
-            return self._with_random_numbers(evaluation)
+            return self._with_random_numbers(evaluation, again or evaluation)
 
     @contextlib.contextmanager
     def solving(self) -> Iterator[None]:
@@ -69,7 +92,7 @@ class Replay:
                 stack.enter_context(self._autocast.switched_off())
             yield
 
-    def _with_random_numbers(self, evaluation: Callable[[], T]) -> T:
+    def _with_random_numbers(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
         if self._first and being_captured(self._device):
             # The generators cannot be asked now.
             self._first = False
@@ -77,23 +100,140 @@ class Replay:
                 return evaluation()
         if self._first:
             self._first = False
-            before = generator_states(self._device)
+            return self._first_evaluation(evaluation, again)
+        return self._later_evaluation(evaluation, again) if self._draws else evaluation()
+
+    def _first_evaluation(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
+        habit = habit_of(self._g, self._method)
+        self._g = None
+        before = generator_states(self._device)
+        if habit.drew is False and not depth():
             result = evaluation()
-            after = generator_states(self._device)
-            # Raw numbers: torch.func transforms must not see these tensors.
-            with torch._C._DisableFuncTorch():
-                self.stochastic = not all(map(torch.equal, before, after))
-            if self.stochastic:
-                self._generators = before
-            return result
-        if self._generators is None:
-            return evaluation()
-        outside = generator_states(self._device)
-        set_generator_states(self._device, self._generators)
-        try:
-            return evaluation()
-        finally:
-            set_generator_states(self._device, outside)
+            if unmoved(before, self._device):
+                return result
+            # Either g or another thread has drawn. That g would draw the same again shows it.
+            between = generator_states(self._device)
+            with Recording(Generators(before, self._device)) as recording:
+                repeated = again()
+            if not recording.draws:
+                self._require_alike(result, repeated, between)
+                return result
+            if same_numbers(result, repeated, 0.0):
+                self._draws = recording.draws
+                habit.drew = True
+                return result
+            evaluation = again
+        with Recording() as recording:
+            result = evaluation()
+        self._draws = recording.draws
+        habit.drew = bool(recording.draws)
+        if not recording.draws and not depth() and not unmoved(before, self._device):
+            between = generator_states(self._device)
+            self._require_alike(result, again(), between)
+        return result
+
+    def _later_evaluation(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
+        before = generator_states(self._device) if self._compare else []
+        with Replaying(self._draws) as replaying:
+            result = evaluation()
+            replaying.require_all()
+        if self._compare:
+            self._compare = False
+            if not depth() and not unmoved(before, self._device):
+                between = generator_states(self._device)
+                with Replaying(self._draws):
+                    repeated = again()
+                self._require_alike(result, repeated, between)
+        return result
+
+    def _require_alike(self, result: object, repeated: object, between: list[Tensor]) -> None:
+        """Raise if g draws unseen: numbers were drawn in both evaluations, and they differ.
+
+        Args:
+            result, repeated: what the two gave.
+            between: where the generators stood before the second.
+        """
+        if not same_numbers(result, repeated, SAME_VALUE) and not unmoved(between, self._device):
+            raise RuntimeError(UNSEEN)
+
+
+UNSEEN = (
+    "fixed_point: g draws random numbers in an op that is not tagged as such "
+    "(torch.Tag.nondeterministic_seeded), so that other evaluations of the solve could not be "
+    "given the same ones. Draw them before the call and pass them as z"
+)
+# Two evaluations of one g may differ by rounding, not by this share.
+SAME_VALUE = 1e-2
+
+
+class Habit:
+    """What is remembered of a g from solve to solve.
+
+    Attributes:
+        drew: it drew random numbers when it was evaluated first in the latest solve; None: it
+            never was. A wrong answer costs an evaluation, no more.
+    """
+
+    __slots__ = ("__weakref__", "drew")
+
+    def __init__(self) -> None:
+        self.drew: bool | None = None
+
+
+_habits: weakref.WeakKeyDictionary[Any, dict[Any, Habit]] = weakref.WeakKeyDictionary()
+
+
+def habit_of(g: Any, method: str) -> Habit:
+    """That of a module in training or not, of a function's code, or of an object's class.
+
+    Args:
+        method: which of g's; "" for its call.
+    """
+    if isinstance(g, nn.Module):
+        return habits_of(g if g.__hash__ is not None else type(g), (method, g.training))
+    while isinstance(g, functools.partial):
+        g = g.func
+    called = inspect.unwrap(getattr(g, "__func__", g))
+    if isinstance(called, types.FunctionType):
+        return habits_of(called.__code__, method)
+    return habits_of(type(called), method)
+
+
+def habits_of(known: Any, use: Any) -> Habit:
+    """That of one use of what is known by a weak reference."""
+    by_use = _habits.get(known)
+    if by_use is None:
+        by_use = _habits.setdefault(known, {})
+    habit = by_use.get(use)
+    return by_use.setdefault(use, Habit()) if habit is None else habit
+
+
+def unmoved(before: list[Tensor], device: torch.device) -> bool:
+    """Whether nobody has drawn from the default generators since."""
+    with torch._C._DisableFuncTorch():
+        return all(map(torch.equal, before, generator_states(device)))
+
+
+def same_numbers(one: Any, other: Any, share: float) -> bool:
+    """Whether two results differ by no more than a share of the largest, or a hundred roundings."""
+    ones, others = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    return len(ones) == len(others) and all(
+        same_leaf(a, b, share) for a, b in zip(ones, others, strict=True)
+    )
+
+
+def same_leaf(one: Any, other: Any, share: float) -> bool:
+    """The same for a tensor, whatever transforms it is wrapped for; True for anything else."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return True
+    one, other = transforms.numbers(one), transforms.numbers(other)
+    if one.shape != other.shape or not one.is_floating_point():
+        return one.shape == other.shape
+    with torch._C._DisableFuncTorch(), torch.no_grad():
+        allowed = max(share, 100 * torch.finfo(one.dtype).eps)
+        largest = one.abs().nan_to_num(0.0, 0.0, 0.0).amax() if one.numel() else 0.0
+        off = (one - other).abs() > allowed * largest
+        return not bool(off.any())
 
 
 class AutocastState:
@@ -153,19 +293,12 @@ class AutocastState:
 
 def generator_states(device: torch.device) -> list[Tensor]:
     """States of the default generators that an op on `device` may draw from."""
+    # Raw numbers: torch.func transforms must not see these tensors.
     with torch._C._DisableFuncTorch():
-        states = [torch.get_rng_state()]
+        states = [torch.default_generator.get_state()]
         if device.type != "cpu":
             states.append(torch.get_device_module(device).get_rng_state(device))
     return states
-
-
-def set_generator_states(device: torch.device, states: list[Tensor]) -> None:
-    """Undo what was drawn since `generator_states(device)`."""
-    with torch._C._DisableFuncTorch():
-        torch.set_rng_state(states[0])
-        if device.type != "cpu":
-            torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 @contextlib.contextmanager
@@ -178,52 +311,27 @@ def counting_changes() -> Iterator[None]:
 @contextlib.contextmanager
 def rehearsal(device: torch.device) -> Iterator[None]:
     """An evaluation that does not count: the random numbers it draws will be drawn again."""
-    states = generator_states(device)
-    try:
-        with caches_kept_clean():
-            yield
-    finally:
-        set_generator_states(device, states)
+    with caches_kept_clean(), Recording(Generators(generator_states(device), device)):
+        yield
 
 
-def rehearsed(evaluation: Callable[[], T], device: torch.device) -> tuple[T, bool]:
-    """evaluation() of what does not count, and whether it drew random numbers."""
+def rehearsed(
+    evaluation: Callable[[], T], device: torch.device, g: Any, method: str
+) -> tuple[T, bool]:
+    """evaluation() of what does not count, and whether it drew random numbers.
+
+    Args:
+        g, method: whose evaluation it is. Where it never drew any, a look at the generators
+            will do.
+    """
+    habit = habit_of(g, method)
     before = generator_states(device)
-    drew = False
-    try:
+    if habit.drew is False and not depth():
         result = evaluation()
-    finally:
-        drew = not all(map(torch.equal, before, generator_states(device)))
-        if drew:
-            set_generator_states(device, before)
-    return result, drew
-
-
-@contextlib.contextmanager
-def caches_kept_clean() -> Iterator[None]:
-    """Drop what is cached inside: under no_grad it has no graph.
-
-    Whoever used it next under grad mode would silently lose a gradient. Autocast caches the
-    weights that it casts, parametrize.cached() those that it computes.
-    """
-    known = set(parametrize._cache)
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
-        for key in set(parametrize._cache) - known:
-            parametrize._cache.pop(key, None)
-
-
-@contextlib.contextmanager
-def fresh_cache() -> Iterator[None]:
-    """Let parametrize.cached() compute its weights anew, from the parameters that it finds now.
-
-    Those in the cache come from other tensors than the stand-ins of this evaluation.
-    """
-    outside = parametrize._cache
-    parametrize._cache = {}
-    try:
-        yield
-    finally:
-        parametrize._cache = outside
+        if unmoved(before, device):
+            return result, False
+    recording = Recording(Generators(before, device))
+    with recording:
+        result = evaluation()
+    habit.drew = bool(recording.draws)
+    return result, habit.drew

@@ -208,7 +208,7 @@ def solve_flat(
 ) -> Solution:
     """Solve on flat states and attach the derivatives."""
     engine = backends.resolve(options.backend, layout.device, layout.dtype)
-    replay = Replay(layout.device)
+    replay = Replay(layout.device, g)
     born_after = sequence_number()
     flat_map = FlatMap(g, layout, z, replay)
     start = layout.flatten(x0)

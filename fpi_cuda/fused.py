@@ -53,7 +53,7 @@ def why_not_fused(
 def why_declined(g: object, device: torch.device) -> str | None:
     """Why lower() of a cell that could be fused declines whatever it is given; None if not."""
     try:
-        _, random = rehearsed(lambda: require_no_decline(g), device)
+        _, random = rehearsed(lambda: require_no_decline(g), device, g, "lower")
     except NotLowered as reason:
         return str(reason)
     return DRAWN if random else None
@@ -81,7 +81,7 @@ def fused_map(
     if flat_map.whole is not None:
         raise NotLowered(flat_map.whole)
     # Not by the replay: the first evaluation of g is yet to come.
-    result, random = rehearsed(lambda: lowered(g, flat_map.read), layout.device)
+    result, random = rehearsed(lambda: lowered(g, flat_map.read), layout.device, g, "lower")
     if random:
         raise NotLowered(DRAWN)
     require_shapes(result, layout)

@@ -37,9 +37,11 @@ LEVELS = [
         "moving_buffers",
         "shortcuts",
         "tracing",
-        "transforms",
     },
+    {"random_draws", "transforms", "weight_cache"},
+    {"drawing_ops", "recomputed"},
     {"_extension", "capturing", "elementwise"},
+    {"dispatch_modes"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.
 OUTSIDE = {"diagnostics", "testing"}

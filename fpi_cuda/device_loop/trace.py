@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpi_cuda.device_loop.graphs import Refused
+from fpi_cuda.dispatch_modes import EagerMode
 from fpi_cuda.implicit import FlatMap
 
 Call = tuple[Any, ...]
@@ -34,7 +34,7 @@ VALUES = (type(None), bool, int, str, torch.dtype, torch.device, torch.layout, t
 BATCH_NORMS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(EagerMode):
     """Writes down the calls of an evaluation, or of several that build on each other.
 
     Args:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit.hoisting import why_whole
+from fpi_cuda.implicit.replica import called_with
 from fpi_cuda.implicit.untouched import parts_of, untouched, version_of
 from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
 from fpi_cuda.state import Layout
@@ -66,7 +67,7 @@ class FlatMap:
         self.hoisted = self.whole is None
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
-        self._prepare_replay = Replay(layout.device)
+        self._prepare_replay = Replay(layout.device, g, "prepare")
         self._buffers, self._prepare_buffers = moving_buffers(g)
         self._prepared: Any = None
         if self.hoisted:
@@ -175,7 +176,7 @@ class FlatMap:
             if tensors:
                 # Its forward prepares too.
                 with one_evaluation(self._prepare_buffers if self.hoisted else None):
-                    return torch.func.functional_call(self.g, dict(tensors), (state, *z))
+                    return called_with(self.g, tensors, (state, *z))
             if self.hoisted:
                 return self.g.step(state, self._prepare(z))
             return self.g(state, *z)
@@ -269,7 +270,11 @@ class FlatMap:
         # From x = 0 the first evaluation may change nothing.
         compare = habit.evaluations < 2
         with untouched(name, read, compare=compare), one_evaluation(self._buffers):
-            gx = self.replay(lambda: call(self.layout.unflatten(given, writable=copies)))
+            state = self.layout.unflatten(given, writable=copies)
+            gx = self.replay(
+                lambda: call(state),
+                lambda: call(self.layout.unflatten(x.clone() if copies else x, writable=copies)),
+            )
         changed = before != version_of(given)
         if changed and not copies:
             raise ValueError(

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fpi_cuda import transforms
 from fpi_cuda.capturing import being_captured
-from fpi_cuda.faithful import caches_kept_clean, rehearsed
+from fpi_cuda.faithful import rehearsal
 from fpi_cuda.implicit.untouched import untouched, version_of
 from fpi_cuda.shortcuts import is_composition, why_not_hoisted
 from fpi_cuda.state import Layout
@@ -98,12 +98,13 @@ def compared(g: Any, layout: Layout, z: tuple[Any, ...]) -> str | None:
             ("step(x, prepare(*z))", lambda: g.step(layout.unflatten(x.clone()), g.prepare(*z))),
         ):
             try:
-                found.append(rehearsed(way, layout.device)[0])
+                with rehearsal(layout.device):
+                    found.append(way())
             except Exception as error:
                 return f"{name} raised {type(error).__name__} where the two were compared"
         return None
 
-    with torch.no_grad(), caches_kept_clean(), buffers_kept(g):
+    with torch.no_grad(), buffers_kept(g):
         with untouched("z", z, compare=True):
             reason = evaluate()
         if reason is not None:

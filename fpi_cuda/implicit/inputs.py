@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fpi_cuda.faithful import fresh_cache
 from fpi_cuda.implicit.backward_hooks import require_true_products, watches_gradients
 from fpi_cuda.implicit.cut_graph import columns_unreached
 from fpi_cuda.implicit.flat_map import FlatMap
@@ -23,6 +22,7 @@ from fpi_cuda.implicit.graph import (
 )
 from fpi_cuda.implicit.linearization import OpenLinearization
 from fpi_cuda.implicit.untouched import version_of
+from fpi_cuda.weight_cache import laid_aside
 
 # By how many roundings two evaluations of one g at one x may differ, relative to the largest
 # number of the sample: sums in another order, which in 16 bits are made in more and rounded once.
@@ -119,7 +119,7 @@ class Inputs:
             named = {name: now[id(t)] for name, t in self._named.items()}
             # What g is given as z, or holds as a module, it may close over as well.
             exchange = Substitution([(t, now[id(t)]) for t in exchanged])
-            with fresh_cache(), exchange if now else contextlib.nullcontext():
+            with laid_aside(covers=True), exchange if now else contextlib.nullcontext():
                 gx = flat_map.with_inputs(state, z, named)
             watched = watched or exchange.hooks_set
             return gx

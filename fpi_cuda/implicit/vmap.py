@@ -69,6 +69,7 @@ def merge_innermost(
         # Whatever has another shape is left for the check of g to complain about.
         return on_parts(gx, lambda t: t.flatten(0, 1)) if like(gx, split) else gx
 
+    merged.__wrapped__ = g  # type: ignore[attr-defined]
     whole = tuple(starts) if layout.is_tuple else starts[0]
     inputs = tuple(t for t, _ in taken)
     if closes_over(level, merged, whole, inputs, layout):
