@@ -40,6 +40,7 @@ from fpi_cuda.solvers.loop import Backend, solve
 from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
 from fpi_cuda.tracing import require_numbers, untraced
+from fpi_cuda.unconverged import notice_here
 
 BATCHED_UNROLL = (
     "fixed_point: adjoint=Unroll() inside torch.func.vmap needs all batched tensors as x0 or z, "
@@ -68,7 +69,9 @@ def fixed_point(
 
     The value is differentiable, to any order and in forward mode too, in z, in the parameters
     of g and in whatever tensors g closes over; g at the value is evaluated once more for that,
-    where grad mode is on. Not converging is a status, not an exception.
+    where grad mode is on. Not converging is a status, not an exception: each line that calls
+    fixed_point warns of it once (FixedPointWarning), where the solution is on a CUDA device with
+    a later call or backward, and once of an adjoint solve that does not converge.
 
     Args:
         g: g(x, *z) -> like x, a function or module. An object that also has `prepare(*z)` and
@@ -115,12 +118,21 @@ def fixed_point(
     """
     require_known("fixed_point", fixed_point, unknown)
     require_map("fixed_point", g)
+    options = Options(
+        solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision,
+        notice=notice_here(),
+    )  # fmt: skip
+    return solve_as_told(g, x0, z, options)
+
+
+@untraced
+def solve_as_told(
+    g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], options: Options
+) -> Solution:
+    """fixed_point, with all of its options in one."""
     layout = layout_of(x0)
     require_inputs(z)
     require_batch(g, x0)
-    options = Options(
-        solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision
-    )
     options.require_sensible("fixed_point")
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
     transforms.require_working()
@@ -129,8 +141,10 @@ def fixed_point(
     except TypeError:
         require_arity(g, z)
         raise
-    if throw:
+    if options.throw:
         require_converged(solution)
+    else:
+        options.notice.look(solution, options.rtol, options.atol)
     return solution
 
 
@@ -178,7 +192,7 @@ def solve_flat(
     born_after = sequence_number()
     flat_map = FlatMap(g, layout, z, replay)
     start = layout.flatten(x0)
-    record = AdjointRecord()
+    record = AdjointRecord(options.notice.look_at_adjoint)
     if isinstance(options.adjoint, Unroll) and differentiates():
         require_host_allowed(options, "the solve", UNROLLED)
         value, result = unrolled(flat_map, start, options, record, born_after)

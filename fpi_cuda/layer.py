@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fpi_cuda import transforms
 from fpi_cuda.explanation import explain
-from fpi_cuda.functional import detached, fixed_point
+from fpi_cuda.functional import detached, solve_as_told
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit
 from fpi_cuda.request import Options, require_known, require_map
 from fpi_cuda.result import Solution
 from fpi_cuda.state import layout_of
+from fpi_cuda.unconverged import Notice
 
 NOT_ALWAYS_SHOWN = (
     "atol", "max_steps", "adjoint", "backend", "rowwise", "route", "precision", "throw",
@@ -36,6 +37,9 @@ class FPILayer(nn.Module):
     the call is given, init(*z), zeros of state_shape, zeros with g.x_features in the last
     dimension of z, or zeros like z. The zeros have the batch and the device of z, and the wider
     of the dtypes of z and of g's parameters.
+
+    A layer warns once of samples that have not converged, and once of adjoint solves that have
+    not (FixedPointWarning); a copy of it is another layer.
 
     Args:
         g: g(x, *z) -> like x. A module becomes a submodule.
@@ -80,8 +84,9 @@ class FPILayer(nn.Module):
         if init is not None and state_shape is not None:
             raise ValueError("FPILayer: give state_shape or init, not both")
         self.options = Options(
-            solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision
-        )
+            solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision,
+            notice=Notice(f"FPILayer({getattr(g, '__name__', type(g).__name__)})"),
+        )  # fmt: skip
         self.options.require_sensible("FPILayer")
         self.g = g
         self.init = init
@@ -101,22 +106,7 @@ class FPILayer(nn.Module):
     def solve(self, *z: Tensor, x0: Any = None) -> Solution:
         """The fixed point and how it was reached; arguments as in forward."""
         start = self.start(*z) if x0 is None else x0
-        options = self.options
-        solution = fixed_point(
-            self.g,
-            start,
-            *z,
-            solver=options.solver,
-            rtol=options.rtol,
-            atol=options.atol,
-            max_steps=options.max_steps,
-            adjoint=options.adjoint,
-            backend=options.backend,
-            rowwise=options.rowwise,
-            route=options.route,
-            precision=options.precision,
-            throw=options.throw,
-        )
+        solution = solve_as_told(self.g, start, z, self.options)
         layout = layout_of(start)
         self._last_state = (layout.device, layout.dtype)
         self.last_solution = None if transforms.active() else detached(solution)

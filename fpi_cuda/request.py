@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,13 +22,14 @@ from fpi_cuda.options import (
     require_real,
 )
 from fpi_cuda.precision import require_precision
+from fpi_cuda.unconverged import Notice
 
 ROUTES = ("host", "device", "fused")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What fixed_point is told besides g, x0 and z."""
+    """What fixed_point is told besides g, x0 and z, and who says that it has not converged."""
 
     solver: FixedPointSolver
     rtol: float
@@ -40,6 +41,9 @@ class Options:
     throw: bool
     route: str | None
     precision: str
+    notice: Notice = field(
+        default_factory=lambda: Notice("fixed_point"), compare=False, repr=False, kw_only=True
+    )
 
     def require_sensible(self, owner: str) -> None:
         """Raise unless every option is one that fixed_point can work with."""

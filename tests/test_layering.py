@@ -23,6 +23,7 @@ LEVELS = [
     {"device_loop", "fused"},
     {"fused_evaluation"},
     {"implicit", "solvers", "cells", "backends"},
+    {"unconverged"},
     {
         "options",
         "result",
@@ -36,7 +37,7 @@ LEVELS = [
         "tracing",
         "transforms",
     },
-    {"_extension", "capturing", "elementwise"},
+    {"_extension", "capturing", "elementwise", "late"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.
 OUTSIDE = {"diagnostics", "testing"}
