@@ -35,7 +35,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore:fpi_cuda: no", "-c", code],
+        [sys.executable, "-W", "error", "-W", "ignore:fpi_cuda", "-c", code],
         env=variables,
         cwd="/",
         capture_output=True,
