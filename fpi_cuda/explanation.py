@@ -33,6 +33,7 @@ def explain(
     Args:
         record: of the latest solve, if there was one.
     """
+    options = options.storable(backends.resolve(options.backend, device, dtype).name, dtype)
     lines = {
         "route": route_line(options, g, device, dtype, record),
         "backend": backend_line(options, device, dtype),

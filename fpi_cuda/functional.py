@@ -188,6 +188,7 @@ def solve_flat(
 ) -> Solution:
     """Solve on flat states and attach the derivatives."""
     engine = backends.resolve(options.backend, layout.device, layout.dtype)
+    options = options.storable(engine.name, layout.dtype)
     replay = Replay(layout.device)
     born_after = sequence_number()
     flat_map = FlatMap(g, layout, z, replay)

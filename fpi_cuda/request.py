@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fpi_cuda import backends
@@ -15,6 +16,7 @@ from fpi_cuda.options import (
     FIXED_POINT_SOLVERS,
     MOST_STEPS,
     Adjoint,
+    Anderson,
     FixedPointSolver,
     Implicit,
     require_count,
@@ -68,9 +70,52 @@ class Options:
         if not isinstance(self.throw, bool):
             raise TypeError(f"{owner}: throw must be a bool, got {self.throw!r}")
 
+    def storable(self, backend: str, state: torch.dtype) -> Options:
+        """These options with histories in a dtype that the backend stores for such a state.
+
+        Raises:
+            ValueError: it stores none that is as good as the one asked for.
+        """
+        solver = with_storable_history(self.solver, backend, state)
+        adjoint = self.adjoint
+        if isinstance(adjoint, Implicit) and adjoint.solver is not None:
+            linear = with_storable_history(adjoint.solver, backend, state)
+            if linear is not adjoint.solver:
+                adjoint = replace(adjoint, solver=linear)
+        if solver is self.solver and adjoint is self.adjoint:
+            return self
+        return replace(self, solver=solver, adjoint=adjoint)
+
     def asks_rowwise(self, g: object) -> bool:
         """Whether g may be evaluated on some of the samples."""
         return bool(getattr(g, "rowwise", False)) if self.rowwise is None else self.rowwise
+
+
+Solver = TypeVar("Solver")
+
+
+def with_storable_history(solver: Solver, backend: str, state: torch.dtype) -> Solver:
+    """`solver`, its history in a dtype in which the backend stores differences of such a state.
+
+    Raises:
+        ValueError: there is none that is as good as the one asked for.
+    """
+    if not isinstance(solver, Anderson) or solver.history_dtype in (None, state):
+        return solver
+    history = solver.history_dtype
+    if state in (torch.float32, torch.float64):
+        if (state, history) == (torch.float32, torch.bfloat16):
+            return solver
+        return replace(solver, history_dtype=None)
+    if backend == "reference":
+        # Differences of a half-precision state are computed in float32.
+        stored = torch.float32 if history == torch.float64 else history
+        return solver if stored == history else replace(solver, history_dtype=stored)
+    raise ValueError(
+        f"fixed_point: Anderson(history_dtype={history}) is not available for a {state} state in "
+        f'backend "{backend}", which stores differences as the state, or those of a float32 state '
+        'in bfloat16. Use history_dtype=None, a float32 state, or backend="reference"'
+    )
 
 
 def require_known(owner: str, function: Callable[..., Any], unknown: dict[str, Any]) -> None:
