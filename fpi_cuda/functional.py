@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import backends, transforms
-from fpi_cuda.adjoint import differentiated_map, strategy_for
+from fpi_cuda.adjoint import differentiated_map, strategy_for, with_forward_accuracy
 from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
 from fpi_cuda.faithful import Replay
@@ -236,6 +236,7 @@ def solved(
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
     strategy = strategy_for(options, engine, account, start.shape[1], course.on_device)
+    strategy = with_forward_accuracy(strategy, options, result.x)
     residual = None if course.leaves_the_host_alone else result.residual
     value = attach(differentiated, result.x, residual, strategy, born_after)
     if value.requires_grad:
@@ -266,6 +267,7 @@ def solved_live(
     with flat_map.replay.solving():
         result, frame = live_solve(flat_map, start, run)
     strategy = strategy_for(options, engine, Account(result.status, record), start.shape[1])
+    strategy = with_forward_accuracy(strategy, options, result.x)
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
     return value, SolveResult(*map(frame.raised, result))

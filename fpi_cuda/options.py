@@ -191,7 +191,9 @@ class Implicit:
         solver: Picard, Anderson, Broyden, GMRES or ConjugateGradient. None takes the forward's
             solver; an Anderson then runs with no ridge and a depth of up to 16, for the
             system is linear.
-        rtol: ||J^T c + v - c|| <= rtol ||v|| per sample, in [0, 1]; None takes the forward's.
+        rtol: ||J^T c + v - c|| <= rtol ||v|| per sample, in [0, 1]. None takes the accuracy that
+            the forward was asked for: its rtol, and where its atol is not 0, rtol + atol / ||x||
+            for the x that was found, but no looser than 1% on account of atol.
         max_steps: None takes the forward's max_steps.
     """
 

@@ -141,8 +141,13 @@ class Strategy(abc.ABC):
         Without a graph. Samples are independent only if g is row-wise.
         """
 
-    def over(self, status: Tensor) -> Strategy:
-        """The same choice, for samples whose forward solve ended so."""
+    def over(self, status: Tensor, rows: Apply | None = None) -> Strategy:
+        """The same choice, for samples whose forward solve ended so.
+
+        Args:
+            rows: which of the samples these are, where they are not the same: it takes what
+                there is one of for each sample.
+        """
         return dataclasses.replace(self, account=self.account.over(status))
 
 
@@ -151,13 +156,18 @@ class Exact(Strategy):
     """The exact one: y solves y = M y + b to rtol ||b|| per sample.
 
     Attributes:
-        linear_solve, rtol: how, and how far.
+        linear_solve, rtol: how, and how far: one number, or (B,) float64.
         on_device: tried first for J^T.
     """
 
     linear_solve: LinearSolve = dataclasses.field(kw_only=True)
-    rtol: float = dataclasses.field(kw_only=True)
+    rtol: float | Tensor = dataclasses.field(kw_only=True)
     on_device: DeviceSolve | None = None
+
+    def over(self, status: Tensor, rows: Apply | None = None) -> Strategy:
+        """See Strategy."""
+        rtol = rows(self.rtol) if rows is not None and isinstance(self.rtol, Tensor) else self.rtol
+        return dataclasses.replace(self, account=self.account.over(status), rtol=rtol)
 
     def solve(
         self, b: Tensor, matrix: Jacobian, *, transpose: bool
