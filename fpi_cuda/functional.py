@@ -30,6 +30,7 @@ from fpi_cuda.request import (
     Options,
     require_arity,
     require_batch,
+    require_g_reads,
     require_inputs,
     require_known,
     require_map,
@@ -138,8 +139,10 @@ def solve_as_told(
     transforms.require_working()
     try:
         solution = solve_merged(g, x0, z, layout, options)
-    except TypeError:
-        require_arity(g, z)
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, TypeError):
+            require_arity(g, z)
+        require_g_reads(z, error)
         raise
     if options.throw:
         require_converged(solution)

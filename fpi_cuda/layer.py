@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda import transforms
+from fpi_cuda.dense import why_not_dense
 from fpi_cuda.explanation import explain
 from fpi_cuda.functional import detached, solve_as_told
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit
 from fpi_cuda.request import Options, require_known, require_map
 from fpi_cuda.result import Solution
-from fpi_cuda.state import layout_of
+from fpi_cuda.state import STATE_DTYPES, layout_of
 from fpi_cuda.unconverged import Notice
 
 NOT_ALWAYS_SHOWN = (
@@ -127,11 +128,23 @@ class FPILayer(nn.Module):
             )
         like = z[0]
         dtype = self._state_dtype(like)
+        found = why_not_dense(like)
+        if found is not None and self.state_shape is None:
+            raise TypeError(
+                f"FPILayer: cannot start from zeros like z[0], which is {found[0]}: give the layer "
+                "a state_shape or an init, or pass x0"
+            )
+
+        def zeros(*shape: int) -> Tensor:
+            if found is not None:
+                return torch.zeros(like.size(0), *shape, dtype=dtype, device=like.device)
+            return like.new_zeros((like.shape[0], *shape), dtype=dtype)
+
         if self.state_shape is not None:
             shapes = self.state_shape
             if shapes and isinstance(shapes[0], tuple):
-                return tuple(like.new_zeros((like.shape[0], *s), dtype=dtype) for s in shapes)
-            return like.new_zeros((like.shape[0], *shapes), dtype=dtype)
+                return tuple(zeros(*shape) for shape in shapes)
+            return zeros(*shapes)
         features = getattr(self.g, "x_features", None)
         if features is not None:
             return like.new_zeros((*like.shape[:-1], features), dtype=dtype)
@@ -168,13 +181,24 @@ class FPILayer(nn.Module):
             given.append(f"state_shape={self.state_shape}")
         return ", ".join(given)
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks of a module before anything else.
+
+        Raises:
+            RuntimeError: always; TorchScript has no solves.
+        """
+        raise RuntimeError(
+            "FPILayer: torch.jit.script cannot compile a solve. Script g, which the layer takes as "
+            "it does any module: FPILayer(torch.jit.script(g)); or use torch.compile"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """The layer without its latest solution, which belongs to a call."""
         return self.__dict__ | {"last_solution": None}
 
     def _state_dtype(self, z: Tensor) -> torch.dtype:
         parameter = self._floating_parameter()
-        if not z.is_floating_point():
+        if z.dtype not in STATE_DTYPES:
             return torch.get_default_dtype() if parameter is None else parameter.dtype
         # Under autocast z may be narrower than what the state should be iterated in.
         return z.dtype if parameter is None else torch.promote_types(z.dtype, parameter.dtype)

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fpi_cuda import backends
+from fpi_cuda.dense import why_not_dense
 from fpi_cuda.options import (
     ADJOINTS,
     FIXED_POINT_SOLVERS,
@@ -157,6 +159,22 @@ def require_arity(g: Callable[..., Any], z: tuple[object, ...]) -> None:
         ) from None
 
 
+def require_g_reads(z: tuple[object, ...], error: Exception) -> None:
+    """Name a z that g may not be able to compute with, for when evaluating g has failed."""
+    # A class of the user's own passes through as it is.
+    torchs = type(error) in (RuntimeError, TypeError, NotImplementedError)
+    if not torchs or str(error).startswith("fixed_point: "):
+        return
+    for index, t in enumerate(z):
+        found = why_not_dense(t, f"z[{index}]") if isinstance(t, Tensor) else None
+        if found is not None:
+            said = str(error).partition("\n")[0][:200]
+            raise RuntimeError(
+                f"fixed_point: g failed with x a plain tensor and z[{index}] {found[0]} ({said}). "
+                f"If that is why, {found[1]}"
+            ) from error
+
+
 def require_batch(g: object, x0: object) -> None:
     """Raise where g names the features of its state, and x0 has no dimension for the batch."""
     features = getattr(g, "x_features", None)
@@ -168,10 +186,15 @@ def require_batch(g: object, x0: object) -> None:
 
 
 def require_inputs(z: tuple[object, ...]) -> None:
-    """Raise unless all z are tensors."""
+    """Raise unless all z are tensors with something in them; what kind is up to g."""
     for index, t in enumerate(z):
         if not isinstance(t, Tensor):
             raise TypeError(
                 f"fixed_point: z must be tensors, got z[{index}] of type {type(t).__name__}. "
                 "Bind other arguments with functools.partial(g, name=value)"
+            )
+        if is_lazy(t):
+            raise ValueError(
+                f"fixed_point: z[{index}] is an uninitialized parameter; call the module that it "
+                "belongs to first"
             )

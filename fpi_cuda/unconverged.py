@@ -108,7 +108,9 @@ class Notice:
         if record.worst is not None:
             worst = record.worst.value()
         else:
-            worst = worst_of_cpu(transforms.numbers(status) if transforms.active() else status)
+            if transforms.active():
+                status = transforms.numbers(status).flatten()
+            worst = worst_of_cpu(status)
         if worst > CONVERGED:
             self.say_forward(outcome_of(solution), rtol, atol)
 

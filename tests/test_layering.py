@@ -37,7 +37,7 @@ LEVELS = [
         "tracing",
         "transforms",
     },
-    {"_extension", "capturing", "elementwise", "late"},
+    {"_extension", "capturing", "dense", "elementwise", "late"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.
 OUTSIDE = {"diagnostics", "testing"}

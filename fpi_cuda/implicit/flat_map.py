@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit.untouched import parts_of, untouched, version_of
 from fpi_cuda.state import Layout
@@ -106,10 +107,7 @@ class FlatMap:
 
     def selectable(self) -> bool:
         """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
-        return all(
-            isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == self.layout.batch
-            for part in parts_of(self.read)
-        )
+        return all(has_rows(part, self.layout.batch) for part in parts_of(self.read))
 
     def evaluate(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """g for a solver, without a graph; see fpi_cuda.solvers.loop.FlatMap."""
@@ -183,11 +181,14 @@ class FlatMap:
 
     def _mended_inputs(self, z: Sequence[Tensor], bad: Tensor, good: int) -> list[Tensor]:
         batch = self.layout.batch
-        return [replace_rows(t, bad, good) if t.dim() > 0 and t.shape[0] == batch else t for t in z]
+        return [replace_rows(t, bad, good) if has_rows(t, batch) else t for t in z]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, as they are now; empty unless g is a module."""
-        if not isinstance(self.g, nn.Module):
+        """Parameters and buffers by name, as they are now; empty unless g is a module.
+
+        Those of a TorchScript module cannot be exchanged by name: they are met as any leaves.
+        """
+        if not isinstance(self.g, nn.Module) or isinstance(self.g, torch.jit.ScriptModule):
             return {}
         return dict(self.g.named_parameters()) | dict(self.g.named_buffers())
 
@@ -251,6 +252,13 @@ class FlatMap:
 def offers_hoisting(g: object) -> bool:
     """Whether g separates what does not depend on x."""
     return callable(getattr(g, "prepare", None)) and callable(getattr(g, "step", None))
+
+
+def has_rows(part: object, batch: int) -> bool:
+    """Whether part is a tensor with one row for each sample, which can be taken one by one."""
+    if not isinstance(part, Tensor) or why_not_dense(part) is not None:
+        return False
+    return part.dim() > 0 and part.shape[0] == batch
 
 
 def select(read: Any, rows: Tensor) -> Any:
