@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,13 +17,16 @@ REMEDIES = {
 """For subclasses of torch's own."""
 
 
+NAMES = hasattr(Tensor, "has_names")
+
+
 def why_not_dense(t: Tensor, name: str = "") -> tuple[str, str] | None:
     """What t, called `name`, is, and the remedy, unless it is dense; tracers' tensors count as so.
 
     A subclass that only overrides __torch_function__ holds its own numbers, and is dense.
     """
     # Most are; and Dynamo, which looks into a layer's start, knows no more.
-    plain = type(t) is Tensor and not (t.is_nested or t.is_quantized)
+    plain = type(t) is Tensor and not (t.is_nested or t.is_quantized or has_names(t))
     if (plain and t.layout == torch.strided) or torch.compiler.is_dynamo_compiling():
         return None
     found = _found(t)
@@ -43,7 +48,12 @@ def _found(t: Tensor) -> tuple[str, str] | None:
         return str(t.layout), "use {}.to_dense()"
     if t.is_quantized:
         return str(t.dtype), "use {}.dequantize()"
-    # Removed in torch 2.13.
-    if hasattr(t, "has_names") and t.has_names():
+    if has_names(t):
         return "a tensor of dimensions with names", "use {}.rename(None)"
     return None
+
+
+def has_names(t: Tensor) -> bool:
+    """Whether t has dimensions with names, which torch 2.13 did away with."""
+    asked: Any = t  # no attribute of newer ones
+    return NAMES and bool(asked.has_names())

@@ -108,9 +108,7 @@ class Notice:
         if record.worst is not None:
             worst = record.worst.value()
         else:
-            if transforms.active():
-                status = transforms.numbers(status).flatten()
-            worst = worst_of_cpu(status)
+            worst = worst_of_cpu(transforms.numbers(status) if transforms.active() else status)
         if worst > CONVERGED:
             self.say_forward(outcome_of(solution), rtol, atol)
 
@@ -290,9 +288,9 @@ def worst_of(status: Tensor) -> Tensor:
 
 def worst_of_cpu(status: Tensor) -> float:
     """The same for numbers that are at hand; 0 without samples."""
-    if status.numel() <= FEW:
+    if status.dim() == 1 and len(status) <= FEW:
         return max(status.tolist(), default=0)
-    return status.max().item()
+    return worst_of(status).item()
 
 
 def outcome_of(solution: Any) -> Outcome:

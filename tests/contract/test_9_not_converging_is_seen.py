@@ -424,3 +424,19 @@ def test_a_single_solve_on_the_device_is_told_of_by_the_next_one(
         fpi.FPILayer(Module(), max_steps=400, rtol=1e-2, route="device")(z_of())
     (text,) = texts(heard)
     assert "8 of 8 samples did not converge (8 MAX_STEPS), worst residual" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("route", [None, "host", "device"])
+def test_on_a_device_it_is_said_by_a_later_call(
+    route: str | None, grad: bool, heard: Heard
+) -> None:
+    layer = fpi.FPILayer(Module().cuda(), max_steps=2, route=route)
+    z = z_of().cuda()
+    with torch.set_grad_enabled(grad):
+        for _ in range(4):
+            layer(z)
+            torch.cuda.synchronize()
+    (text,) = texts(heard)
+    assert "8 of 8 samples did not converge (8 MAX_STEPS), worst relative residual" in text
