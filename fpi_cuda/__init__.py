@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from fpi_cuda import cells
-from fpi_cuda._extension import build_info, native_available
+from fpi_cuda._extension import build_info, native_available, warn_if_missing
 from fpi_cuda.diagnostics import contract_, jacobian_penalty, spectral_radius
 from fpi_cuda.functional import fixed_point
-from fpi_cuda.implicit import FixedPointWarning
 from fpi_cuda.layer import FPILayer
 from fpi_cuda.options import (
     GMRES,
@@ -22,6 +21,7 @@ from fpi_cuda.options import (
 )
 from fpi_cuda.partial import partial
 from fpi_cuda.result import ConvergenceError, Solution, Stats, Status
+from fpi_cuda.unconverged import FixedPointWarning
 
 __version__ = "0.1.0"
 
@@ -51,3 +51,6 @@ __all__ = [
     "partial",
     "spectral_radius",
 ]
+
+warn_if_missing()
+del warn_if_missing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,6 +17,10 @@ INTERFACE = 2
 It counts changes of the ops and of what their arguments mean, not of the kernels' rules: a library
 whose rules are older loads.
 """
+
+
+SWITCH = "FPI_CUDA_DISABLE_EXTENSION"
+"""The environment variable by which a user does without the library, and hears nothing of it."""
 
 
 def _other_copy() -> str | None:
@@ -36,8 +41,8 @@ def _other_copy() -> str | None:
 
 def _load() -> str | None:
     """Register torch.ops.fpi_cuda; return None, or why not and what to do."""
-    if os.environ.get("FPI_CUDA_DISABLE_EXTENSION") == "1":
-        return "switched off by FPI_CUDA_DISABLE_EXTENSION=1. Unset it"
+    if os.environ.get(SWITCH) == "1":
+        return f"switched off by {SWITCH}=1. Unset it"
     if not LIBRARY.exists():
         return (
             f"built without the extension (no {LIBRARY.name} in the package). Reinstall with "
@@ -78,6 +83,22 @@ def _built() -> dict[str, str]:
 
 load_error: str | None = _load()
 """Why the library is unavailable, with the remedy; None where it is loaded."""
+
+
+def warn_if_missing() -> None:
+    """Say, where the package is imported, that the kernels are missing and what that costs.
+
+    To be called by the package itself. A RuntimeWarning: a category of our own could not be named
+    in a filter before the import that it is about.
+    """
+    if load_error is not None and os.environ.get(SWITCH) != "1":
+        warnings.warn(
+            f"fpi_cuda: no compiled kernels: {load_error}. Until then solves run in plain torch, "
+            "which takes 30 times as long or more on a CPU. To do without them on purpose, and "
+            f"without this warning, set {SWITCH}=1",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def native_available() -> bool:

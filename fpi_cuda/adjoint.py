@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fpi_cuda import transforms
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.device_loop import Method, Refused
 from fpi_cuda.implicit import (
@@ -37,7 +39,7 @@ from fpi_cuda.options import (
 )
 from fpi_cuda.request import Options
 from fpi_cuda.result import SolveResult
-from fpi_cuda.row_norm import num_moved
+from fpi_cuda.row_norm import num_moved, row_norm
 from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
 from fpi_cuda.solvers.coupled import difference_norm, jointly
 from fpi_cuda.solvers.gmres import gmres
@@ -84,6 +86,33 @@ def strategy_for(
     return Exact(
         account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device, scaling=scaling
     )
+
+
+LOOSEST_BY_ATOL = 1e-2
+"""Relative accuracy of an adjoint that an atol alone may come to.
+
+From an x of the size of atol the forward asks for nothing; a gradient should still point downhill.
+"""
+
+
+def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) -> Strategy:
+    """`strategy`, as accurate as the forward was asked to be where its tolerance is not relative.
+
+    The gradient is off by the forward's relative error in any case; an adjoint solved to rtol
+    alone, which may be 0, would take steps that nobody sees.
+
+    Args:
+        x_star: (B, D) the solution, plain.
+    """
+    adjoint = options.adjoint
+    asked = isinstance(adjoint, Implicit) and adjoint.rtol is None and options.atol > 0
+    if not asked or not isinstance(strategy, Exact):
+        return strategy
+    with torch.no_grad(), transforms.truncated(0):
+        most = max(options.rtol, LOOSEST_BY_ATOL)
+        # NaN, of samples that failed, asks for nothing either.
+        share = (options.rtol + options.atol / row_norm(x_star)).nan_to_num(most)
+        return dataclasses.replace(strategy, rtol=share.clamp(max=most))
 
 
 def adjoint_method(options: Options, engine: Backend, dim: int) -> Method | None:

@@ -99,5 +99,5 @@ def site_of(g: Any) -> Hashable:
     if isinstance(g, types.FunctionType):
         return ("function", weakref.ref(g.__code__))
     if isinstance(g, nn.Module):
-        return ("module", weakref.ref(g), g.training)
+        return ("module", weakref.ref(g), getattr(g, "training", None))
     return ("object", type(g))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fpi_cuda import backends, device_loop
-from fpi_cuda.adjoint import default_adjoint_solver
+from fpi_cuda.adjoint import LOOSEST_BY_ATOL, default_adjoint_solver
 from fpi_cuda.fused import why_declined, why_not_fused
 from fpi_cuda.implicit import why_whole_last
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
@@ -35,6 +35,7 @@ def explain(
     Args:
         record: of the latest solve, if there was one.
     """
+    options = options.storable(backends.resolve(options.backend, device, dtype).name, dtype)
     lines = {
         "route": route_line(options, g, device, dtype, record),
         "backend": backend_line(options, device, dtype),
@@ -178,10 +179,12 @@ def adjoint_line(options: Options) -> str:
             solver, whose = default_adjoint_solver(options.solver, MAX_DEPTH), "the forward's"
             if isinstance(solver, Anderson):
                 whose = "the forward's without a ridge, at most as deep as x is long: c is linear"
-        rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
+        rtol = f"{options.rtol if adjoint.rtol is None else adjoint.rtol:g}"
+        if adjoint.rtol is None and options.atol:
+            rtol = f"({rtol} + {options.atol:g} / ||x||, at most {LOOSEST_BY_ATOL:g})"
         max_steps = adjoint.max_steps or options.max_steps
         return (
-            f"exact: c = J^T c + v to ||.|| <= {rtol:g} ||v|| by {solver} ({whose}), at most "
+            f"exact: c = J^T c + v to ||.|| <= {rtol} ||v|| by {solver} ({whose}), at most "
             f"{max_steps} products"
         )
     if isinstance(adjoint, JacobianFree):

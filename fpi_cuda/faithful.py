@@ -190,7 +190,9 @@ def habit_of(g: Any, method: str) -> Habit:
         method: which of g's; "" for its call.
     """
     if isinstance(g, nn.Module):
-        return habits_of(g if g.__hash__ is not None else type(g), (method, g.training))
+        return habits_of(
+            g if g.__hash__ is not None else type(g), (method, getattr(g, "training", None))
+        )
     while isinstance(g, functools.partial):
         g = g.func
     called = inspect.unwrap(getattr(g, "__func__", g))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import backends, transforms
-from fpi_cuda.adjoint import differentiated_map, strategy_for
+from fpi_cuda.adjoint import differentiated_map, strategy_for, with_forward_accuracy
 from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
 from fpi_cuda.coupling import Coupling, kept_promises, site_of
@@ -33,6 +33,7 @@ from fpi_cuda.request import (
     Options,
     require_arity,
     require_batch,
+    require_g_reads,
     require_inputs,
     require_known,
     require_map,
@@ -45,6 +46,7 @@ from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
 from fpi_cuda.tracing import require_numbers, untraced
+from fpi_cuda.unconverged import notice_here
 
 BATCHED_UNROLL = (
     "fixed_point: adjoint=Unroll() inside torch.func.vmap needs all batched tensors as x0 or z, "
@@ -74,8 +76,10 @@ def fixed_point(
 
     The value is differentiable, to any order and in forward mode too, in z, in the parameters
     of g and in whatever tensors g closes over; g at the value is evaluated once more for that,
-    where grad mode is on. Not converging is a status, not an exception. A gradient that comes in
-    as Inf or NaN goes out so.
+    where grad mode is on. Not converging is a status, not an exception: each line that calls
+    fixed_point warns of it once (FixedPointWarning), where the solution is on a CUDA device with
+    a later call or backward, and once of an adjoint solve that does not converge. A gradient that
+    comes in as Inf or NaN goes out so.
 
     The graph of the value holds g, for derivatives of derivatives. An object that is held by g
     and holds the value is collected all the same; one that holds what was computed from the value,
@@ -137,32 +141,35 @@ def fixed_point(
     require_known("fixed_point", fixed_point, unknown)
     require_map("fixed_point", g)
     options = Options(
-        solver,
-        rtol,
-        atol,
-        max_steps,
-        adjoint,
-        backend,
-        rowwise,
-        throw,
-        route,
-        precision,
-        batch_dims,
-    )
+        solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision,
+        batch_dims, notice=notice_here(),
+    )  # fmt: skip
+    return solve_as_told(g, x0, z, options)
+
+
+@untraced
+def solve_as_told(
+    g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], options: Options
+) -> Solution:
+    """fixed_point, with all of its options in one."""
     options.require_sensible("fixed_point")
-    layout = layout_of(x0, batch_dims)
+    layout = layout_of(x0, options.batch_dims)
     require_inputs(z)
-    if batch_dims:
+    if options.batch_dims:
         require_batch(g, x0)
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
     transforms.require_working()
     try:
         solution = solve_merged(g, x0, z, layout, options)
-    except TypeError:
-        require_arity(g, z)
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, TypeError):
+            require_arity(g, z)
+        require_g_reads(z, error)
         raise
-    if throw:
+    if options.throw:
         require_converged(solution)
+    else:
+        options.notice.look(solution, options.rtol, options.atol)
     return solution
 
 
@@ -208,11 +215,12 @@ def solve_flat(
 ) -> Solution:
     """Solve on flat states and attach the derivatives."""
     engine = backends.resolve(options.backend, layout.device, layout.dtype)
+    options = options.storable(engine.name, layout.dtype)
     replay = Replay(layout.device, g)
     born_after = sequence_number()
     flat_map = FlatMap(g, layout, z, replay)
     start = layout.flatten(x0)
-    record = AdjointRecord(layout.batch_dims)
+    record = AdjointRecord(options.notice.look_at_adjoint, layout.batch_dims)
     rowwise = options.asks_rowwise(g)
     coupling = coupling_of(flat_map, options, rowwise)
     if isinstance(options.adjoint, Unroll) and differentiates():
@@ -242,7 +250,7 @@ def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling 
 def key_of(flat_map: FlatMap, options: Options) -> Hashable:
     """Equal for solves of the same map with states of the same shape, by solvers that probe it."""
     layout = flat_map.layout
-    shapes = (layout.batch, layout.shapes, *(t.shape for t in flat_map.z))
+    shapes = (layout.batch, layout.shapes, *(None if t.is_nested else t.shape for t in flat_map.z))
     probed = not isinstance(options.solver, Picard)
     return site_of(flat_map.g), shapes, layout.dtype, layout.device, probed
 
@@ -277,6 +285,7 @@ def solved(
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
     arithmetic = flat_map.replay.autocast_dtype
     strategy = strategy_for(options, engine, account, flat_map, course.on_device, arithmetic)
+    strategy = with_forward_accuracy(strategy, options, result.x)
     watch = None if course.leaves_the_host_alone else check
     value = attach(differentiated, result.x, watch, strategy, born_after)
     if any(part.requires_grad for part in (value if flat_map.layout.is_tuple else (value,))):
@@ -331,6 +340,7 @@ def solved_live(
     account = Account(result.status, record, coupling)
     arithmetic = flat_map.replay.autocast_dtype
     strategy = strategy_for(options, engine, account, flat_map, arithmetic=arithmetic)
+    strategy = with_forward_accuracy(strategy, options, result.x)
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
     return flat_map.layout.unflatten(value, writable=True), SolveResult(*map(frame.raised, result))

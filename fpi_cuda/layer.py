@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda import transforms
+from fpi_cuda.dense import why_not_dense
 from fpi_cuda.explanation import explain
-from fpi_cuda.functional import detached, fixed_point
+from fpi_cuda.functional import detached, solve_as_told
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit
 from fpi_cuda.request import Options, require_known, require_map
 from fpi_cuda.result import Solution
-from fpi_cuda.state import layout_of
+from fpi_cuda.state import STATE_DTYPES, layout_of
+from fpi_cuda.unconverged import Notice
 
 NOT_ALWAYS_SHOWN = (
     "atol", "max_steps", "adjoint", "backend", "batch_dims", "rowwise", "route", "precision",
@@ -37,6 +39,9 @@ class FPILayer(nn.Module):
     the call is given, init(*z), zeros of state_shape, zeros with g.x_features in the last
     dimension of z, or zeros like z. The zeros have the batch and the device of z, and the wider
     of the dtypes of z and of g's parameters.
+
+    A layer warns once of samples that have not converged, and once of adjoint solves that have
+    not (FixedPointWarning); a copy of it is another layer.
 
     Args:
         g: g(x, *z) -> like x. A module becomes a submodule.
@@ -84,6 +89,7 @@ class FPILayer(nn.Module):
         self.options = Options(
             solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision,
             batch_dims,
+            notice=Notice(f"FPILayer({getattr(g, '__name__', type(g).__name__)})"),
         )  # fmt: skip
         self.options.require_sensible("FPILayer")
         self.g = g
@@ -104,24 +110,8 @@ class FPILayer(nn.Module):
     def solve(self, *z: Tensor, x0: Any = None) -> Solution:
         """The fixed point and how it was reached; arguments as in forward."""
         start = self.start(*z) if x0 is None else x0
-        options = self.options
-        solution = fixed_point(
-            self.g,
-            start,
-            *z,
-            solver=options.solver,
-            rtol=options.rtol,
-            atol=options.atol,
-            max_steps=options.max_steps,
-            adjoint=options.adjoint,
-            backend=options.backend,
-            batch_dims=options.batch_dims,
-            rowwise=options.rowwise,
-            route=options.route,
-            precision=options.precision,
-            throw=options.throw,
-        )
-        layout = layout_of(start, options.batch_dims)
+        solution = solve_as_told(self.g, start, z, self.options)
+        layout = layout_of(start, self.options.batch_dims)
         self._last_state = (layout.device, layout.dtype)
         self.last_solution = None if transforms.active() else detached(solution)
         return solution
@@ -142,11 +132,24 @@ class FPILayer(nn.Module):
             )
         like = z[0]
         dtype = self._state_dtype(like)
+        found = why_not_dense(like)
+        if found is not None and self.state_shape is None:
+            raise TypeError(
+                f"FPILayer: cannot start from zeros like z[0], which is {found[0]}: give the layer "
+                "a state_shape or an init, or pass x0"
+            )
+
+        def zeros(*shape: int) -> Tensor:
+            if found is not None:
+                batch = [like.size(0)] if batch_dims else []
+                return torch.zeros(*batch, *shape, dtype=dtype, device=like.device)
+            return like.new_zeros((*like.shape[:batch_dims], *shape), dtype=dtype)
+
         if self.state_shape is not None:
-            shapes, batch = self.state_shape, like.shape[:batch_dims]
+            shapes = self.state_shape
             if shapes and isinstance(shapes[0], tuple):
-                return tuple(like.new_zeros((*batch, *s), dtype=dtype) for s in shapes)
-            return like.new_zeros((*batch, *shapes), dtype=dtype)
+                return tuple(zeros(*shape) for shape in shapes)
+            return zeros(*shapes)
         features = getattr(self.g, "x_features", None)
         if features is not None:
             return like.new_zeros((*like.shape[:-1], features), dtype=dtype)
@@ -183,13 +186,24 @@ class FPILayer(nn.Module):
             given.append(f"state_shape={self.state_shape}")
         return ", ".join(given)
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks of a module before anything else.
+
+        Raises:
+            RuntimeError: always; TorchScript has no solves.
+        """
+        raise RuntimeError(
+            "FPILayer: torch.jit.script cannot compile a solve. Script g, which the layer takes as "
+            "it does any module: FPILayer(torch.jit.script(g)); or use torch.compile"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """The layer without its latest solution, which belongs to a call."""
         return self.__dict__ | {"last_solution": None}
 
     def _state_dtype(self, z: Tensor) -> torch.dtype:
         parameter = self._floating_parameter()
-        if not z.is_floating_point():
+        if z.dtype not in STATE_DTYPES:
             return torch.get_default_dtype() if parameter is None else parameter.dtype
         # Under autocast z may be narrower than what the state should be iterated in.
         return z.dtype if parameter is None else torch.promote_types(z.dtype, parameter.dtype)

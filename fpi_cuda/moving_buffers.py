@@ -101,7 +101,7 @@ def put(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 def moving_buffers(g: object) -> tuple[MovingBuffers | None, MovingBuffers | None]:
     """What evaluations of g, and of its prepare, may change; None where there is nothing."""
-    modules = [m for m in modules_of(g) if m._buffers and m.training]
+    modules = [m for m in modules_of(g) if m._buffers and getattr(m, "training", False)]
     return (
         (MovingBuffers(modules, "g"), MovingBuffers(modules, "prepare"))
         if modules

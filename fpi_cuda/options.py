@@ -108,7 +108,10 @@ class Anderson:
         beta: mixing in (0, 2]; 1 uses g alone.
         ridge: relative to the unit diagonal of the scaled Gram matrix; 0 for linear maps.
         history_dtype: dtype of the stored differences; None stores them as the state.
-            torch.bfloat16 halves the traffic of a float32 state.
+            torch.bfloat16 halves the traffic of a float32 state. A float64 state keeps a float64
+            history whatever this says, and a float32 state none wider than its differences, which
+            are float32. A half-precision state keeps its own dtype: a wider one is served by
+            backend="reference" alone, and is an error elsewhere.
     Source:
         Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, eq. (2.2).
     """
@@ -191,7 +194,9 @@ class Implicit:
         solver: Picard, Anderson, Broyden, GMRES or ConjugateGradient. None takes the forward's
             solver; an Anderson then runs with no ridge and a depth of up to 16, for the
             system is linear.
-        rtol: ||J^T c + v - c|| <= rtol ||v|| per sample, in [0, 1]; None takes the forward's.
+        rtol: ||J^T c + v - c|| <= rtol ||v|| per sample, in [0, 1]. None takes the accuracy that
+            the forward was asked for: its rtol, and where its atol is not 0, rtol + atol / ||x||
+            for the x that was found, but no looser than 1% on account of atol.
         max_steps: None takes the forward's max_steps.
     """
 

@@ -2,112 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Nodes = TypeVar("Nodes")
 
 
 class IndependentError(ValueError):
     """r does not depend on s."""
 
 
-def partial(r: Tensor | Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
+@overload
+def partial(r: Tensor | Callable[[Tensor], Tensor], s: Tensor) -> Tensor: ...
+
+
+@overload
+def partial(r: Tensor | Callable[..., Tensor], s: Nodes) -> Nodes: ...
+
+
+def partial(r: Any, s: Any) -> Any:
     """P(s; r), the partial derivatives of r with respect to s, themselves differentiable.
 
-    With it a gradient step is a layer like any other: `x - step_size * partial(f, x)`.
+    With it a gradient step is a layer like any other: `x - step_size * partial(f, x)`. With a set
+    of nodes for s, each is held fixed while another is moved, even if one was computed from it:
+
+        y = 3 * x
+        dx, dy = partial(lambda a, b: (a**2 * b).sum(), (x, y))  # 2 x y and x^2
 
     Args:
         r: what is differentiated. Its entries are summed, so that one value per sample, (B,) or
             (B, 1), gives each sample's own gradient.
 
             A tensor computed from s: everything that s reached r through counts, other tensors
-            computed from s among them.
+            computed from s among them, but for other nodes of s.
 
-            A function s -> tensor: it is called with a stand-in for s, and all that it closes
+            A function of s -> tensor: it is called with stand-ins for s, as r(s) for a tensor,
+            r(*s) for a tuple, a list or a named tuple, and r(**s) for a dict. All that it closes
             over is held fixed, even what was computed from s. This is the partial derivative
             in the strict sense. s need not require grad; under no_grad a graph is built for
             the call alone. It also runs inside torch.func transforms, inference_mode and
-            torch.compile.
-        s: floating tensor of any shape.
+            torch.compile, with fullgraph=True too.
+        s: floating tensor of any shape, or a tuple, list, named tuple or dict of them, which may
+            hold further ones. What is not in s is not differentiated by.
     Returns:
-        Like s. Where grad mode is on it can be differentiated again, in s, in parameters and in
-        whatever else r depends on.
+        Like s. Where grad mode is on it can be differentiated again, in s and what s was computed
+        from, in parameters and in whatever else r depends on.
     Raises:
-        TypeError: s or r is not a floating tensor.
-        ValueError: r does not depend on s. A lost graph (detach, no_grad) looks the same as a
-            true constant, so no zeros are returned in its place; only inside torch.func
-            transforms and inference_mode, where the two cannot be told from a dependence on
-            something else, is the answer zeros.
+        TypeError: r or an entry of s is not a floating tensor.
+        ValueError: s is empty; r does not depend on an entry of s, which is named. A lost graph
+            (detach, no_grad) looks the same as a true constant, so no zeros are returned in its
+            place; only inside torch.func transforms, inference_mode and torch.compile, where the
+            two cannot be told from a dependence on something else, is the answer zeros.
     Source:
-        Jeon, Lee, Choi, IEEE Access 2021, the operator P of the FPI_GD layer and of the
-        backward FPI layer.
+        Jeon, Lee, Choi, IEEE Access 2021, section 3.3: the operator P of the FPI_GD layer and of
+        the backward FPI layer, on a set of nodes.
     """
-    require_floating("s", s)
+    nodes: Sequence[Any] = (s,)
+    names: Sequence[str] = ("s",)
+    structure = None
+    if not isinstance(s, Tensor):
+        nodes, structure = pytree.tree_flatten(s)
+        paths, _ = pytree.tree_flatten_with_path(s)
+        names = ["s" + pytree.keystr(path) for path, _ in paths]
+        if not nodes:
+            raise ValueError("partial: s must hold at least one tensor, got none")
+    for name, node in zip(names, nodes, strict=True):
+        require_floating(name, node)
     if isinstance(r, Tensor):
-        return of_tensor(r, s)
-    if not callable(r):
+        found = of_tensor(r, nodes, names)
+    elif not callable(r):
         raise TypeError(f"partial: r must be a tensor or a function of s, got {type(r).__name__}")
-    if needs_transform():
-        return by_transform(r, s)
-    return by_tape(r, s)
+    else:
+
+        def called(*given: Tensor) -> Any:
+            if structure is None:
+                return r(*given)
+            like_s = pytree.tree_unflatten(list(given), structure)
+            return r(**like_s) if isinstance(s, dict) else r(*like_s)
+
+        transform = needs_transform()
+        found = by_transform(called, nodes) if transform else by_tape(called, nodes, names)
+    return found[0] if structure is None else pytree.tree_unflatten(list(found), structure)
 
 
-def of_tensor(r: Tensor, s: Tensor) -> Tensor:
-    """The derivative along the graph that already joins r to s; the graph is kept."""
+def of_tensor(r: Tensor, nodes: Sequence[Tensor], names: Sequence[str]) -> Sequence[Tensor]:
+    """The derivatives along the graph that already joins r to the nodes; the graph is kept."""
     require_floating("r", r)
-    if not s.requires_grad:
-        raise ValueError(
-            "partial: s must require grad before r is computed from it. Call s.requires_grad_() "
-            "first, or pass r as a function of s"
-        )
+    for name, node in zip(names, nodes, strict=True):
+        if not node.requires_grad:
+            raise ValueError(
+                f"partial: {name} must require grad before r is computed from it. Call "
+                f"{name}.requires_grad_() first, or pass r as a function of s"
+            )
     if not r.requires_grad:
-        raise independent()
-    (gradient,) = torch.autograd.grad(
-        r,
-        s,
-        torch.ones_like(r),
-        create_graph=torch.is_grad_enabled(),
-        retain_graph=True,
-        allow_unused=True,
-    )
-    if gradient is None:
-        raise independent()
-    return gradient
+        raise independent(names[0])
+    with ending_at(nodes) if len(nodes) > 1 else contextlib.nullcontext():
+        gradients = torch.autograd.grad(
+            r,
+            nodes,
+            torch.ones_like(r),
+            create_graph=torch.is_grad_enabled(),
+            retain_graph=True,
+            allow_unused=True,
+        )
+    return all_of(gradients, names)
 
 
-def by_tape(r: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    """The derivative of r(s) at an alias of s, so that no path around r is followed."""
+@contextlib.contextmanager
+def ending_at(nodes: Sequence[Tensor]) -> Iterator[None]:
+    """Backward passes end at each of the nodes: what lies before it gets nothing through it.
+
+    Autograd reads the gradient of a node before it runs the hooks of what computed it.
+    """
+
+    def end(place: int) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
+        return lambda given: tuple(None if i == place else v for i, v in enumerate(given))
+
+    with contextlib.ExitStack() as hooks:
+        for node in nodes:
+            if node.grad_fn is not None:
+                hook: Any = end(node.output_nr)
+                hooks.callback(node.grad_fn.register_prehook(hook).remove)
+        yield
+
+
+def by_tape(
+    r: Callable[..., Tensor], nodes: Sequence[Tensor], names: Sequence[str]
+) -> Sequence[Tensor]:
+    """The derivatives of r at aliases of the nodes, so that no path around r is followed."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        alias = s.view_as(s)
-        if not alias.requires_grad:
-            alias.requires_grad_()
-        value = r(alias)
+        aliases = [node.view_as(node) for node in nodes]
+        for alias in aliases:
+            if not alias.requires_grad:
+                alias.requires_grad_()
+        value = r(*aliases)
         require_floating("r(s)", value)
         if not value.requires_grad:
-            raise independent()
-        (gradient,) = torch.autograd.grad(
-            value, alias, torch.ones_like(value), create_graph=create_graph, allow_unused=True
+            raise independent(names[0])
+        gradients = torch.autograd.grad(
+            value, aliases, torch.ones_like(value), create_graph=create_graph, allow_unused=True
         )
-    if gradient is None:
-        raise independent()
-    return gradient
+    return all_of(gradients, names)
 
 
-def by_transform(r: Callable[[Tensor], Tensor], s: Tensor) -> Tensor:
-    """The same derivative by torch.func, which composes with its own transforms."""
+def by_transform(r: Callable[..., Tensor], nodes: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same derivatives by torch.func, which composes with its own transforms."""
 
-    def total(alias: Tensor) -> Tensor:
-        value = r(alias)
+    def total(*aliases: Tensor) -> Tensor:
+        value = r(*aliases)
         require_floating("r(s)", value)
         return value.sum()
 
-    if torch.is_inference_mode_enabled():
+    differentiate = torch.func.grad(total, argnums=tuple(range(len(nodes))))
+    # Dynamo cannot ask for the mode. Where it is on it compiles for it, and gets it right.
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         # Before torch 2.13, torch.func.grad silently returns zeros in inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            return torch.func.grad(total)(s)
-    return torch.func.grad(total)(s)
+            return differentiate(*nodes)
+    return differentiate(*nodes)
 
 
 def needs_transform() -> bool:
@@ -131,10 +189,20 @@ def require_floating(name: str, value: object) -> None:
         raise TypeError(f"partial: {name} must be floating, got {value.dtype}")
 
 
-def independent() -> IndependentError:
-    """The error for an r without a derivative in s."""
+def all_of(gradients: Sequence[Tensor | None], names: Sequence[str]) -> list[Tensor]:
+    """The gradients; raise where one is missing."""
+    found = []
+    for name, gradient in zip(names, gradients, strict=True):
+        if gradient is None:
+            raise independent(name)
+        found.append(gradient)
+    return found
+
+
+def independent(name: str) -> IndependentError:
+    """The error for an r without a derivative in the node of that name."""
     return IndependentError(
-        "partial: r does not depend on s. If the graph between them was cut by detach() or "
-        "no_grad(), compute r from s itself; if the derivative is truly zero, use "
-        "torch.zeros_like(s)"
+        f"partial: r does not depend on {name}. If the graph between them was cut by detach() or "
+        f"no_grad(), compute r from {name} itself; if the derivative is truly zero, use "
+        f"torch.zeros_like({name})"
     )

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fpi_cuda import backends
+from fpi_cuda.dense import why_not_dense
 from fpi_cuda.options import (
     ADJOINTS,
     FIXED_POINT_SOLVERS,
     MOST_STEPS,
     Adjoint,
+    Anderson,
     FixedPointSolver,
     Implicit,
     require_count,
@@ -23,13 +27,14 @@ from fpi_cuda.options import (
 )
 from fpi_cuda.precision import require_precision
 from fpi_cuda.shortcuts import why_not_hoisted, why_rows_unknown
+from fpi_cuda.unconverged import Notice
 
 ROUTES = ("host", "device", "fused")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What fixed_point is told besides g, x0 and z."""
+    """What fixed_point is told besides g, x0 and z, and who says that it has not converged."""
 
     solver: FixedPointSolver
     rtol: float
@@ -42,6 +47,9 @@ class Options:
     route: str | None
     precision: str
     batch_dims: int = 1
+    notice: Notice = field(
+        default_factory=lambda: Notice("fixed_point"), compare=False, repr=False, kw_only=True
+    )
 
     def require_sensible(self, owner: str) -> None:
         """Raise unless every option is one that fixed_point can work with."""
@@ -72,6 +80,22 @@ class Options:
                 "makes the whole state one sample. Leave one of them out"
             )
 
+    def storable(self, backend: str, state: torch.dtype) -> Options:
+        """These options with histories in a dtype that the backend stores for such a state.
+
+        Raises:
+            ValueError: it stores none that is as good as the one asked for.
+        """
+        solver = with_storable_history(self.solver, backend, state)
+        adjoint = self.adjoint
+        if isinstance(adjoint, Implicit) and adjoint.solver is not None:
+            linear = with_storable_history(adjoint.solver, backend, state)
+            if linear is not adjoint.solver:
+                adjoint = replace(adjoint, solver=linear)
+        if solver is self.solver and adjoint is self.adjoint:
+            return self
+        return replace(self, solver=solver, adjoint=adjoint)
+
     def asks_rowwise(self, g: object) -> bool:
         """Whether it was promised that g may be evaluated on some of the samples."""
         if not self.batch_dims:
@@ -79,6 +103,33 @@ class Options:
         if self.rowwise is not None:
             return self.rowwise
         return bool(getattr(g, "rowwise", False)) and why_rows_unknown(g) is None
+
+
+Solver = TypeVar("Solver")
+
+
+def with_storable_history(solver: Solver, backend: str, state: torch.dtype) -> Solver:
+    """`solver`, its history in a dtype in which the backend stores differences of such a state.
+
+    Raises:
+        ValueError: there is none that is as good as the one asked for.
+    """
+    if not isinstance(solver, Anderson) or solver.history_dtype in (None, state):
+        return solver
+    history = solver.history_dtype
+    if state in (torch.float32, torch.float64):
+        if (state, history) == (torch.float32, torch.bfloat16):
+            return solver
+        return replace(solver, history_dtype=None)
+    if backend == "reference":
+        # Differences of a half-precision state are computed in float32.
+        stored = torch.float32 if history == torch.float64 else history
+        return solver if stored == history else replace(solver, history_dtype=stored)
+    raise ValueError(
+        f"fixed_point: Anderson(history_dtype={history}) is not available for a {state} state in "
+        f'backend "{backend}", which stores differences as the state, or those of a float32 state '
+        'in bfloat16. Use history_dtype=None, a float32 state, or backend="reference"'
+    )
 
 
 def require_known(owner: str, function: Callable[..., Any], unknown: dict[str, Any]) -> None:
@@ -120,6 +171,22 @@ def require_arity(g: Callable[..., Any], z: tuple[object, ...]) -> None:
         ) from None
 
 
+def require_g_reads(z: tuple[object, ...], error: Exception) -> None:
+    """Name a z that g may not be able to compute with, for when evaluating g has failed."""
+    # A class of the user's own passes through as it is.
+    torchs = type(error) in (RuntimeError, TypeError, NotImplementedError)
+    if not torchs or str(error).startswith("fixed_point: "):
+        return
+    for index, t in enumerate(z):
+        found = why_not_dense(t, f"z[{index}]") if isinstance(t, Tensor) else None
+        if found is not None:
+            said = str(error).partition("\n")[0][:200]
+            raise RuntimeError(
+                f"fixed_point: g failed with x a plain tensor and z[{index}] {found[0]} ({said}). "
+                f"If that is why, {found[1]}"
+            ) from error
+
+
 def require_batch(g: object, x0: object) -> None:
     """Raise where g names the features of its state, and x0 has no dimension for the batch."""
     features = getattr(g, "x_features", None)
@@ -131,10 +198,15 @@ def require_batch(g: object, x0: object) -> None:
 
 
 def require_inputs(z: tuple[object, ...]) -> None:
-    """Raise unless all z are tensors."""
+    """Raise unless all z are tensors with something in them; what kind is up to g."""
     for index, t in enumerate(z):
         if not isinstance(t, Tensor):
             raise TypeError(
                 f"fixed_point: z must be tensors, got z[{index}] of type {type(t).__name__}. "
                 "Bind other arguments with functools.partial(g, name=value)"
+            )
+        if is_lazy(t):
+            raise ValueError(
+                f"fixed_point: z[{index}] is an uninitialized parameter; call the module that it "
+                "belongs to first"
             )

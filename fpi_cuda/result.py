@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fpi_cuda.late import Late
+
+LookAtAdjoint = Callable[[Tensor, Tensor, Tensor, int], bool]
+"""look(b, status, residual, num_zeroed): at an adjoint solve for b (B, D) that has ended; whether
+there was anything to say."""
 
 
 class Status(enum.IntEnum):
@@ -104,20 +111,30 @@ class Route(NamedTuple):
 class AdjointRecord:
     """A box that the backward pass fills: autograd runs after the Solution was returned.
 
+    Args:
+        look: sees every adjoint solve, to warn of what it finds.
+        batch_dims: 0 where the whole state is one sample.
     Attributes:
         stats: the latest account.
-        warned: a user was told of samples without a gradient.
+        look, batch_dims: as given.
+        warned: it has had something to say, which is enough for one solution.
+        worst: the highest status of the forward solve; None where nobody has asked for it yet.
         route: which way the forward solve went; None where there is but one.
         adjoint_route: which way the adjoint solve will go; likewise.
-        batch_dims: 0 where the whole state is one sample.
     """
 
-    def __init__(self, batch_dims: int = 1) -> None:
+    def __init__(self, look: LookAtAdjoint | None = None, batch_dims: int = 1) -> None:
         self.batch_dims = batch_dims
         self.stats: Stats | None = None
+        self.look = look
         self.warned = False
+        self.worst: Late | None = None
         self.route: Route | None = None
         self.adjoint_route: Route | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What can be handed to another process."""
+        return self.__dict__ | {"worst": None}
 
 
 @dataclass(frozen=True)

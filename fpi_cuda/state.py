@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpi_cuda.dense import why_not_dense
+
 STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -101,16 +103,23 @@ class Layout:
                 raise TypeError(
                     f"fixed_point: g must return a tensor like x, got {type(part).__name__}"
                 )
+            if (
+                type(part) is not Tensor
+                or part.is_nested
+                or part.dtype != self.dtype
+                or (part.layout != torch.strided)
+            ):
+                found = why_not_dense(part)
+                if found is not None:
+                    raise ValueError(
+                        f"fixed_point: g must return dense tensors, got {gx_name}={found[0]}. "
+                        f"{found[1][0].upper()}{found[1][1:]}"
+                    )
             expected = (num_samples, *shape) if self.batch_dims else tuple(shape)
             if tuple(part.shape) != expected:
                 raise ValueError(
                     f"fixed_point: g must return the shape of x, got {x}={expected}, "
                     f"{gx_name}={tuple(part.shape)}"
-                )
-            if part.layout != torch.strided:
-                raise ValueError(
-                    f"fixed_point: g must return dense tensors, got {gx_name}={part.layout}. "
-                    "Use .to_dense()"
                 )
             if part.dtype != self.dtype:
                 raise ValueError(
@@ -172,8 +181,9 @@ def require_floating_tensor(part: object) -> None:
             "fixed_point: x0 must be a floating tensor or a tuple of them, "
             f"got {type(part).__name__}; {remedy}"
         )
-    if part.layout != torch.strided:
-        raise TypeError(f"fixed_point: x0 must be dense, got {part.layout}; use x0.to_dense()")
+    found = why_not_dense(part, "x0")
+    if found is not None:
+        raise TypeError(f"fixed_point: x0 must be dense, got {found[0]}; {found[1]}")
     if part.dtype not in STATE_DTYPES:
         remedy = (
             "stack its real and imaginary part: torch.view_as_real"

@@ -20,7 +20,7 @@ from fpi_cuda.device_loop.cache import MOST_REBUILDS, PlanCache
 from fpi_cuda.device_loop.graphs import Refused
 from fpi_cuda.device_loop.method import numeric_flags
 from fpi_cuda.device_loop.trace import Recorder
-from fpi_cuda.implicit.late import Late
+from fpi_cuda.late import Late
 from fpi_cuda.state import Layout
 
 FEATURES = 12

@@ -66,6 +66,65 @@ def test_spectral_radius_of_known_spectra(name: str, num_steps: int) -> None:
     torch.testing.assert_close(radius, torch.full_like(radius, expected), rtol=1e-6, atol=0)
 
 
+def bidiagonal(dim: int, diagonal: float, above: float) -> Tensor:
+    shift = torch.diag(torch.ones(dim - 1, dtype=torch.float64), 1)
+    return diagonal * torch.eye(dim, dtype=torch.float64) + above * shift
+
+
+@pytest.mark.parametrize(("dim", "num_steps"), [(100, 64), (200, 64), (40, 20), (65, 64)])
+@pytest.mark.parametrize(("diagonal", "above"), [(0.5, 0.4), (0.5, 1.0), (0.0, 0.9)])
+def test_spectral_radius_of_matrices_far_from_normal(
+    dim: int, num_steps: int, diagonal: float, above: float
+) -> None:
+    """Arnoldi alone says 0.9 where 0.5 or 0 is true."""
+    step = linear(bidiagonal(dim, diagonal, above))
+    x = torch.randn(3, dim, dtype=torch.float64)
+    radius, error = spectral_radius(step, x, num_steps=num_steps, with_error=True)
+    torch.testing.assert_close(radius, torch.full_like(radius, diagonal))
+    assert (error == 0).all()
+    for _ in range(20 if dim == 65 else 2):  # other starting vectors
+        assert torch.equal(spectral_radius(step, x, num_steps=num_steps), radius)
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        bidiagonal(300, 0.5, 0.4),
+        bidiagonal(300, 0.0, 0.9),
+        bidiagonal(300, 0.9, 0.05),
+        torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64))[0] * 0.9,
+        with_eigenvalues([0.9, 0.5, -0.3], 300),
+        torch.randn(300, 300, dtype=torch.float64).triu(),
+    ],
+    ids=[
+        "bidiagonal",
+        "nilpotent",
+        "nearly diagonal",
+        "orthogonal",
+        "a few eigenvalues",
+        "triangular",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_estimate_of_the_spectral_radius_knows_its_error(
+    matrix: Tensor, dtype: torch.dtype
+) -> None:
+    true = torch.linalg.eigvals(matrix).abs().max()
+    x = torch.randn(8, 300, dtype=dtype)
+    radius, error = spectral_radius(linear(matrix.to(dtype)), x, with_error=True)
+    assert radius.dtype == error.dtype == dtype
+    assert ((radius - true).abs() <= error).all()
+
+
+def test_certain_samples_keep_their_estimate_beside_uncertain_ones() -> None:
+    matrices = torch.stack([with_eigenvalues([0.9, 0.5], 100), bidiagonal(100, 0.0, 0.9)])
+    x = torch.randn(2, 100, dtype=torch.float64)
+    radius, error = spectral_radius(linear(matrices), x, with_error=True)
+    torch.testing.assert_close(radius, torch.tensor([0.9, 0.0], dtype=torch.float64))
+    assert 0 < error[0] < 1e-6
+    assert error[1] == 0
+
+
 def test_spectral_radius_is_not_the_norm() -> None:
     matrix = torch.tensor([[0.0, 4.0], [0.25, 0.0]], dtype=torch.float64)
     nilpotent = torch.tensor([[0.0, 9.0], [0.0, 0.0]], dtype=torch.float64)
@@ -396,6 +455,21 @@ def test_what_is_kept_follows_the_weight() -> None:
     layer.double()
     with torch.no_grad():
         torch.testing.assert_close(layer.weight.float(), third)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.Conv2d(2, 3, 3)])
+def test_a_bound_that_is_changed_rules_at_once(
+    make: Callable[[], nn.Module], mode: Callable[[], Any]
+) -> None:
+    layer = contract_(make(), 0.1)
+    for bound in (0.1, 0.05, 0.1):
+        layer.parametrizations.weight[0].bound = bound
+        fresh = contract_(make(), bound)
+        fresh.parametrizations.weight.original.data = layer.parametrizations.weight.original.data
+        with mode():
+            for _ in range(2):
+                torch.testing.assert_close(layer.weight, fresh.weight)
 
 
 def test_grad_after_inference_mode() -> None:

@@ -709,3 +709,58 @@ def test_an_input_that_is_no_tensor_is_named() -> None:
     layer = fpi.FPILayer(fpi.cells.Dense(3, 4))
     with pytest.raises(TypeError, match=r"got z\[0\] = list. Convert it with torch.as_tensor"):
         layer([[1.0, 2.0, 3.0]])
+
+
+HISTORIES = [
+    (state, history, backend)
+    for backend in (None, "reference", "native")
+    for state in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for history in (torch.bfloat16, torch.float32, torch.float64)
+    if backend != "native" or (fpi.native_available() and state != torch.float16)
+]
+
+
+@pytest.mark.parametrize(("state", "history", "backend"), HISTORIES, ids=str)
+@pytest.mark.parametrize("where", ["forward", "adjoint"])
+def test_every_history_dtype_is_served_or_refused_by_name(
+    state: torch.dtype, history: torch.dtype, backend: str | None, where: str
+) -> None:
+    solver = fpi.Anderson(history_dtype=history)
+    given: dict[str, Any] = {"solver": solver}
+    if where == "adjoint":
+        given = {"solver": fpi.Picard(), "adjoint": fpi.Implicit(solver=solver)}
+    z = torch.ones(3, 4, dtype=state, requires_grad=True)
+
+    def solve() -> fpi.Solution:
+        return fpi.fixed_point(
+            lambda x, z: 0.5 * torch.tanh(x) + z, torch.zeros_like(z), z, rtol=2e-2,
+            backend=backend, **given,
+        )  # fmt: skip
+
+    compiled = fpi.native_available() and backend != "reference" and state != torch.float16
+    if compiled and state == torch.bfloat16 and history != torch.bfloat16:
+        with pytest.raises(ValueError, match=r'history_dtype=.*"native".*backend="reference"'):
+            solve()
+        return
+    sol = solve()
+    assert sol.converged.all()
+    expected = fpi.fixed_point(
+        lambda x, z: 0.5 * torch.tanh(x) + z, torch.zeros_like(z), z, rtol=2e-2, backend=backend
+    ).value
+    torch.testing.assert_close(sol.value, expected, rtol=4e-2, atol=0.0)
+    sol.value.sum().backward()
+    assert sol.adjoint_stats is not None
+    assert sol.adjoint_stats.converged.all()
+
+
+def test_a_history_wider_than_the_differences_holds_the_same_numbers() -> None:
+    a = torch.linalg.qr(torch.randn(9, 9))[0] * 0.9
+    z = torch.randn(5, 9)
+
+    def solve(history: torch.dtype | None, dtype: torch.dtype) -> torch.Tensor:
+        g = lambda x: torch.tanh(x @ a.to(dtype) + z.to(dtype))  # noqa: E731
+        solver = fpi.Anderson(history_dtype=history)
+        return fpi.fixed_point(g, torch.zeros(5, 9, dtype=dtype), solver=solver).value
+
+    assert torch.equal(solve(torch.float64, torch.float32), solve(None, torch.float32))
+    assert torch.equal(solve(torch.bfloat16, torch.float64), solve(None, torch.float64))

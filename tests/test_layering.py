@@ -23,6 +23,7 @@ LEVELS = [
     {"device_loop", "fused", "solution_check"},
     {"fused_evaluation"},
     {"implicit", "solvers", "cells", "backends"},
+    {"unconverged"},
     {
         "options",
         "result",
@@ -40,7 +41,7 @@ LEVELS = [
     },
     {"random_draws", "transforms", "weight_cache"},
     {"drawing_ops", "recomputed"},
-    {"_extension", "capturing", "elementwise"},
+    {"_extension", "capturing", "dense", "elementwise", "late"},
     {"dispatch_modes"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.

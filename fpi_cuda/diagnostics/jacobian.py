@@ -15,38 +15,56 @@ from fpi_cuda.solvers.gmres import combine, dots
 from fpi_cuda.solvers.linear import working_dtype
 from fpi_cuda.state import layout_of
 
+CERTAIN = 1e-2
+"""Error, relative to the radius, below which an estimate is taken for what it is."""
+
+MARGIN = 10.0
+"""What both ways of asking may be short of: the first knows small changes, the second one only."""
+
 
 def spectral_radius(
     g: Callable[..., Any],
     x: Any,
     *z: Any,
     num_steps: int = 64,
+    exact_up_to: int = 256,
+    with_error: bool = False,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Any:
     """The spectral radius of the Jacobian dg/dx of every sample, complex eigenvalues included.
 
     Below 1 at a fixed point, Picard iteration converges near it, by that factor a step.
 
     Where x has at most num_steps elements per sample, the Jacobian is formed and the answer is
-    exact. Elsewhere it is the largest Ritz value of num_steps Arnoldi steps: good to a few
-    tenths of a percent where one eigenvalue or pair stands out, low by a few percent where very
-    many lie on one circle.
+    exact. Elsewhere it is the largest Ritz value of num_steps Arnoldi steps, if that is certain to
+    1%; if not, it is exact again for x of up to exact_up_to elements. For larger ones it is the
+    Ritz value all the same: low by a few percent where very many eigenvalues lie on one circle,
+    and far too high where the Jacobian is far from normal (bidiagonal: 0.9 where 0 is true), for
+    num_steps products cannot tell it from one whose powers do not decay. Its error says so.
 
     Args:
         g: map g(x, *z) -> like x; sample i of the result must depend on sample i of x alone.
         x: tensor (B, ...) or a tuple of them: the point, usually a fixed point.
         z: inputs of g.
-        num_steps: vector-Jacobian products spent, at least 1. Memory is num_steps + 4 times x.
+        num_steps: vector-Jacobian products spent at first, at least 1. Memory is num_steps + 4
+            times x.
+        exact_up_to: elements D of a sample up to which D more products are spent, and an
+            eigenvalue problem of that size is solved, for each sample that is not certain.
+        with_error: return the error too.
         generator: of the starting vectors; None uses torch's default.
     Returns:
-        (B,) in the dtype of x, at least float32; without a graph. NaN where g is not finite.
+        (B,) in the dtype of x, at least float32; without a graph. NaN where g is not finite. With
+        with_error=True a pair of that and of (B,) estimated absolute errors: 0 where the answer
+        is exact, as large as the radius where nothing is known of it.
     Raises:
         TypeError, ValueError: x is not a state, g(x) is not like x or does not depend on x,
-            num_steps below 1.
+            num_steps below 1, exact_up_to below 0.
     Source:
-        Saad, Numerical Methods for Large Eigenvalue Problems, 2nd ed., section 6.2 (Arnoldi).
+        Saad, Numerical Methods for Large Eigenvalue Problems, 2nd ed., section 6.2 (Arnoldi) and
+        3.2 (residuals and condition numbers).
     """
     require_count("spectral_radius", "num_steps", num_steps, 1)
+    require_count("spectral_radius", "exact_up_to", exact_up_to, 0)
     flat, step = flat_map(g, x, z)
     with torch.inference_mode(False), torch.enable_grad():
         # A copy, for a tensor made in inference mode cannot require grad.
@@ -65,28 +83,80 @@ def spectral_radius(
             "x.detach()?"
         )
 
+    dim, dtype = flat.shape[1], working_dtype(flat.dtype)
     with torch.no_grad():
-        small = flat.shape[1] <= num_steps
-        matrix = (
-            whole(transposed, flat) if small else compressed(transposed, flat, num_steps, generator)
-        )
-        finite = torch.isfinite(matrix).flatten(1).all(1)
-        matrix = torch.where(finite[:, None, None], matrix, 0)
-        if matrix.shape[1] == 0:
-            radius = torch.zeros_like(finite, dtype=torch.float64)
+        every = torch.ones(flat.shape[0], dtype=torch.bool, device=flat.device)
+        if dim <= num_steps:
+            radius, error = largest_of_whole(transposed, flat, every)
         else:
-            radius = torch.linalg.eigvals(matrix).abs().amax(1)
-        return torch.where(finite, radius, float("nan")).to(working_dtype(flat.dtype))
+            hessenberg = compressed(transposed, flat, num_steps, generator)
+            radius, error = largest_ritz(hessenberg, torch.finfo(dtype).eps)
+            uncertain = error > CERTAIN * radius
+            if dim <= exact_up_to and bool(uncertain.any()):
+                radius[uncertain], error[uncertain] = largest_of_whole(transposed, flat, uncertain)
+        radius, error = radius.to(dtype), error.to(dtype)
+        return (radius, error) if with_error else radius
 
 
-def whole(transposed: Callable[[Tensor], Tensor], flat: Tensor) -> Tensor:
-    """(B, D, D) float64: the transpose of each sample's Jacobian, column by column."""
-    batch, dim = flat.shape
-    matrix = torch.empty(batch, dim, dim, dtype=torch.float64, device=flat.device)
+def largest_of_whole(
+    transposed: Callable[[Tensor], Tensor], flat: Tensor, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The radius of the wanted (B,) samples from their whole Jacobians, and its error: none."""
+    matrix = whole(transposed, flat, wanted)
+    matrix, finite = without_nonfinite(matrix)
+    radius = torch.zeros_like(finite, dtype=torch.float64)
+    if matrix.shape[1]:
+        radius = torch.linalg.eigvals(matrix).abs().amax(1)
+    radius = torch.where(finite, radius, float("nan"))
+    return radius, radius * 0.0
+
+
+def largest_ritz(hessenberg: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The largest Ritz value of (B, m + 1, m) Hessenberg matrices, and how far off it may be.
+
+    A Ritz value is an eigenvalue of a matrix as far away as its residual. How far that moves an
+    eigenvalue is asked twice: by its condition number, and by the largest eigenvalue of a matrix
+    so far away, for a condition number knows of small changes only, which those of a Jordan block
+    are not. Rounding moves it by no more than Bauer and Fike say. Where the answer is not small it
+    says nothing, for the Ritz value has not settled: the radius is between 0 and the norm.
+    """
+    hessenberg, finite = without_nonfinite(hessenberg)
+    square = hessenberg[:, :-1]
+    size = square.shape[1]
+    values, vectors = torch.linalg.eig(square)
+    top = values.abs().argmax(1)
+    each = torch.arange(len(top), device=top.device)
+    radius, vector = values[each, top].abs(), vectors[each, :, top]
+    unit = torch.zeros_like(vector).index_put_((each, top), torch.ones_like(vector[:, 0]))
+    condition = torch.linalg.solve_ex(vectors.mT, unit[..., None])[0].squeeze(-1).norm(dim=1)
+    norm = torch.linalg.matrix_norm(hessenberg, 2)
+    residual = hessenberg[:, -1, -1] * vector[:, -1].abs() + size * eps * norm
+    away = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(square)
+    away = residual[:, None, None] * away / torch.linalg.matrix_norm(away, 2)
+    moved = (torch.linalg.eigvals(square + away).abs().amax(1) - radius).abs()
+    by_rounding = size * torch.finfo(square.dtype).eps * norm * torch.linalg.cond(vectors)
+    error = MARGIN * torch.maximum(residual * condition, moved) + by_rounding
+    error = error.nan_to_num(torch.inf)
+    error = torch.where(error <= CERTAIN * radius, error, torch.maximum(radius, norm - radius))
+    nan = float("nan")
+    return torch.where(finite, radius, nan), torch.where(finite, error, nan)
+
+
+def without_nonfinite(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices (B, ...), zero where one holds NaN or Inf, and (B,) bool which do not."""
+    finite = torch.isfinite(matrix).flatten(1).all(1)
+    return torch.where(finite[:, None, None], matrix, 0), finite
+
+
+def whole(transposed: Callable[[Tensor], Tensor], flat: Tensor, wanted: Tensor) -> Tensor:
+    """(n, D, D) float64: the transposed Jacobians of n wanted samples, column by column."""
+    dim = flat.shape[1]
+    rows = torch.nonzero(wanted)[:, 0]
+    matrix = torch.empty(len(rows), dim, dim, dtype=torch.float64, device=flat.device)
     for column in range(dim):
         unit = torch.zeros_like(flat)
         unit[:, column] = 1
-        matrix[:, :, column] = transposed(unit)
+        matrix[:, :, column] = transposed(unit)[rows]
     return matrix
 
 
@@ -96,7 +166,7 @@ def compressed(
     size: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """(B, size, size) float64: each transposed Jacobian on its own Krylov space."""
+    """(B, size + 1, size) float64: each transposed Jacobian on its own Krylov space."""
     batch, dim = flat.shape
     dtype = working_dtype(flat.dtype)
     # What is left of a product after orthogonalisation is rounding below this share of it.
@@ -121,7 +191,7 @@ def compressed(
         if j + 1 < size:
             unit = w / torch.where(going, height, 1.0)[:, None].to(dtype)
             basis[:, j + 1] = torch.where(going[:, None], unit, 0)
-    return hessenberg[:, :size]
+    return hessenberg
 
 
 def jacobian_penalty(

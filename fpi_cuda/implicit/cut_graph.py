@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from fpi_cuda import transforms
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graph import Frontier, is_leaf_node, leads_to
-from fpi_cuda.implicit.strategy import FixedPointWarning
+from fpi_cuda.unconverged import FixedPointWarning
 
 NOISE = 8.0
 """Roundings of g that its own evaluation may differ by."""

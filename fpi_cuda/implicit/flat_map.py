@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit.hoisting import why_whole
 from fpi_cuda.implicit.replica import called_with
@@ -126,10 +127,7 @@ class FlatMap:
 
     def selectable(self) -> bool:
         """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
-        return all(
-            isinstance(part, Tensor) and part.dim() > 0 and part.shape[0] == self.layout.batch
-            for part in parts_of(self.read)
-        )
+        return all(has_rows(part, self.layout.batch) for part in parts_of(self.read))
 
     def evaluate(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """g for a solver, without a graph; see fpi_cuda.solvers.loop.FlatMap."""
@@ -219,7 +217,7 @@ class FlatMap:
 
     def _mended_inputs(self, z: Sequence[Tensor], bad: Tensor, good: int) -> list[Tensor]:
         batch = self.layout.batch
-        return [replace_rows(t, bad, good) if t.dim() > 0 and t.shape[0] == batch else t for t in z]
+        return [replace_rows(t, bad, good) if has_rows(t, batch) else t for t in z]
 
     def over(self) -> None:
         """The call has ended: evaluations from now on leave no trace in g."""
@@ -232,8 +230,11 @@ class FlatMap:
             return self._prepare_replay(lambda: self.g.prepare(*z))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, as they are now; empty unless g is a module."""
-        if not isinstance(self.g, nn.Module):
+        """Parameters and buffers by name, as they are now; empty unless g is a module.
+
+        Those of a TorchScript module cannot be exchanged by name: they are met as any leaves.
+        """
+        if not isinstance(self.g, nn.Module) or isinstance(self.g, torch.jit.ScriptModule):
             return {}
         return dict(self.g.named_parameters()) | dict(self.g.named_buffers())
 
@@ -304,6 +305,13 @@ class FlatMap:
 def first_line(error: Exception) -> str:
     """What an error says, without what follows."""
     return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def has_rows(part: object, batch: int) -> bool:
+    """Whether part is a tensor with one row for each sample, which can be taken one by one."""
+    if not isinstance(part, Tensor) or why_not_dense(part) is not None:
+        return False
+    return part.dim() > 0 and part.shape[0] == batch
 
 
 def select(read: Any, rows: Tensor) -> Any:

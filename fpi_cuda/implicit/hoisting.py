@@ -73,7 +73,11 @@ def what_it_depends_on(g: Any, layout: Layout, z: tuple[Any, ...]) -> tuple[Any,
     about = (layout, shapes, autocast, *map(weakly, (call, g.step, g.prepare)))
     if not isinstance(g, nn.Module):
         return about
-    return (*about, g.training, tuple((id(p), version_of(p)) for p in g.parameters()))
+    return (
+        *about,
+        getattr(g, "training", None),
+        tuple((id(p), version_of(p)) for p in g.parameters()),
+    )
 
 
 def weakly(function: Any) -> Hashable:

@@ -103,6 +103,11 @@ class Inputs:
                 "closes over one that was computed before the call and could not be found. Pass "
                 "it to g as a z"
             )
+        if torch.is_grad_enabled() and any(hasattr(t, "full_tensor") for t in self.originals):
+            raise RuntimeError(
+                "fixed_point: a second derivative cannot go through a DTensor that g reads. Hand g "
+                "its .full_tensor() or .to_local(), computed before the call"
+            )
         # Autograd runs the hooks of what it is asked about, and will run them again later.
         hooked = [t for t in self._leaves if t._backward_hooks]
         exchanged = (*self._exchanged, *hooked)

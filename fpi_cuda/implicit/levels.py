@@ -147,7 +147,7 @@ def for_right_hand_side(solved: Solved, b: Tensor, number: int, *, transpose: bo
         if added:
             matrix = SpreadJacobian(matrix, spread)
     status = spread.rows(solved.status)
-    return Solved(solved.strategy.over(status), matrix, frame, status)
+    return Solved(solved.strategy.over(status, spread.rows), matrix, frame, status)
 
 
 def solution(h: Apply, b: Tensor, solved: Solved, candidates: Set[int]) -> Tensor:

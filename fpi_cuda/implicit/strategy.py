@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.implicit.late import Late
 from fpi_cuda.implicit.linearization import Jacobian
 from fpi_cuda.implicit.scaling import Apply, Scaling
+from fpi_cuda.late import Late
 from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
 from fpi_cuda.row_norm import row_norm
+from fpi_cuda.unconverged import worst_of
 
 
 class LinearSolve(Protocol):
@@ -50,10 +51,6 @@ class DeviceSolve(Protocol):
         """c (B, D) with ||J^T c + b - c|| <= atol (B,); None: the host has to do it."""
 
 
-class FixedPointWarning(UserWarning):
-    """A gradient is not what was asked for, and a field of the Solution says more."""
-
-
 FAILED = (Status.DIVERGED, Status.NONFINITE)
 
 
@@ -63,7 +60,7 @@ def failed(status: Tensor) -> Tensor:
 
 
 class Account:
-    """Writes down how adjoint solves went, and warns once of samples left without a gradient.
+    """Writes down how adjoint solves went, and shows them to whoever warns of them.
 
     Args:
         status: (B,) int8, how the forward solve ended.
@@ -88,15 +85,20 @@ class Account:
         self.coupling = coupling
         self.late = late
         self._record = record
-        self._failed = failed(status)
-        self._any = Late(self._failed.any())
+        self._worst = Late(worst_of(status))
+        if record.worst is None:
+            record.worst = self._worst
         self._unmended = late
 
     @property
     def hopeless(self) -> Tensor | None:
         """(B,) bool, samples that failed in the forward solve; None if none did."""
         self.late = False
-        return self._failed if self._any.value() else None
+        return self._failed if self._worst.value() >= min(FAILED) else None
+
+    @functools.cached_property
+    def _failed(self) -> Tensor:
+        return failed(self.status)
 
     @property
     def joint(self) -> bool:
@@ -132,7 +134,8 @@ class Account:
         hopeless = self.hopeless
         x, status, num_steps, residual = result
         bad = failed(status)
-        fails_here = bool(bad.any())
+        worst = worst_of(status).item()
+        fails_here = worst >= min(FAILED)
         num_zeroed = 0
         if fails_here or hopeless is not None:
             finite = finite_rows(b)
@@ -148,14 +151,10 @@ class Account:
                 status = torch.where(hopeless, self.status, status)
             num_zeroed = int((bad & finite).sum())
         self._record.stats = Stats(status, num_steps, residual_in(b.dtype, residual), num_zeroed)
-        if num_zeroed and not self._record.warned:
-            self._record.warned = True
-            warnings.warn(
-                "fixed_point: some samples contribute no gradient, for their solve or its "
-                "adjoint ended DIVERGED or NONFINITE; see adjoint_stats",
-                FixedPointWarning,
-                stacklevel=2,
-            )
+        unfinished = worst > Status.CONVERGED and not isinstance(result, Unmeasured)
+        record = self._record
+        if record.look is not None and not record.warned and (num_zeroed or unfinished):
+            record.warned = record.look(b, status, residual, num_zeroed)
         unseen = hopeless is not None and self._unmended
         return x, bad if fails_here or unseen else None
 
@@ -183,8 +182,13 @@ class Strategy(abc.ABC):
         Without a graph. Samples are independent only if g is row-wise.
         """
 
-    def over(self, status: Tensor) -> Strategy:
-        """The same choice, for samples whose forward solve ended so."""
+    def over(self, status: Tensor, rows: Apply | None = None) -> Strategy:
+        """The same choice, for samples whose forward solve ended so.
+
+        Args:
+            rows: which of the samples these are, where they are not the same: it takes what
+                there is one of for each sample.
+        """
         return dataclasses.replace(self, account=self.account.over(status))
 
 
@@ -193,13 +197,18 @@ class Exact(Strategy):
     """The exact one: y solves y = M y + b to rtol ||b|| per sample.
 
     Attributes:
-        linear_solve, rtol: how, and how far.
+        linear_solve, rtol: how, and how far: one number, or (B,) float64.
         on_device: tried first for J^T.
     """
 
     linear_solve: LinearSolve = dataclasses.field(kw_only=True)
-    rtol: float = dataclasses.field(kw_only=True)
+    rtol: float | Tensor = dataclasses.field(kw_only=True)
     on_device: DeviceSolve | None = None
+
+    def over(self, status: Tensor, rows: Apply | None = None) -> Strategy:
+        """See Strategy."""
+        rtol = rows(self.rtol) if rows is not None and isinstance(self.rtol, Tensor) else self.rtol
+        return dataclasses.replace(self, account=self.account.over(status), rtol=rtol)
 
     def solve(
         self, b: Tensor, matrix: Jacobian, *, transpose: bool
@@ -286,13 +295,17 @@ def series(apply: Apply, b: Tensor, k: int) -> Tensor:
     return y
 
 
+class Unmeasured(SolveResult):
+    """The account of what stopped where it did by choice; its residual is NaN."""
+
+
 def unmeasured(b: Tensor, y: Tensor, num_steps: int) -> SolveResult:
     """The account of a y that stopped after `num_steps` by choice, its residual NaN: unknown."""
     size = row_norm(b)
     nothing = trivial(b, size)
     finite = torch.isfinite(y).all(1)
     status = torch.where(finite, Status.MAX_STEPS, Status.NONFINITE).to(torch.int8)
-    return SolveResult(
+    return Unmeasured(
         y,
         torch.where(size == 0, nothing.status, status),
         torch.where(size == 0, 0, num_steps).int(),
