@@ -225,7 +225,7 @@ def solve_flat(
     coupling = coupling_of(flat_map, options, rowwise)
     if isinstance(options.adjoint, Unroll) and differentiates():
         require_host_allowed(options, "the solve", UNROLLED)
-        value, result = unrolled(flat_map, start, options, record, born_after)
+        value, result = unrolled(flat_map, start, options, record, coupling, born_after)
     elif transforms.active():
         require_host_allowed(options, "the solve", IN_TRANSFORM)
         value, result = solved_live(flat_map, start, options, engine, record, coupling)
@@ -347,7 +347,12 @@ def solved_live(
 
 
 def unrolled(
-    flat_map: FlatMap, start: Tensor, options: Options, record: AdjointRecord, born_after: int
+    flat_map: FlatMap,
+    start: Tensor,
+    options: Options,
+    record: AdjointRecord,
+    coupling: Coupling | None,
+    born_after: int,
 ) -> tuple[Any, SolveResult]:
     """The fixed point with the graph of every step that led to it."""
 
@@ -368,6 +373,7 @@ def unrolled(
                 max_steps=options.max_steps,
                 reference=reference,
                 arithmetic=flat_map.replay.autocast_dtype,
+                coupling=coupling,
             )
 
     result = run(flat_map, start)

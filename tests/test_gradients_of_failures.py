@@ -53,6 +53,22 @@ def gradients_without_the_bad_one(a: Tensor, z: Tensor, **options: Any) -> tuple
     return grads[0], grads[1]
 
 
+def test_rows_of_tiny_states_that_are_coupled_are_not_evaluated_elsewhere() -> None:
+    """Whether that leaves the good ones alone is asked relative to them."""
+    from fpi_cuda.faithful import Replay
+    from fpi_cuda.implicit.flat_map import FlatMap
+    from fpi_cuda.implicit.mending import mended_if_batchwise
+    from fpi_cuda.state import layout_of
+
+    x = 1e-25 * torch.randn(B, D, dtype=F64)
+    bad = torch.arange(B) == BAD
+    for g, mends in ((lambda x: 0.5 * x, True), (lambda x: x - x.mean(0), False)):
+        layout = layout_of(x)
+        flat_map = FlatMap(g, layout, (), Replay(layout.device, g))
+        flat_map.evaluate(x, None)
+        assert (mended_if_batchwise(flat_map, x, bad) is not flat_map) == mends
+
+
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 def test_a_sample_that_fails_forward(adjoint: Any, weights: Any) -> None:
     z, a = weights

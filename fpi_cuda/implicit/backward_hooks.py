@@ -16,6 +16,9 @@ CHANGED = (
     "None from the hook, or ask for first derivatives only"
 )
 
+ROUNDINGS = 4.0
+"""Of the arithmetic that g is evaluated in: what two products may differ by."""
+
 
 def watches_gradients(g: object) -> bool:
     """Whether g is a module with backward hooks, its own or on a module inside."""
@@ -23,7 +26,10 @@ def watches_gradients(g: object) -> bool:
 
 
 def require_true_products(
-    evaluate: Callable[[Sequence[Tensor]], Tensor], gx: Tensor, leaves: Sequence[Tensor]
+    evaluate: Callable[[Sequence[Tensor]], Tensor],
+    gx: Tensor,
+    leaves: Sequence[Tensor],
+    arithmetic: torch.dtype,
 ) -> None:
     """Raise where the graph of gx has other products with the Jacobian than forward mode has.
 
@@ -32,6 +38,7 @@ def require_true_products(
     Args:
         evaluate: g as a function of the leaves.
         gx: its value, computed from the leaves.
+        arithmetic: what g is evaluated in.
     Raises:
         RuntimeError: they differ by more than rounding.
     """
@@ -61,7 +68,8 @@ def require_true_products(
         for p, d in zip(pulled, directions, strict=True)
         if p is not None
     )
-    if abs(along - back) > torch.finfo(gx.dtype).eps ** 0.5 * size:
+    rounding = max(torch.finfo(gx.dtype).eps ** 0.5, ROUNDINGS * torch.finfo(arithmetic).eps)
+    if abs(along - back) > rounding * size:
         raise RuntimeError(CHANGED)
 
 

@@ -132,7 +132,7 @@ class Inputs:
         with torch.enable_grad():
             gx = evaluate([x_leaf, *other.values()])
         if watched:
-            require_true_products(evaluate, gx, [x_leaf, *other.values()])
+            require_true_products(evaluate, gx, [x_leaf, *other.values()], flat_map.arithmetic)
         leaves = [other.get(id(t), t) for t in self.originals]
         self._require_same_dependence(gx, leaves)
         if compared is not None:

@@ -114,6 +114,12 @@ class Account:
         """An account of the same record, for samples that ended otherwise."""
         return Account(status, self._record, self.coupling)
 
+    def spread(self, b: Tensor) -> Tensor:
+        """b, not finite in all rows where one row is not and others depend on it."""
+        if self.joint and not bool(torch.isfinite(b).all()):
+            return b + torch.nan
+        return b
+
     def masked(self, b: Tensor) -> Tensor:
         """b with zeros for the samples that failed forward."""
         hopeless = self.hopeless
@@ -218,6 +224,7 @@ class Exact(Strategy):
             return self._solve(self.account.masked(b), matrix, transpose)
 
     def _solve(self, b: Tensor, matrix: Jacobian, transpose: bool) -> tuple[Tensor, Tensor | None]:
+        b = self.account.spread(b)
         scaling = self.scaling.joint() if self.account.joint else self.scaling
         scale = scaling.of(b)
         result = self._solve_scaled(b / scale.factor, matrix, transpose)
@@ -227,6 +234,7 @@ class Exact(Strategy):
                 scale = scaling.joint().of(b)
                 result = self._solve_scaled(b / scale.factor, matrix, transpose)
         residual = result.residual * scale.factor[:, 0].double()
+        b = self.account.spread(b)  # what couples the rows may have been found only now
         return self.account.close(b, result._replace(x=result.x * scale.factor, residual=residual))
 
     def _solve_scaled(self, b: Tensor, matrix: Jacobian, transpose: bool) -> SolveResult:
@@ -250,8 +258,6 @@ class Exact(Strategy):
         result = self.linear_solve(
             apply, apply_transpose, zero_rows(b, lost), self.rtol * size, coupling
         )
-        if self.account.joint:
-            return lose(result._replace(x=result.x + torch.nan), torch.ones_like(lost))
         return lose(result, lost)
 
 
@@ -270,6 +276,8 @@ class Truncated(Strategy):
     ) -> tuple[Tensor, Tensor | None]:
         """See Strategy."""
         b = self.account.masked(b)
+        if self.truncation:
+            b = self.account.spread(b)
         apply = matrix.transposed if transpose else matrix.product
         with torch.no_grad(), without_autocast(b.device):
             result = self._summed(b, apply)

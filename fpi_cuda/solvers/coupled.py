@@ -208,7 +208,7 @@ def joint_solve(
     x = x.reshape(1, -1).clone(memory_format=torch.contiguous_format)
     work = allocate(x, solver, 0.0)
     work.scratch = backend.scratch(x)
-    judge = JointTest(system, scale, rows, work.control)
+    judge = JointTest(system, scale, rows, x.device)
     noise = noise_of(system.arithmetic, x.dtype, system.max_steps)
     least: float | None = None
 
@@ -217,7 +217,7 @@ def joint_solve(
 
     while True:
         at = x.view(shape)
-        residual, passes = judge(at, gx)
+        residual, passes = judge(at, gx, work.control)
         if bool(passes.all()):
             return rows_of(at, Status.CONVERGED, passes, residual, number)
         step(backend, solver, work, x, gx.reshape(1, -1), None, 0.0, MOST_STEPS)
@@ -243,18 +243,21 @@ class JointTest:
 
     Args:
         scale: as in joint_solve.
-        control: what the rules remember of the joint sample.
+        rows: B.
     """
 
-    def __init__(self, system: System, scale: float, rows: int, control: Tensor) -> None:
+    def __init__(self, system: System, scale: float, rows: int, device: torch.device) -> None:
         self._system = system
         self._scale = scale
-        self._peak, self._peak_norm = column(control, "peak"), column(control, "peak_norm")
-        self._each = torch.zeros(rows, dtype=torch.float64, device=control.device) + system.atol
+        self._each = torch.zeros(rows, dtype=torch.float64, device=device) + system.atol
         self._total = self._each.norm()
 
-    def __call__(self, x: Tensor, gx: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) residual, and (B,) whether the row is within its tolerance."""
+    def __call__(self, x: Tensor, gx: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) residual, and (B,) whether the row is within its tolerance.
+
+        Args:
+            control: what the rules remember of the joint sample.
+        """
         system = self._system
         residual = difference_norm(gx, x)
         total = residual.norm()
@@ -262,7 +265,8 @@ class JointTest:
             return residual, (total <= self._total).expand(len(residual))
         size = row_norm(gx)
         whole = size.norm()
-        peak = torch.where(whole <= SETTLED * self._peak_norm, self._peak, 0.0)
+        settled = whole <= SETTLED * column(control, "peak_norm")
+        peak = torch.where(settled, column(control, "peak"), 0.0)
         cap = (FALL * peak).clamp(min=LARGEST_TOLERANCE * self._scale) + self._total
         hidden = HIDDEN * peak.clamp(min=self._scale) + self._total
         told = torch.finfo(x.dtype).eps * whole <= hidden

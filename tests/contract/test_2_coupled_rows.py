@@ -194,6 +194,33 @@ def test_the_gradient(make: Map, solver: Any, loss: Any) -> None:
     assert (found - want).norm() <= 1e-6 * want.norm()
 
 
+@pytest.mark.parametrize("make", [graph, attention])
+@pytest.mark.parametrize("adjoint", [fpi.Unroll(), fpi.Neumann(150), fpi.Phantom(150)], ids=str)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_the_gradient_of_other_adjoints(make: Map, adjoint: Any, solver: Any) -> None:
+    g, x0 = make()
+    z = (0.1 * torch.randn_like(x0)).requires_grad_()
+    v = torch.randn_like(x0)
+    sol = fpi.fixed_point(g, x0, z, solver=solver, rtol=1e-12, max_steps=500, adjoint=adjoint)
+    assert sol.converged.all()
+    assert same_as_told(sol, true_residual(g, sol.value.detach(), z))
+    (found,) = torch.autograd.grad(sol.value, z, v)
+    want = dense_gradient(g, x0, z.detach(), v)
+    assert (found - want).norm() <= 1e-6 * want.norm()
+
+
+def test_an_infinite_gradient_reaches_the_rows_that_depend_on_it() -> None:
+    g, x0 = dense_vector()
+    z = torch.zeros_like(x0).requires_grad_()
+    sol = fpi.fixed_point(g, x0, z, rtol=1e-8, max_steps=300)
+    v = torch.ones_like(x0)
+    v[3] = torch.inf
+    (found,) = torch.autograd.grad(sol.value, z, v)
+    assert not found.isfinite().any()
+    assert sol.adjoint_stats is not None
+    assert sol.adjoint_stats.num_zeroed == 0
+
+
 @pytest.mark.parametrize("solver", LINEAR_SOLVERS, ids=lambda s: type(s).__name__)
 def test_the_residual_of_the_adjoint_is_that_of_all_rows(solver: Any) -> None:
     """Where the forward solve had no chance to notice: it begins at the solution."""
