@@ -41,7 +41,7 @@ def explain(
         "backend": backend_line(options, device, dtype),
         "solver": f"{options.solver}; a sample stops at ||g(x) - x|| <= {options.atol:g} + "
         f"{options.rtol:g} ||g(x)||, or after {options.max_steps} evaluations",
-        "samples": samples_line(options, g),
+        "samples": samples_line(options, g, joint=record is not None and record.joint),
         "inputs": inputs_line(g),
         "adjoint": adjoint_line(options),
     }
@@ -142,10 +142,16 @@ def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> 
     return f"{name} for {dtype} on {device} ({reason})"
 
 
-def samples_line(options: Options, g: object) -> str:
-    """What becomes of samples that have stopped."""
+def samples_line(options: Options, g: object, *, joint: bool) -> str:
+    """What becomes of samples that have stopped.
+
+    Args:
+        joint: rows were seen to depend on one another in the latest solve.
+    """
     if not options.batch_dims:
         return "the whole state is one (batch_dims=0)"
+    if joint:
+        return "all were solved as one, for rows of g were seen to depend on one another"
     source = "g.rowwise" if options.rowwise is None else "rowwise"
     if options.rowwise is None and getattr(g, "rowwise", False):
         reason = why_rows_unknown(g)

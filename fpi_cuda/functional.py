@@ -233,6 +233,7 @@ def solve_flat(
         course = Course(flat_map, options, engine, record, coupling, rowwise)
         value, result = solved(flat_map, start, options, engine, course, born_after)
     flat_map.over()
+    record.joint = coupling is not None and coupling.joint
     _, status, num_steps, residual = result
     residual = residual_in(layout.dtype, residual)
     if not layout.batch_dims:

@@ -121,6 +121,7 @@ class AdjointRecord:
         worst: the highest status of the forward solve; None where nobody has asked for it yet.
         route: which way the forward solve went; None where there is but one.
         adjoint_route: which way the adjoint solve will go; likewise.
+        joint: rows were seen to depend on one another in the forward solve.
     """
 
     def __init__(self, look: LookAtAdjoint | None = None, batch_dims: int = 1) -> None:
@@ -131,6 +132,7 @@ class AdjointRecord:
         self.worst: Late | None = None
         self.route: Route | None = None
         self.adjoint_route: Route | None = None
+        self.joint = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What can be handed to another process."""

@@ -158,6 +158,16 @@ def test_one_bad_row_is_everybodys() -> None:
     assert not sol.converged.any()
 
 
+def test_explain_says_how_rows_were_solved() -> None:
+    g, x0 = graph()
+    layer = fpi.FPILayer(lambda x, z: g(x, z))
+    assert "rows that are seen to depend on one another are solved as one" in layer.explain()
+    layer(torch.zeros_like(x0))
+    assert "rows of g were seen to depend on one another" in layer.explain()
+    single = fpi.FPILayer(lambda x, z: g(x, z), batch_dims=0)
+    assert "the whole state is one (batch_dims=0)" in single.explain()
+
+
 # --- derivatives ---------------------------------------------------------------------------------
 
 
