@@ -73,11 +73,13 @@ class Replay:
                 another thread draws at that time, to see whether g does.
         """
         watch_weight_cache()
+        inference = self._inference and not torch.is_inference_mode_enabled()
+        if not inference and self._autocast.is_current():
+            return self._with_random_numbers(evaluation, again or evaluation)
         with contextlib.ExitStack() as stack:
-            if self._inference and not torch.is_inference_mode_enabled():
+            if inference:
                 stack.enter_context(torch.inference_mode())
-            if self._autocast != AutocastState.current(self._device.type):
-                stack.enter_context(self._autocast.entered())
+            stack.enter_context(self._autocast.entered())
             return self._with_random_numbers(evaluation, again or evaluation)
 
     @contextlib.contextmanager
@@ -254,10 +256,14 @@ class AutocastState:
         }
         return cls(dtypes, torch.is_autocast_cache_enabled())
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, AutocastState) and self._dtypes == other._dtypes
-
-    __hash__ = None  # type: ignore[assignment]
+    def is_current(self) -> bool:
+        """Whether it is the state now, on this thread."""
+        for name, dtype in self._dtypes.items():
+            if torch.is_autocast_enabled(name) != (dtype is not None):
+                return False
+            if dtype is not None and torch.get_autocast_dtype(name) != dtype:
+                return False
+        return True
 
     @property
     def key(self) -> Hashable:

@@ -275,7 +275,9 @@ def solved(
     record, coupling = course.record, course.coupling
     with torch.no_grad(), flat_map.replay.solving():
         result = course.solve(start.detach())
-    check = SolutionCheck(result, options.rtol, options.atol, arithmetic_of(flat_map), coupling)
+    check = SolutionCheck(
+        result, options.rtol, options.atol, arithmetic_of(flat_map), coupling, engine.num_moved
+    )
     if not differentiates():
         if coupling is None and course.may_take_rows:
             require_kept_promise(flat_map, options, check)

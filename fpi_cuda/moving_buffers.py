@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpi_cuda.module_tree import parts_of
+
 # Names of the buffers that a module in training mode was seen to change, in g and in its prepare.
 Seen = weakref.WeakKeyDictionary[nn.Module, frozenset[str]]
 _seen_in: dict[str, Seen] = {
@@ -111,9 +113,11 @@ def moving_buffers(g: object) -> tuple[MovingBuffers | None, MovingBuffers | Non
 
 def modules_of(g: object) -> list[nn.Module]:
     """The modules that g is made of, as far as they can be seen."""
+    if isinstance(g, nn.Module):
+        return parts_of(g)
     found: dict[int, nn.Module] = {}
     for owner in owners_of(g):
-        for module in owner.modules():
+        for module in parts_of(owner):
             found[id(module)] = module
     return list(found.values())
 

@@ -15,6 +15,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from fpi_cuda.module_tree import parts_of
+
 LINEAR = nn.Linear
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 LINEAR_PARTS = ("A", "B", "W")
@@ -178,20 +180,6 @@ def why_parts_matter(module: nn.Module) -> str | None:
         if reason is not None:
             return reason
     return why_linear_matters()
-
-
-def parts_of(module: nn.Module) -> list[nn.Module]:
-    """The module and all inside it, each once; faster than module.modules()."""
-    parts = [module]
-    if not module._modules:
-        return parts
-    seen = {id(module)}
-    for part in parts:  # which grows
-        for inside in part._modules.values():
-            if inside is not None and id(inside) not in seen:
-                seen.add(id(inside))
-                parts.append(inside)
-    return parts
 
 
 def why_linear_matters() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ class SolutionCheck:
         rtol, atol: what its samples have converged to.
         arithmetic: what g is evaluated in.
         coupling: None where it was promised that rows are independent.
+        num_moved: of a backend, see fpi_cuda.row_norm.num_moved.
     """
 
     result: SolveResult
@@ -47,6 +49,7 @@ class SolutionCheck:
     atol: float
     arithmetic: torch.dtype
     coupling: Coupling | None
+    num_moved: Callable[[Tensor, Tensor, Tensor, Tensor], int]
 
     def __call__(self, x: Tensor, gx: Tensor, ignored: Tensor | None = None) -> None:
         """Look at g(x), x being the solution.
@@ -56,18 +59,22 @@ class SolutionCheck:
         Raises:
             RuntimeError: another map.
         """
+        found = self.result
+        x, gx = x.detach(), gx.detach().contiguous()
+        if not self.num_moved(x, gx, found.status, found.residual):
+            return
         wide = torch.promote_types(x.dtype, torch.float32)
-        x, gx = x.detach().to(wide), gx.detach().to(wide)
+        x, gx = x.to(wide), gx.to(wide)
         residual, norm_gx = row_norm(gx - x), row_norm(gx)
         size = torch.maximum(norm_gx, row_norm(x))
-        change = (residual - self.result.residual).abs()
+        change = (residual - found.residual).abs()
         info = torch.finfo(self.arithmetic)
         roundings = ROUNDINGS if info.bits > 16 else ROUNDINGS_IN_16_BITS
         rounding = roundings * info.eps * size
         # False where anything is not finite: that is the solver's to report.
         off = change > torch.maximum(OTHER_MAP * size, rounding)
         lost = residual > 2 * (self.atol + self.rtol * norm_gx) + rounding
-        off = off | (lost & (change > rounding) & (self.result.status == Status.CONVERGED))
+        off = off | (lost & (change > rounding) & (found.status == Status.CONVERGED))
         if ignored is not None:
             off = off & ~ignored
         if bool(off.any()):

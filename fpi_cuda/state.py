@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -35,18 +36,21 @@ class Layout:
     device: torch.device
     batch_dims: int = 1
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, ...]:
         """Elements of one sample, for each tensor; they add up to D."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @functools.cached_property
     def dim(self) -> int:
         """D."""
         return sum(self.sizes)
 
     def flatten(self, x: Any) -> Tensor:
         """(n, D) from a state with n samples; a view where that is possible."""
+        if not self.is_tuple:
+            single: Tensor = x.reshape(x.shape[0] if self.batch_dims else 1, self.dim)
+            return single
         parts = x if self.is_tuple else (x,)
         flat = [
             part.reshape(part.shape[0] if self.batch_dims else 1, size)
@@ -60,6 +64,8 @@ class Layout:
         Args:
             writable: autograd shall allow in-place operations on each tensor of a tuple.
         """
+        if not self.is_tuple:
+            return flat.reshape(flat.shape[: self.batch_dims] + self.shapes[0])
         if len(self.shapes) == 1:
             return self._shaped((flat,))
         if not writable:
@@ -89,6 +95,16 @@ class Layout:
             TypeError: not a tensor, or not a tuple of as many tensors.
             ValueError: another shape, layout, dtype or device.
         """
+        if (
+            type(gx) is Tensor
+            and not self.is_tuple
+            and gx.dtype == self.dtype
+            and gx.layout == torch.strided
+            and not gx.is_nested
+            and gx.shape == (num_samples,)[: self.batch_dims] + self.shapes[0]
+            and gx.device == self.device
+        ):
+            return  # as most are
         parts = gx if self.is_tuple else (gx,)
         if not isinstance(parts, (tuple, list)) or len(parts) != len(self.shapes):
             given = len(parts) if isinstance(parts, (tuple, list)) else type(gx).__name__

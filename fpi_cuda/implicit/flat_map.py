@@ -14,7 +14,7 @@ from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit.hoisting import why_whole
 from fpi_cuda.implicit.replica import called_with
-from fpi_cuda.implicit.untouched import parts_of, untouched, version_of
+from fpi_cuda.implicit.untouched import Untouched, parts_of, version_of
 from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
 from fpi_cuda.state import Layout
 
@@ -72,7 +72,7 @@ class FlatMap:
         self._buffers, self._prepare_buffers = moving_buffers(g)
         self._prepared: Any = None
         if self.hoisted:
-            with untouched("z", z, compare=True):
+            with Untouched("z", z, compare=True):
                 self._prepared = self._prepare(z)
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
@@ -269,13 +269,20 @@ class FlatMap:
         before = version_of(given)
         name = "what prepare returned" if self.hoisted else "z"
         # From x = 0 the first evaluation may change nothing.
-        compare = habit.evaluations < 2
-        with untouched(name, read, compare=compare), one_evaluation(self._buffers):
+        with Untouched(name, read, compare=habit.evaluations < 2):
             state = self.layout.unflatten(given, writable=copies)
-            gx = self.replay(
-                lambda: call(state),
-                lambda: call(self.layout.unflatten(x.clone() if copies else x, writable=copies)),
-            )
+
+            def evaluation() -> Any:
+                return call(state)
+
+            def again() -> Any:
+                return call(self.layout.unflatten(x.clone() if copies else x, writable=copies))
+
+            if self._buffers is None:
+                gx = self.replay(evaluation, again)
+            else:
+                with self._buffers.one_evaluation():
+                    gx = self.replay(evaluation, again)
         changed = before != version_of(given)
         if changed and not copies:
             raise ValueError(

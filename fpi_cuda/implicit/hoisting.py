@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from fpi_cuda import transforms
 from fpi_cuda.capturing import being_captured
 from fpi_cuda.faithful import rehearsal
-from fpi_cuda.implicit.untouched import untouched, version_of
+from fpi_cuda.implicit.untouched import Untouched, version_of
 from fpi_cuda.shortcuts import is_composition, why_not_hoisted
 from fpi_cuda.state import Layout
 
@@ -109,7 +109,7 @@ def compared(g: Any, layout: Layout, z: tuple[Any, ...]) -> str | None:
         return None
 
     with torch.no_grad(), buffers_kept(g):
-        with untouched("z", z, compare=True):
+        with Untouched("z", z, compare=True):
             reason = evaluate()
         if reason is not None:
             return reason

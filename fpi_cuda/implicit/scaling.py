@@ -15,6 +15,9 @@ from fpi_cuda.row_norm import row_norm
 
 Apply = Callable[[Tensor], Tensor]
 
+LEAST_SPARE = 16
+"""Bits without which every row is scaled: those of float16 never suffice."""
+
 ROUNDINGS = 16.0
 """Of a product with the Jacobian: what its rows may be off by."""
 
@@ -23,11 +26,11 @@ class Scale(NamedTuple):
     """What to divide b by.
 
     Attributes:
-        factor: (B, 1) powers of two, in the dtype of b.
+        factor: (B, 1) powers of two, in the dtype of b; None for ones.
         differs: 0-dim bool, rows have factors of their own though g may couple them; None: no.
     """
 
-    factor: Tensor
+    factor: Tensor | None
     differs: Tensor | None
 
 
@@ -49,18 +52,25 @@ class Scaling:
 
     def of(self, b: Tensor) -> Scale:
         """The scale of b (B, D); rows that are zero or not finite get any."""
-        if b.numel() == 0:
-            return Scale(b.new_ones(b.shape[0], 1), None)
+        if b.numel() == 0 or self._is_moderate(b):
+            return Scale(None, None)
         exponent, empty = exponents(b)
         if self.coupled is False or len(b) == 1:
             return Scale(powers(exponent, b.dtype), None)
-        lowest, _ = exponent_range(b.dtype)
-        joint = exponent.masked_fill(empty, lowest).amax().expand_as(exponent)
+        joint = largest_of(exponent, empty, b.dtype)
         if self.coupled:
             return Scale(powers(joint, b.dtype), None)
         exponent = torch.where(empty, joint, exponent)
         differs = (joint - exponent).amax() > bits_to_spare(self.arithmetic or b.dtype)
         return Scale(powers(torch.where(differs, exponent, joint), b.dtype), differs)
+
+    def _is_moderate(self, b: Tensor) -> bool:
+        """Whether no row is so large or small that a power of two would save it a digit."""
+        spare = bits_to_spare(self.arithmetic or b.dtype) // 2
+        if spare < LEAST_SPARE:
+            return False
+        low, high = b.abs().amax(1).aminmax()
+        return 2.0**-spare <= float(low) and float(high) <= 2.0**spare
 
     def joint(self) -> Scaling:
         """One factor for all rows."""
@@ -75,6 +85,7 @@ class Scaling:
         Args:
             result: y and its residual, in units of `scale`.
         """
+        assert scale.factor is not None
         common = scale.factor.amax()
         ratio = scale.factor.double() / common.double()
         y = (result.x * ratio).to(b.dtype)
@@ -96,6 +107,17 @@ def exponents(b: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 1) int32, the binary exponent of the largest |b| of each row; and rows without one."""
     largest = b.abs().amax(1, keepdim=True).nan_to_num(0.0, 0.0, 0.0)
     return torch.frexp(largest.double()).exponent, largest == 0
+
+
+def common_factor(b: Tensor) -> Tensor:
+    """(B, 1) one power of two for all rows of b."""
+    return powers(largest_of(*exponents(b), b.dtype), b.dtype)
+
+
+def largest_of(exponent: Tensor, empty: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1) the largest exponent of all rows that have one."""
+    lowest, _ = exponent_range(dtype)
+    return exponent.masked_fill(empty, lowest).amax().expand_as(exponent)
 
 
 def powers(exponent: Tensor, dtype: torch.dtype) -> Tensor:

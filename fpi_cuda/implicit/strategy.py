@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.implicit.linearization import Jacobian
-from fpi_cuda.implicit.scaling import Apply, Scaling
+from fpi_cuda.implicit.scaling import Apply, Scaling, common_factor
 from fpi_cuda.late import Late
 from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
 from fpi_cuda.row_norm import row_norm
@@ -227,15 +227,19 @@ class Exact(Strategy):
         b = self.account.spread(b)
         scaling = self.scaling.joint() if self.account.joint else self.scaling
         scale = scaling.of(b)
-        result = self._solve_scaled(b / scale.factor, matrix, transpose)
+        factor = scale.factor
+        if factor is None:
+            result = self._solve_scaled(b, matrix, transpose)
+            return self.account.close(self.account.spread(b), result)
+        result = self._solve_scaled(b / factor, matrix, transpose)
         if scale.differs is not None and bool(scale.differs):
             apply = matrix.transposed if transpose else matrix.product
             if not scaling.holds(apply, b, scale, result):
-                scale = scaling.joint().of(b)
-                result = self._solve_scaled(b / scale.factor, matrix, transpose)
-        residual = result.residual * scale.factor[:, 0].double()
+                factor = common_factor(b)
+                result = self._solve_scaled(b / factor, matrix, transpose)
+        residual = result.residual * factor[:, 0].double()
         b = self.account.spread(b)  # what couples the rows may have been found only now
-        return self.account.close(b, result._replace(x=result.x * scale.factor, residual=residual))
+        return self.account.close(b, result._replace(x=result.x * factor, residual=residual))
 
     def _solve_scaled(self, b: Tensor, matrix: Jacobian, transpose: bool) -> SolveResult:
         both: list[Apply] = [matrix.product, matrix.transposed]
@@ -286,8 +290,11 @@ class Truncated(Strategy):
                 # scaled, an overflow is told from a series that has no finite sum.
                 lost = ~finite_rows(b)
                 clean = zero_rows(b, lost)
-                scaled = self._summed(clean / self.scaling.of(clean).factor, apply)
-                result = self._summed(clean, apply)._replace(status=scaled.status)
+                factor = self.scaling.of(clean).factor
+                result = self._summed(clean, apply)
+                if factor is not None:
+                    status = self._summed(clean / factor, apply).status
+                    result = result._replace(status=status)
                 result = lose(result, lost)
             return self.account.close(b, result, whole=self.truncation > 0)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor
 from fpi_cuda import transforms
 
 
-@contextlib.contextmanager
-def untouched(name: str, read: Any, *, compare: bool) -> Iterator[None]:
-    """Raise where an evaluation changes the tensors that it reads in place.
+class Untouched:
+    """Raises where an evaluation inside changes the tensors that it reads in place.
 
     Args:
         name: of what is read.
@@ -23,16 +21,32 @@ def untouched(name: str, read: Any, *, compare: bool) -> Iterator[None]:
     Raises:
         ValueError: one was changed.
     """
-    parts = [t for t in parts_of(read) if isinstance(t, Tensor)]
-    versions = [version_of(t) for t in parts]
-    uncounted = [compare and t.is_inference() and t.layout == torch.strided for t in parts]
-    copies = [t.clone() if copied else None for t, copied in zip(parts, uncounted, strict=True)]
-    yield
-    for i, (t, version, copied) in enumerate(zip(parts, versions, copies, strict=True)):
-        if version != version_of(t) or (copied is not None and not same_numbers(t, copied)):
+
+    __slots__ = ("_compare", "_copies", "_name", "_parts", "_versions")
+
+    def __init__(self, name: str, read: Any, *, compare: bool) -> None:
+        self._name = name
+        self._compare = compare
+        self._parts = [t for t in parts_of(read) if isinstance(t, Tensor)]
+
+    def __enter__(self) -> None:
+        self._versions = [version_of(t) for t in self._parts]
+        self._copies: list[tuple[int, Tensor]] = []
+        if self._compare:
+            for i, t in enumerate(self._parts):
+                if t.is_inference() and t.layout == torch.strided:
+                    self._copies.append((i, t.clone()))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        changed = [i for i, t in enumerate(self._parts) if version_of(t) != self._versions[i]] + [
+            i for i, copied in self._copies if not same_numbers(self._parts[i], copied)
+        ]
+        if changed:
             raise ValueError(
-                f"fixed_point: g must not change {name} in place, tensor {i} of it was changed. "
-                "Use out-of-place operations on it"
+                f"fixed_point: g must not change {self._name} in place, tensor {min(changed)} of "
+                "it was changed. Use out-of-place operations on it"
             )
 
 
