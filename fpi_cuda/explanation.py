@@ -9,13 +9,12 @@ import torch
 from fpi_cuda import backends, device_loop
 from fpi_cuda.adjoint import LOOSEST_BY_ATOL, default_adjoint_solver
 from fpi_cuda.fused import why_declined, why_not_fused
-from fpi_cuda.implicit import why_whole_last
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.precision import NAMES
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord
 from fpi_cuda.route import HOST_ASKED_FOR, not_taken
-from fpi_cuda.shortcuts import why_not_captured, why_rows_unknown
+from fpi_cuda.shortcuts import why_not_captured, why_not_hoisted, why_rows_unknown
 
 HOST_LOOP = "host loop: torch evaluates g, then one solver step advances all samples"
 DEVICE_LOOP = (
@@ -170,7 +169,7 @@ def samples_line(options: Options, g: object, *, joint: bool) -> str:
 
 def inputs_line(g: object) -> str:
     """What is computed once per solve."""
-    whole = why_whole_last(g)
+    whole = why_not_hoisted(g)
     if whole is None:
         return "g.prepare(*z) runs once per solve, g.step(x, prepared) once per step"
     return f"g(x, *z) runs whole in every step ({whole})"

@@ -22,6 +22,9 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 LINEAR_PARTS = ("A", "B", "W")
 """What the cells of this package call their Linears."""
 NOTHING_TO_HOIST = "it has no prepare and step"
+WRITTEN_OTHERWISE = (
+    "its call is not written as return self.step(x, self.prepare(*z)), so they may differ"
+)
 ALL_HOOKED = "there are hooks on all modules, which must see their evaluations"
 LINEAR_REPLACED = "nn.Linear.forward() or functional.linear() was replaced"
 
@@ -49,13 +52,15 @@ def offers_hoisting(g: object) -> bool:
 def why_not_hoisted(g: object) -> str | None:
     """Why g(x, *z) may be something else than step(x, prepare(*z)), or None.
 
-    None is said of a g that is this composition, and of one whose class defines the call beside
-    prepare or step, and so claims it: see is_composition.
+    It is the same only where the call says so itself, see is_composition: a call that is written
+    otherwise may agree today, and for these inputs, and not tomorrow.
     """
     if not offers_hoisting(g):
         return NOTHING_TO_HOIST
     reason = why_call_matters(g) if isinstance(g, nn.Module) else None
-    return reason or (None if is_composition(g) else redefined(g))
+    if reason is not None or is_composition(g):
+        return reason
+    return redefined(g) or WRITTEN_OTHERWISE
 
 
 def why_call_matters(module: nn.Module) -> str | None:
@@ -251,6 +256,9 @@ def why_rows_unknown(g: object) -> str | None:
     reason = None
     if offers_hoisting(g) and not is_composition(g):
         reason = redefined(g)
+        call = "forward" if isinstance(g, nn.Module) else "__call__"
+        if reason is None and definition_depth(g, "rowwise") > definition_depth(g, call):
+            reason = WRITTEN_OTHERWISE  # by a class below the one that claims to be row-wise
     if reason is not None or not isinstance(g, nn.Module):
         return reason
     if hooks_on_all():

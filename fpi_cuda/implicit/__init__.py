@@ -6,7 +6,6 @@ from fpi_cuda.implicit.attach import attach
 from fpi_cuda.implicit.cut_graph import watching
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graph import sequence_number
-from fpi_cuda.implicit.hoisting import why_whole_last
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
 from fpi_cuda.implicit.live import attach_live, live_solve
 from fpi_cuda.implicit.scaling import Apply, Scaling
@@ -42,5 +41,4 @@ __all__ = [
     "residual_in",
     "sequence_number",
     "watching",
-    "why_whole_last",
 ]

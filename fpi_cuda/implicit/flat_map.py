@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
-from fpi_cuda.implicit.hoisting import why_whole
 from fpi_cuda.implicit.replica import called_with
 from fpi_cuda.implicit.untouched import Untouched, parts_of, version_of
 from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
+from fpi_cuda.shortcuts import why_not_hoisted
 from fpi_cuda.state import Layout
 
 Watch = Callable[[Tensor, Tensor], None]
@@ -64,7 +64,7 @@ class FlatMap:
         self.z = z
         self.source_z = z
         self.replay = replay
-        self.whole = why_whole(g, layout, z)
+        self.whole = why_not_hoisted(g)
         self.hoisted = self.whole is None
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
