@@ -112,24 +112,29 @@ def why_not_worth(
     return reason
 
 
-def require_same_as_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> None:
+def require_same_as_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> Tensor | None:
     """Raise where a user's lower() does not describe the user's step(), at x (B, D) and near it.
 
+    Returns:
+        step() at x (B, D); None where lower() is this package's own.
     Raises:
         ValueError: it does not.
         NotLowered: step() draws random numbers, which lower() cannot.
     """
     if is_lowered_here(flat_map.g):
-        return
+        return None
     # Besides x itself, for where that is zero, or weights are, an error of the other is hidden.
     size = x.abs().amax(1, keepdim=True)
     size = torch.where(size.isfinite() & (size > 0), size, 1.0)
     away = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype, device=x.device)
+    found = []
     for points in (x, x + size * away):
         expected = flat_map.evaluate(points.clone(), None)
         if flat_map.replay.stochastic:
             raise NotLowered("step() draws random numbers")
         require_same_map(type(flat_map.g).__name__, fused.lowered, points, expected)
+        found.append(expected)
+    return found[0]
 
 
 def why_no_fused_adjoint(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> str | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
@@ -38,8 +37,8 @@ def partial(r: Any, s: Any) -> Any:
         r: what is differentiated. Its entries are summed, so that one value per sample, (B,) or
             (B, 1), gives each sample's own gradient.
 
-            A tensor computed from s: everything that s reached r through counts, other tensors
-            computed from s among them, but for other nodes of s.
+            A tensor computed from s, a single one: everything that s reached r through counts,
+            other tensors computed from s among them.
 
             A function of s -> tensor: it is called with stand-ins for s, as r(s) for a tensor,
             r(*s) for a tuple, a list or a named tuple, and r(**s) for a dict. All that it closes
@@ -53,7 +52,7 @@ def partial(r: Any, s: Any) -> Any:
         Like s. Where grad mode is on it can be differentiated again, in s and what s was computed
         from, in parameters and in whatever else r depends on.
     Raises:
-        TypeError: r or an entry of s is not a floating tensor.
+        TypeError: r or an entry of s is not a floating tensor; r is a tensor, and s a set.
         ValueError: s is empty; r does not depend on an entry of s, which is named. A lost graph
             (detach, no_grad) looks the same as a true constant, so no zeros are returned in its
             place; only inside torch.func transforms, inference_mode and torch.compile, where the
@@ -73,6 +72,8 @@ def partial(r: Any, s: Any) -> Any:
             raise ValueError("partial: s must hold at least one tensor, got none")
     for name, node in zip(names, nodes, strict=True):
         require_floating(name, node)
+    if isinstance(s, dict) and not all(isinstance(name, str) for name in s):
+        raise TypeError(f"partial: the keys of s name arguments of r, got {list(s)}")
     if isinstance(r, Tensor):
         found = of_tensor(r, nodes, names)
     elif not callable(r):
@@ -101,34 +102,22 @@ def of_tensor(r: Tensor, nodes: Sequence[Tensor], names: Sequence[str]) -> Seque
             )
     if not r.requires_grad:
         raise independent(names[0])
-    with ending_at(nodes) if len(nodes) > 1 else contextlib.nullcontext():
-        gradients = torch.autograd.grad(
-            r,
-            nodes,
-            torch.ones_like(r),
-            create_graph=torch.is_grad_enabled(),
-            retain_graph=True,
-            allow_unused=True,
+    if len(nodes) > 1:
+        # Along one graph none of them can be held while another moves, but by hooks on nodes that
+        # backward passes of other threads run through too.
+        raise TypeError(
+            f"partial: r must be a function of a set of nodes, got a tensor and {len(nodes)} "
+            "nodes. Pass what computes it, such as lambda a, b: (a * b).sum()"
         )
+    gradients = torch.autograd.grad(
+        r,
+        nodes,
+        torch.ones_like(r),
+        create_graph=torch.is_grad_enabled(),
+        retain_graph=True,
+        allow_unused=True,
+    )
     return all_of(gradients, names)
-
-
-@contextlib.contextmanager
-def ending_at(nodes: Sequence[Tensor]) -> Iterator[None]:
-    """Backward passes end at each of the nodes: what lies before it gets nothing through it.
-
-    Autograd reads the gradient of a node before it runs the hooks of what computed it.
-    """
-
-    def end(place: int) -> Callable[[Sequence[Tensor | None]], tuple[Tensor | None, ...]]:
-        return lambda given: tuple(None if i == place else v for i, v in enumerate(given))
-
-    with contextlib.ExitStack() as hooks:
-        for node in nodes:
-            if node.grad_fn is not None:
-                hook: Any = end(node.output_nr)
-                hooks.callback(node.grad_fn.register_prehook(hook).remove)
-        yield
 
 
 def by_tape(

@@ -316,15 +316,16 @@ def counted(outcome: Outcome, failing: str) -> str:
         lost = status != Status.CONVERGED
         counts = torch.bincount(status[lost].long(), minlength=len(Status)).tolist()
         by_status = ", ".join(f"{n} {Status(code).name}" for code, n in enumerate(counts) if n)
-        residual = outcome.residual.double()
+        residual = outcome.residual.double()[lost]
+        finite, measure = residual[torch.isfinite(residual)].tolist(), "residual"
         if outcome.size is not None:
-            residual = residual / outcome.size
-        residual = residual[lost]
-        finite = residual[torch.isfinite(residual)].tolist()
+            relative = residual / outcome.size[lost]
+            # None of a value that is zero.
+            told = relative[torch.isfinite(relative)].tolist()
+            finite, measure = (told, "relative residual") if told else (finite, measure)
     words = f"{sum(counts)} of {status.numel()} samples {failing} ({by_status})"
     if not finite:
         return words
-    measure = "residual" if outcome.size is None else "relative residual"
     return f"{words}, worst {measure} {max(finite):.2g}"
 
 

@@ -565,3 +565,11 @@ def test_the_paddings_refused_do_raise_the_norm(mode: Any, padding: int, image: 
         assert float(operator_norm_bound(layer.weight, 1, (1,), (1,))) == pytest.approx(1, rel=0.03)
     # A shift, which keeps every norm, but that some pixels are there twice.
     assert norm(operator(layer, (1, image))) == pytest.approx(math.sqrt(2))
+
+
+@pytest.mark.parametrize("bound", [-1.0, 0.0, float("nan"), "x"])
+def test_a_bound_that_is_assigned_is_checked(bound: Any) -> None:
+    layer = fpi.contract_(torch.nn.Linear(3, 3), 0.5)
+    with pytest.raises((TypeError, ValueError), match="contract_: bound must be"):
+        layer.parametrizations.weight[0].bound = bound
+    assert torch.linalg.matrix_norm(layer.weight, 2) <= 0.5

@@ -341,3 +341,45 @@ def test_the_cells_of_the_package_are_not_asked(name: str, monkeypatch: pytest.M
         fpi.fixed_point(cell, torch.zeros_like(z), z, route="fused")
     assert fpi.fixed_point(cell, torch.zeros_like(z), z).converged.all()
     assert steps
+
+
+class ForgetsToClamp(Truthful):
+    """Where its layer saturates, rounding of huge sums could hide that."""
+
+    def step(self, x: Tensor, prepared: Tensor) -> Tensor:
+        return torch.tanh(self.M(x) + prepared.clamp(-1, 1))
+
+
+class Cancelling(Truthful):
+    """True, in terms that cancel."""
+
+    def lower(self, prepared: Tensor) -> Lowered:
+        bias = torch.full((D,), -1000.0)
+        return Lowered((self.layer(prepared, factor=None, shift=prepared + 1000, bias=bias),))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("size", [1.0, 1e5, 1e6, 1e9])
+def test_what_step_does_not_confirm_is_solved_by_step(size: float, grad: bool) -> None:
+    g, z = ForgetsToClamp(), torch.randn(B, D)
+    layer = fpi.FPILayer(g, rtol=1e-4)
+    with torch.set_grad_enabled(grad):
+        for inputs in (0.1 * z, size * z):
+            try:
+                sol = layer.solve(inputs)
+            except ValueError as error:
+                assert "must describe the map of step()" in str(error)
+                continue
+            gx = g.step(sol.value, inputs)
+            residual = (gx - sol.value).norm(dim=1)
+            assert (residual <= 1.01e-4 * gx.norm(dim=1))[sol.converged].all()
+            assert (sol.residual - residual).abs().max() <= 1e-5 * gx.norm(dim=1).max()
+
+
+def test_the_residual_is_that_of_step() -> None:
+    g, z = Cancelling(), torch.randn(B, D)
+    with torch.no_grad():
+        sol = fpi.FPILayer(g, rtol=1e-6).solve(z)
+        residual = (g.step(sol.value, z) - sol.value).norm(dim=1)
+    assert (sol.residual - residual).abs().max() <= 1e-6
+    assert (residual <= 1.1e-6 * sol.value.norm(dim=1))[sol.converged].all()

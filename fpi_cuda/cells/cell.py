@@ -73,7 +73,9 @@ def require_dtype(owner: str, name: str, value: Tensor, linear: nn.Module) -> No
     weight = getattr(linear, "weight", None)
     if not isinstance(weight, Tensor) or value.dtype == weight.dtype:
         return
-    if value.is_floating_point() and torch.is_autocast_enabled(value.device.type):
+    # Autocast leaves float64 as it is.
+    cast = value.is_floating_point() and torch.float64 not in (value.dtype, weight.dtype)
+    if cast and torch.is_autocast_enabled(value.device.type):
         return
     raise TypeError(
         f"{owner}: {name} must have the dtype of the weights, {weight.dtype}, got {value.dtype}. "

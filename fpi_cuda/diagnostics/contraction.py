@@ -89,11 +89,21 @@ class SpectralBound(nn.Module):
         dilation: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        self.bound = float(bound)
+        self.bound = bound
         self.groups = groups
         self.stride = stride
         self.dilation = dilation
         self._kept: Kept | None = None
+
+    @property
+    def bound(self) -> float:
+        """Largest operator norm allowed; it may be assigned."""
+        return self._bound
+
+    @bound.setter
+    def bound(self, bound: float) -> None:
+        require_real("contract_", "bound", bound, 0.0, open_below=True)
+        self._bound = float(bound)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight, scaled down where its norm may exceed the bound."""
