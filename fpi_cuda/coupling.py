@@ -90,6 +90,21 @@ kept_promises = Verdicts()
 """Maps that were promised to be row-wise, and seen to be."""
 
 
+def exactly(g: Any) -> Hashable:
+    """Equal for the very g, as far as that shows, with the weights that it has."""
+    if isinstance(g, partial):
+        return ("partial", exactly(g.func))
+    if isinstance(g, types.MethodType):
+        return ("method", weakref.ref(g.__func__), exactly(g.__self__))
+    if isinstance(g, nn.Module):
+        versions = sum(p._version for p in g.parameters() if not p.is_inference())
+        return ("module", weakref.ref(g), getattr(g, "training", None), versions)
+    try:
+        return weakref.ref(g)
+    except TypeError:
+        return object()  # equal to nothing
+
+
 def site_of(g: Any) -> Hashable:
     """What stays the same from solve to solve of one layer."""
     if isinstance(g, partial):

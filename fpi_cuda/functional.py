@@ -14,7 +14,7 @@ from fpi_cuda import backends, transforms
 from fpi_cuda.adjoint import differentiated_map, strategy_for, with_forward_accuracy
 from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
-from fpi_cuda.coupling import Coupling, kept_promises, site_of
+from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit import (
     Account,
@@ -248,7 +248,7 @@ def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling 
     return Coupling(key_of(flat_map, options))
 
 
-def key_of(flat_map: FlatMap, options: Options) -> Hashable:
+def key_of(flat_map: FlatMap, options: Options) -> tuple[Hashable, ...]:
     """Equal for solves of the same map with states of the same shape, by solvers that probe it."""
     layout = flat_map.layout
     shapes = (layout.batch, layout.shapes, *(None if t.is_nested else t.shape for t in flat_map.z))
@@ -306,7 +306,7 @@ def require_kept_promise(flat_map: FlatMap, options: Options, check: SolutionChe
 
     Where a derivative is asked for, every solve is so checked, by the evaluation that it needs.
     """
-    key = key_of(flat_map, options)
+    key = (exactly(flat_map.g), *key_of(flat_map, options)[1:])
     if key in kept_promises or being_captured(flat_map.layout.device):
         return
     x = check.result.x

@@ -11,21 +11,53 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fpi_cuda.module_tree import parts_of
 
-# Names of the buffers that a module in training mode was seen to change, in g and in its prepare.
-Seen = weakref.WeakKeyDictionary[nn.Module, frozenset[str]]
-_seen_in: dict[str, Seen] = {
-    "g": weakref.WeakKeyDictionary(),
-    "prepare": weakref.WeakKeyDictionary(),
-}
+LARGEST = 1 << 20
+"""Elements of a buffer of which a copy is made in case that it moves."""
+
+DEPTH = 4
+"""How far modules are looked for in what g holds, or closes over."""
+
+MOST_HELD = 64
+"""Entries of a list or dict that are looked into."""
+
+
+class Kept:
+    """A buffer as the first evaluation found it."""
+
+    def __init__(self, module: nn.Module, name: str, t: Tensor) -> None:
+        self.module, self.name, self.t = module, name, t
+        self.numbers = t.detach().clone()
+        self.version = None if t.is_inference() else t._version
+        # Its kernels write to these without being counted.
+        self.moved = isinstance(module, _NormBase)
+
+    def look(self) -> None:
+        """Note whether it was written to, or another tensor was put in its place."""
+        if not self.moved:
+            elsewhere = self.module._buffers.get(self.name) is not self.t
+            if self.version is None:
+                written = not torch.equal(self.t, self.numbers)
+            else:
+                written = self.t._version != self.version
+            self.moved = elsewhere or written
+
+    def put_back(self) -> None:
+        """Make it what the first evaluation found.
+
+        Not counted as a change: where a graph has saved the buffer, the numbers that it saved are
+        back when it is read.
+        """
+        self.module._buffers[self.name] = self.t
+        self.t.data.copy_(self.numbers)
 
 
 class MovingBuffers:
@@ -33,13 +65,11 @@ class MovingBuffers:
 
     Args:
         modules: those with buffers.
-        of: "g", or its "prepare".
     """
 
-    def __init__(self, modules: list[nn.Module], of: str) -> None:
+    def __init__(self, modules: list[nn.Module]) -> None:
         self._modules = modules
-        self._seen = _seen_in[of]
-        self._kept: list[tuple[Tensor, Tensor]] | None = None
+        self._kept: list[Kept] | None = None
         self._over = False
 
     def over(self) -> None:
@@ -50,34 +80,43 @@ class MovingBuffers:
     def one_evaluation(self) -> Iterator[None]:
         """See the function of this name."""
         if self._kept is None:
-            before = self._candidates()
-            yield
             self._kept = [
-                (t, old) for module, _, t, old in before if module in self._seen or not same(t, old)
+                Kept(module, name, t)
+                for module in self._modules
+                for name, t in module._buffers.items()
+                if t is not None and (t.numel() <= LARGEST or isinstance(module, _NormBase))
             ]
-            self._remember(before)
+            yield
+            self._look()
             return
-        outside = [(t, t.detach().clone()) for t, _ in self._kept] if self._over else []
-        put(self._kept)
+        outside = [(kept, kept.module._buffers[kept.name]) for kept in self._kept if kept.moved]
+        copies = [t.detach().clone() for _, t in outside if t is not None] if self._over else []
+        with torch.no_grad():
+            for kept, _ in outside:
+                kept.put_back()
         try:
             yield
+            self._look()
         finally:
-            put(outside)
+            if self._over:
+                with torch.no_grad():
+                    for (kept, t), numbers in zip(outside, copies, strict=True):
+                        kept.module._buffers[kept.name] = t
+                        assert t is not None
+                        t.data.copy_(numbers)
 
-    def _candidates(self) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-        return [
-            (module, name, t, t.detach().clone())
-            for module in self._modules
-            for name, t in module._buffers.items()
-            if t is not None and name in self._seen.get(module, module._buffers)
-        ]
+    def _look(self) -> None:
+        # What starts from zeros may move only later.
+        for kept in self._kept or ():
+            kept.look()
 
-    def _remember(self, before: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
-        kept = {id(t) for t, _ in self._kept or ()}
-        for module in self._modules:
-            if module not in self._seen:
-                names = [name for m, name, t, _ in before if m is module and id(t) in kept]
-                self._seen[module] = frozenset(names)
+
+def moving_buffers(g: object) -> tuple[MovingBuffers | None, MovingBuffers | None]:
+    """What evaluations of g, and of its prepare, may change; None where there is nothing."""
+    modules = [m for m in modules_of(g) if m._buffers and getattr(m, "training", False)]
+    if not modules:
+        return None, None
+    return MovingBuffers(modules), MovingBuffers(modules)
 
 
 def one_evaluation(buffers: MovingBuffers | None) -> contextlib.AbstractContextManager[None]:
@@ -85,61 +124,51 @@ def one_evaluation(buffers: MovingBuffers | None) -> contextlib.AbstractContextM
     return contextlib.nullcontext() if buffers is None else buffers.one_evaluation()
 
 
-def same(t: Tensor, old: Tensor) -> bool:
-    """Whether the same numbers lie in both, NaN included."""
-    return bool(torch.isclose(t, old, rtol=0.0, atol=0.0, equal_nan=True).all())
-
-
-def put(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Write the second of each pair into the first.
-
-    Not counted as a change: where a graph has saved the buffer, the numbers that it saved are back
-    when it is read.
-    """
-    with torch.no_grad():
-        for t, numbers in pairs:
-            t.data.copy_(numbers)
-
-
-def moving_buffers(g: object) -> tuple[MovingBuffers | None, MovingBuffers | None]:
-    """What evaluations of g, and of its prepare, may change; None where there is nothing."""
-    modules = [m for m in modules_of(g) if m._buffers and getattr(m, "training", False)]
-    return (
-        (MovingBuffers(modules, "g"), MovingBuffers(modules, "prepare"))
-        if modules
-        else (None, None)
-    )
-
-
 def modules_of(g: object) -> list[nn.Module]:
     """The modules that g is made of, as far as they can be seen."""
-    if isinstance(g, nn.Module):
+    if isinstance(g, nn.Module) and not any(map(holds_more, g.__dict__.values())):
         return parts_of(g)
     found: dict[int, nn.Module] = {}
-    for owner in owners_of(g):
+    for owner in owners_of(g, DEPTH):
         for module in parts_of(owner):
             found[id(module)] = module
     return list(found.values())
 
 
-def owners_of(g: object, depth: int = 2) -> Iterator[nn.Module]:
-    """Modules that g is, is bound to, closes over, or holds."""
+def holds_more(value: object) -> bool:
+    """Whether a module keeps others where torch does not look for them."""
+    return isinstance(value, (tuple, list)) and any(isinstance(v, nn.Module) for v in value)
+
+
+def owners_of(g: object, depth: int) -> Iterator[nn.Module]:
+    """Modules that g is, is bound to, closes over, names, or holds."""
     if isinstance(g, nn.Module):
         yield g
+        for value in filter(holds_more, g.__dict__.values()):
+            yield from owners_of(value, 1)
         return
-    if depth == 0:
+    if depth == 0 or isinstance(g, (Tensor, type, types.ModuleType, str, int, float)):
         return
-    parts: list[Any] = []
+    for part in held_by(g):
+        yield from owners_of(part, depth - 1)
+
+
+def held_by(g: Any) -> list[Any]:
+    """What an object holds, as far as it shows."""
     if isinstance(g, functools.partial):
-        parts = [g.func, *g.args, *g.keywords.values()]
-    elif isinstance(g, types.MethodType):
-        parts = [g.__self__, g.__func__]
-    elif isinstance(g, types.FunctionType):
+        return [g.func, *g.args, *g.keywords.values()]
+    if isinstance(g, types.MethodType):
+        return [g.__self__, g.__func__]
+    if isinstance(g, types.FunctionType):
+        parts = list(g.__defaults__ or ()) + list((g.__kwdefaults__ or {}).values())
         for cell in g.__closure__ or ():
             with contextlib.suppress(ValueError):  # a cell that is not filled yet
                 parts.append(cell.cell_contents)
-    elif hasattr(g, "__dict__") and not isinstance(g, (type, types.ModuleType)):
-        parts = list(vars(g).values())
-    for part in parts:
-        if callable(part):
-            yield from owners_of(part, depth - 1)
+        named = (g.__globals__.get(name) for name in g.__code__.co_names)
+        return parts + [value for value in named if isinstance(value, nn.Module)]
+    if isinstance(g, (tuple, list)):
+        return list(g[:MOST_HELD])
+    if isinstance(g, dict):
+        return list(g.values())[:MOST_HELD]
+    slots = [getattr(g, name, None) for name in getattr(type(g), "__slots__", ())]
+    return [*slots, *list(getattr(g, "__dict__", {}).values())[:MOST_HELD]]

@@ -104,7 +104,8 @@ class Anderson:
     Args:
         m: depth of the history, 1 to 16; of it, k = min(m, D) differences are kept of samples of
             D elements. Extra memory is 2k + 6 times the state, and 4k (k + 1) + 133 bytes a
-            sample.
+            sample; four states more in the first solve of a map whose rows nobody promised to be
+            independent.
         beta: mixing in (0, 2]; 1 uses g alone.
         ridge: relative to the unit diagonal of the scaled Gram matrix; 0 for linear maps.
         history_dtype: dtype of the stored differences; None stores them as the state.

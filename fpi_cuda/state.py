@@ -76,10 +76,11 @@ class Layout:
         )
 
     def taken_apart(self, flat: Tensor) -> Any:
-        """The same of a `flat` that nobody else will use: tensors of their own to autograd."""
+        """The same of a `flat` that nobody else will use: contiguous tensors of their own."""
         if len(self.shapes) == 1:
             return self._shaped((flat,))
-        return self._shaped(flat.unsafe_split_with_sizes(self.sizes, 1))
+        parts = flat.unsafe_split_with_sizes(self.sizes, 1)
+        return self._shaped([part.contiguous() for part in parts])
 
     def _shaped(self, parts: Sequence[Tensor]) -> Any:
         state = tuple(

@@ -569,7 +569,7 @@ def test_the_paddings_refused_do_raise_the_norm(mode: Any, padding: int, image: 
 
 @pytest.mark.parametrize("bound", [-1.0, 0.0, float("nan"), "x"])
 def test_a_bound_that_is_assigned_is_checked(bound: Any) -> None:
-    layer = fpi.contract_(torch.nn.Linear(3, 3), 0.5)
+    layer: Any = contract_(nn.Linear(3, 3), 0.5)
     with pytest.raises((TypeError, ValueError), match="contract_: bound must be"):
         layer.parametrizations.weight[0].bound = bound
     assert torch.linalg.matrix_norm(layer.weight, 2) <= 0.5

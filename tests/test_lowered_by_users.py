@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -365,10 +366,10 @@ def test_what_step_does_not_confirm_is_solved_by_step(size: float, grad: bool) -
     layer = fpi.FPILayer(g, rtol=1e-4)
     with torch.set_grad_enabled(grad):
         for inputs in (0.1 * z, size * z):
-            try:
+            sol = None
+            with contextlib.suppress(ValueError):  # of a lower() that is found out
                 sol = layer.solve(inputs)
-            except ValueError as error:
-                assert "must describe the map of step()" in str(error)
+            if sol is None:
                 continue
             gx = g.step(sol.value, inputs)
             residual = (gx - sol.value).norm(dim=1)

@@ -19,5 +19,7 @@ def mended_if_batchwise(flat_map: FlatMap, x: Tensor, bad: Tensor) -> FlatMap:
         moved, expected = mended(x.detach())[~bad], flat_map(x.detach())[~bad]
     size = expected.abs().amax(1, keepdim=True) if expected.numel() else expected
     # Negated, so that what is not a number is not the same.
-    other = ~((moved - expected).abs() <= 100 * torch.finfo(x.dtype).eps * size)
+    kind = torch.finfo(x.dtype)
+    rounding = (100 if kind.bits > 16 else 4) * kind.eps
+    other = ~((moved - expected).abs() <= rounding * size)
     return flat_map if bool(other.any()) else mended

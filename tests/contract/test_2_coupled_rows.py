@@ -359,6 +359,32 @@ def test_a_broken_promise_names_both_ways_out(grad: bool) -> None:
     assert "batch_dims=0" in str(raised.value)
 
 
+def test_one_kept_promise_says_nothing_of_another_map() -> None:
+    z = torch.arange(4.0, dtype=F64)[:, None]
+
+    def make(c: float) -> Map:
+        return lambda x, z: 0.5 * x + c * x.mean(0) + z
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Parameter(torch.zeros((), dtype=F64))
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return 0.5 * x + self.c * x.mean(0) + z
+
+    options: dict[str, Any] = {"rowwise": True, "rtol": 1e-8, "max_steps": 300}
+    module = Scaled()
+    with torch.no_grad():
+        fpi.fixed_point(make(0.0), torch.zeros_like(z), z, **options)
+        with pytest.raises(RuntimeError, match="rowwise=None"):
+            fpi.fixed_point(make(0.3), torch.zeros_like(z), z, **options)
+        fpi.fixed_point(module, torch.zeros_like(z), z, **options)
+        module.c.fill_(0.3)
+        with pytest.raises(RuntimeError, match="rowwise=None"):
+            fpi.fixed_point(module, torch.zeros_like(z), z, **options)
+
+
 @pytest.mark.parametrize("make", COUPLED)
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 def test_the_whole_state_as_one_sample(make: Map, solver: Any) -> None:
@@ -464,11 +490,76 @@ def test_running_statistics_count_one_call(grad: bool, create_graph: bool, hoist
         assert (norm.running_mean - want).abs().max() < 1e-7  # type: ignore[operator]
 
 
-def test_a_function_that_closes_over_a_batch_norm() -> None:
-    norm, weight = nn.BatchNorm1d(5, dtype=F64), orthogonal(5, 0.5)
+NORM = nn.BatchNorm1d(5, dtype=F64)
+
+
+def by_name(x: Tensor, z: Tensor) -> Tensor:
+    return 0.5 * torch.tanh(NORM(x)) + z
+
+
+class Holder:
+    def __init__(self, norm: nn.Module) -> None:
+        self.norms = [norm]
+
+    def step(self, x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(self.norms[0](x)) + z
+
+
+class HeldInATuple(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norms = (norm,)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(self.norms[0](x)) + z
+
+
+HOLDERS: dict[str, Callable[[nn.Module], Map]] = {
+    "closure": lambda norm: lambda x, z: 0.5 * torch.tanh(norm(x)) + z,
+    "list": lambda norm: (lambda held: lambda x, z: 0.5 * torch.tanh(held[0](x)) + z)([norm]),
+    "default": lambda norm: lambda x, z, norm=norm: 0.5 * torch.tanh(norm(x)) + z,
+    "global": lambda _: by_name,
+    "method": lambda norm: Holder(norm).step,
+    "tuple of a module": HeldInATuple,
+}
+
+
+@pytest.mark.parametrize("held", HOLDERS)
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_batch_norm_counts_once_wherever_g_holds_it(held: str, grad: bool) -> None:
+    """From x0 = 0 the first evaluation leaves the running mean where it was."""
+    NORM.reset_running_stats()
+    norm = NORM if held == "global" else nn.BatchNorm1d(5, dtype=F64)
     z = torch.randn(16, 5, dtype=F64)
-    fpi.fixed_point(lambda x, z: 0.5 * torch.tanh(norm(x @ weight + z)), torch.zeros_like(z), z)
-    assert norm.num_batches_tracked == 1
+    for call in (1, 2):
+        before = norm.running_mean.clone()  # type: ignore[union-attr]
+        with torch.set_grad_enabled(grad):
+            sol = fpi.fixed_point(
+                HOLDERS[held](norm), torch.zeros_like(z), z, rtol=1e-10, max_steps=200
+            )
+        assert norm.num_batches_tracked == call
+        want = 0.9 * before + 0.1 * sol.value.detach().mean(0)
+        assert (norm.running_mean - want).abs().max() < 1e-8  # type: ignore[operator]
+
+
+def test_statistics_of_a_modules_own_count_once() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(5, dtype=F64))
+            self.register_buffer("replaced", torch.zeros((), dtype=F64))
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+            self.replaced = self.replaced + 1
+            return 0.5 * torch.tanh(x - self.mean) + z
+
+    g, z = Centred(), torch.randn(16, 5, dtype=F64)
+    sol = fpi.fixed_point(g, torch.zeros_like(z), z, rtol=1e-10, max_steps=300)
+    assert sol.converged.all()
+    assert g.replaced == 1
+    assert (g.mean - 0.1 * sol.value.detach().mean(0)).abs().max() < 1e-8
+    assert true_residual(lambda x: 0.5 * torch.tanh(x - g.mean) + z, sol.value).max() < 1e-8
 
 
 def test_spectral_norm_is_one_map_in_training_mode() -> None:
