@@ -211,10 +211,10 @@ class KrylovSolve:
         found: SolveResult | None = None,
     ) -> SolveResult:
         """See LinearSolve."""
-        if coupling is None or len(b) == 1:
+        if coupling is None:
             return self._rows(apply, apply_transpose, b, atol)
         if coupling.joint:
-            return self._joint(apply, apply_transpose, b, atol)
+            return self._joint(apply, apply_transpose, b, atol, coupling.together)
         found = found or self._rows(apply, apply_transpose, b, atol)
         return corrected(self, apply, apply_transpose, b, atol, coupling, found)
 
@@ -231,12 +231,16 @@ class KrylovSolve:
             return gmres(minus(apply), b, restart=self.solver.restart, **limits)
         return conjugate_gradient(minus(apply), minus(transpose), b, **limits)
 
-    def _joint(self, apply: Apply, transpose: Apply, b: Tensor, atol: Tensor) -> SolveResult:
-        total = atol.norm().reshape(1)
-        whole = self._rows(jointly(apply, b), jointly(transpose, b), b.reshape(1, -1), total)
+    def _joint(
+        self, apply: Apply, transpose: Apply, b: Tensor, atol: Tensor, rows: int
+    ) -> SolveResult:
+        total = atol.reshape(-1, rows).norm(dim=1)
+        right = b.reshape(len(total), -1)
+        whole = self._rows(jointly(apply, b, rows), jointly(transpose, b, rows), right, total)
         y = whole.x.view(b.shape)
         residual = difference_norm(apply(y) + b, y)
-        return SolveResult(y, whole.status.repeat(len(b)), whole.num_steps.repeat(len(b)), residual)
+        status, num_steps = (t.repeat_interleave(rows) for t in (whole.status, whole.num_steps))
+        return SolveResult(y, status, num_steps, residual)
 
 
 def corrected(

@@ -20,15 +20,19 @@ class Coupling:
 
     Args:
         key: equal for solves of the same map with states of the same shape.
+        together: how many rows in succession may depend on one another, at least 2: the samples of
+            vmaps do not.
     Attributes:
+        together: as given.
         joint: the rows depend on one another, so all of them are solved as one sample.
         independent: an earlier solve of the same map showed no sign of that. It spares the next
             one the probe and the early looks, not the last look.
         suspected: the latest solve of the same map did.
     """
 
-    def __init__(self, key: Hashable) -> None:
+    def __init__(self, key: Hashable, together: int) -> None:
         self._key = key
+        self.together = together
         self.joint = False
         self.independent = key in independent_maps
         self.suspected = key in coupled_maps

@@ -199,7 +199,9 @@ def solve_merged(
         return solve_flat(g, x0, z, layout, options)
     if not options.batch_dims:
         options = replace(options, batch_dims=1, rowwise=True)
-    solution = solve_merged(merged.g, merged.x0, merged.z, layout_of(merged.x0), options)
+    together = layout.together or layout.batch
+    inner = replace(layout_of(merged.x0), together=together)
+    solution = solve_merged(merged.g, merged.x0, merged.z, inner, options)
     value = solution.value
     return Solution(
         tuple(map(merged.split, value)) if layout.is_tuple else merged.split(value),
@@ -243,9 +245,9 @@ def solve_flat(
 
 def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling | None:
     """What is known of whether rows depend on one another; None where they cannot."""
-    if flat_map.layout.batch < 2 or rowwise:
-        return None
-    return Coupling(key_of(flat_map, options))
+    layout = flat_map.layout
+    together = layout.batch if layout.together is None else layout.together
+    return None if together < 2 or rowwise else Coupling(key_of(flat_map, options), together)
 
 
 def key_of(flat_map: FlatMap, options: Options) -> tuple[Hashable, ...]:

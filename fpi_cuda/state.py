@@ -27,6 +27,7 @@ class Layout:
         batch: B.
         dtype, device: of every tensor of the state.
         batch_dims: 1 where dim 0 counts samples; 0 where the whole state is one, so that B is 1.
+        together: how many samples in succession g may couple; None: all of them.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -35,6 +36,7 @@ class Layout:
     dtype: torch.dtype
     device: torch.device
     batch_dims: int = 1
+    together: int | None = None
 
     @functools.cached_property
     def sizes(self) -> tuple[int, ...]:

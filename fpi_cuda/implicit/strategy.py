@@ -116,9 +116,11 @@ class Account:
 
     def spread(self, b: Tensor) -> Tensor:
         """b, not finite in all rows where one row is not and others depend on it."""
-        if self.joint and not bool(torch.isfinite(b).all()):
-            return b + torch.nan
-        return b
+        if self.coupling is None or not self.joint or bool(torch.isfinite(b).all()):
+            return b
+        rows = self.coupling.together
+        lost = ~finite_rows(b).reshape(-1, rows).all(1).repeat_interleave(rows)
+        return torch.where(lost[:, None], b + torch.nan, b)
 
     def masked(self, b: Tensor) -> Tensor:
         """b with zeros for the samples that failed forward."""

@@ -38,6 +38,7 @@ class System(NamedTuple):
         atol: one number, or (B,) float64.
         linear: the tolerance is that of all rows together, ||atol||: a right-hand side may be zero
             in some of them.
+        together: how many rows in succession may depend on one another.
     """
 
     evaluate: FlatMap
@@ -48,6 +49,7 @@ class System(NamedTuple):
     backend: Backend
     linear: bool
     arithmetic: torch.dtype | None
+    together: int
 
     def value(self, x: Tensor) -> Tensor:
         """The map at x (B, D), in memory of its own."""
@@ -101,7 +103,7 @@ class RowWatch:
         """Solve jointly from here; arguments as in `found`, which was true."""
         self._coupling.depends()
         work.forget()
-        scale = float(column(work.control, "scale0").norm())
+        scale = together(column(work.control, "scale0"), self._system).norm(dim=1)
         if self._first is not None:
             # Nothing is lost: the second point is that of the joint solve too.
             return joint_solve(self._system, self._x0, self._first, 1, scale, known=(x, gx))
@@ -131,7 +133,7 @@ class RowWatch:
         told = retold(result, gx, work.atol, system.rtol)
         if number >= system.max_steps or bool((told.status == Status.CONVERGED).all()):
             return told
-        scale = float(column(work.control, "scale0").norm())
+        scale = together(column(work.control, "scale0"), self._system).norm(dim=1)
         return joint_solve(system, result.x, gx, number, scale)
 
     def _num_moved(self, result: SolveResult, gx: Tensor) -> int:
@@ -178,10 +180,15 @@ def difference_norm(gx: Tensor, x: Tensor) -> Tensor:
 
 
 def solve_jointly(system: System, x0: Tensor) -> SolveResult:
-    """Solve all rows as one sample, from x0 (B, D)."""
+    """Solve all rows that belong together as one sample, from x0 (B, D)."""
     gx = system.value(x0)
-    scale = float(torch.maximum(row_norm(x0).norm(), row_norm(gx).norm()))
-    return joint_solve(system, x0, gx, 1, scale)
+    sizes = torch.stack([together(row_norm(t), system).norm(dim=1) for t in (x0, gx)])
+    return joint_solve(system, x0, gx, 1, sizes.amax(0))
+
+
+def together(t: Tensor, system: System) -> Tensor:
+    """(B, ...) -> (groups, B / groups, ...): rows that may depend on one another side by side."""
+    return t.reshape(-1, system.together, *t.shape[1:])
 
 
 def joint_solve(
@@ -189,46 +196,60 @@ def joint_solve(
     x: Tensor,
     gx: Tensor,
     number: int,
-    scale: float,
+    scale: Tensor,
     known: tuple[Tensor, Tensor] | None = None,
 ) -> SolveResult:
-    """Iterate with all rows as one sample, until every row is within its tolerance at one point.
+    """Iterate with rows that belong together as one sample, until each is within its tolerance.
 
     Args:
         x: (B, D) where to begin, not modified. gx: g(x).
         number: evaluations so far, that of gx included.
-        scale: max(||x0||, ||g(x0)||) of all rows together, against which drifting is told.
+        scale: (groups,) max(||x0||, ||g(x0)||), against which drifting is told.
         known: a further point and g there, in case that this solve comes by.
     Returns:
-        SolveResult whose num_steps counts all evaluations, for every row. Rows within their own
-        tolerance are CONVERGED even where the whole ended MAX_STEPS or STALLED.
+        SolveResult whose num_steps counts all evaluations of a group, for each of its rows. Rows
+        within their own tolerance are CONVERGED even where the whole ended MAX_STEPS or STALLED.
     """
     shape, solver, backend = x.shape, system.solver, system.backend
-    rows = len(x)
-    x = x.reshape(1, -1).clone(memory_format=torch.contiguous_format)
+    each = system.together
+    x = x.reshape(len(x) // each, -1).clone(memory_format=torch.contiguous_format)
     work = allocate(x, solver, 0.0)
     work.scratch = backend.scratch(x)
-    judge = JointTest(system, scale, rows, x.device)
+    judge = JointTest(system, scale, shape[0])
     noise = noise_of(system.arithmetic, x.dtype, system.max_steps)
-    least: float | None = None
+    least = torch.full_like(work.residual, torch.nan)
+    residual, passes = judge(x.view(shape), gx, work.control)
+    kept_residual, kept_passes = residual, passes
 
     def whole(y: Tensor, _: Tensor | None) -> Tensor:
-        return system.value(y.view(shape)).reshape(1, -1)
+        return system.value(y.view(shape)).reshape(x.shape)
 
     while True:
-        at = x.view(shape)
-        residual, passes = judge(at, gx, work.control)
-        if bool(passes.all()):
-            return rows_of(at, Status.CONVERGED, passes, residual, number)
-        step(backend, solver, work, x, gx.reshape(1, -1), None, 0.0, MOST_STEPS)
-        status, best = int(work.status[0]), float(column(work.control, "best"))
-        if best != least:
-            least, kept = best, (residual, passes)
-        if status != Status.ACTIVE or number >= system.max_steps:
-            ended = Status(status) if status != Status.ACTIVE else Status.MAX_STEPS
-            residual, passes = kept
-            passes = passes & (ended in (Status.MAX_STEPS, Status.STALLED))
-            return rows_of(work.best.view(shape), ended, passes, residual, number)
+        active = work.status == Status.ACTIVE
+        done = active & passes.view(-1, each).all(1)
+        if bool(done.any()):
+            rows = done.repeat_interleave(each)
+            kept_residual = torch.where(rows, residual, kept_residual)
+            kept_passes = kept_passes | rows
+            work.best.copy_(torch.where(done[:, None], x, work.best))
+            work.status.masked_fill_(done, int(Status.CONVERGED))
+            work.num_steps.masked_fill_(done, number)
+            active = active & ~done
+            if not bool(active.any()):
+                break
+        step(backend, solver, work, x, gx.reshape(x.shape), None, 0.0, MOST_STEPS)
+        best = column(work.control, "best")
+        # Where the point just judged is the best one so far, that is what will be told of.
+        better = active & (best != least)
+        least = torch.where(better, best, least)
+        rows = better.repeat_interleave(each)
+        kept_residual = torch.where(rows, residual, kept_residual)
+        kept_passes = torch.where(rows, passes, kept_passes)
+        work.num_steps.masked_fill_(active, number)
+        if number >= system.max_steps:
+            work.status.masked_fill_(work.status == Status.ACTIVE, int(Status.MAX_STEPS))
+        if bool((work.status != Status.ACTIVE).all()):
+            break
         if noise is not None and number % EVERY == 0:
             noise.after_step(whole, x, None, work)
         at = x.view(shape)
@@ -236,50 +257,66 @@ def joint_solve(
         gx = known[1] if known is not None and again else system.value(at)
         known = None
         number += 1
+        residual, passes = judge(at, gx, work.control)
+    status = work.status.repeat_interleave(each)
+    return rows_of(
+        work.best.view(shape), status, kept_passes, kept_residual,
+        work.num_steps.repeat_interleave(each),
+    )  # fmt: skip
 
 
 class JointTest:
-    """The stop test of all rows at one point.
+    """The stop test of rows at one point, each group of them together.
 
     Args:
         scale: as in joint_solve.
         rows: B.
     """
 
-    def __init__(self, system: System, scale: float, rows: int, device: torch.device) -> None:
+    def __init__(self, system: System, scale: Tensor, rows: int) -> None:
         self._system = system
         self._scale = scale
-        self._each = torch.zeros(rows, dtype=torch.float64, device=device) + system.atol
-        self._total = self._each.norm()
+        self._each = torch.zeros(rows, dtype=torch.float64, device=scale.device) + system.atol
+        self._total = together(self._each, system).norm(dim=1)
 
     def __call__(self, x: Tensor, gx: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) residual, and (B,) whether the row is within its tolerance.
 
         Args:
-            control: what the rules remember of the joint sample.
+            control: what the rules remember of each joint sample.
         """
         system = self._system
         residual = difference_norm(gx, x)
-        total = residual.norm()
+        total = together(residual, system).norm(dim=1)
         if system.linear:
-            return residual, (total <= self._total).expand(len(residual))
+            return residual, (total <= self._total).repeat_interleave(system.together)
         size = row_norm(gx)
-        whole = size.norm()
+        whole = together(size, system).norm(dim=1)
         settled = whole <= SETTLED * column(control, "peak_norm")
         peak = torch.where(settled, column(control, "peak"), 0.0)
-        cap = (FALL * peak).clamp(min=LARGEST_TOLERANCE * self._scale) + self._total
-        hidden = HIDDEN * peak.clamp(min=self._scale) + self._total
-        told = torch.finfo(x.dtype).eps * whole <= hidden
+        cap = torch.maximum(FALL * peak, LARGEST_TOLERANCE * self._scale) + self._total
+        hidden = HIDDEN * torch.maximum(peak, self._scale) + self._total
+        told = (total <= cap) & (torch.finfo(x.dtype).eps * whole <= hidden)
         within = residual <= self._each + system.rtol * size
-        return residual, within & (total <= cap) & told
+        return residual, within & told.repeat_interleave(system.together)
 
 
-def rows_of(x: Tensor, ended: Status, passes: Tensor, residual: Tensor, number: int) -> SolveResult:
-    """The account of every row, where all were solved as one."""
-    status = torch.where(passes, int(Status.CONVERGED), int(ended)).to(torch.int8)
-    return SolveResult(x, status, torch.full_like(status, number, dtype=torch.int32), residual)
+def rows_of(
+    x: Tensor, ended: Tensor, passes: Tensor, residual: Tensor, num_steps: Tensor
+) -> SolveResult:
+    """The account of every row, where some were solved as one.
+
+    Args:
+        ended: (B,) how the sample ended that the row is part of.
+        passes: (B,) whether the row is within its own tolerance.
+    """
+    lost = (ended == Status.DIVERGED) | (ended == Status.NONFINITE)
+    status = torch.where(passes & ~lost, int(Status.CONVERGED), ended).to(torch.int8)
+    return SolveResult(x, status, num_steps.int(), residual)
 
 
-def jointly(apply: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Tensor], Tensor]:
-    """A map of (B, D) as one of (1, B D)."""
-    return lambda y: apply(y.reshape(like.shape)).reshape(1, -1)
+def jointly(
+    apply: Callable[[Tensor], Tensor], like: Tensor, rows: int
+) -> Callable[[Tensor], Tensor]:
+    """A map of (B, D) as one of (B / rows, rows D)."""
+    return lambda y: apply(y.reshape(like.shape)).reshape(len(like) // rows, -1)

@@ -48,8 +48,11 @@ def solve(
         return empty_result(x0)
     with torch.no_grad():
         watch = None
-        if coupling is not None and len(x0) > 1:
-            system = System(evaluate, solver, rtol, atol, max_steps, backend, linear, arithmetic)
+        if coupling is not None:
+            system = System(
+                evaluate, solver, rtol, atol, max_steps, backend, linear, arithmetic,
+                coupling.together,
+            )  # fmt: skip
             if coupling.joint:
                 return solve_jointly(system, x0)
             watch = RowWatch(system, x0, coupling)

@@ -45,7 +45,7 @@ def unroll(
         arithmetic: what autocast gives to products in evaluate; None where it is off.
         coupling: what is known of whether rows depend on one another; None: they do not.
     """
-    system = System(evaluate, solver, rtol, atol, max_steps, reference, False, arithmetic)
+    system = System(evaluate, solver, rtol, atol, max_steps, reference, False, arithmetic, len(x0))
     if coupling is None or len(x0) < 2:
         return unroll_rows(system, x0, reference)
     if not coupling.joint:
@@ -113,8 +113,8 @@ def unroll_jointly(system: System, x0: Tensor, reference: Any) -> SolveResult:
     rules = reference.rules_for(x0.dtype, depth, nothing, 0.0, MOST_STEPS)
     noise, number = noise_of(system.arithmetic, x0.dtype, system.max_steps), 1
     first = gx = evaluate(start, None)
-    scale = float(torch.maximum(row_norm(start.detach()), row_norm(gx.detach())))
-    judge = JointTest(system, scale, len(x0), x0.device)
+    scale = torch.maximum(row_norm(start.detach()), row_norm(gx.detach()))
+    judge = JointTest(system, scale, len(x0))
     least: float | None = None
     while True:
         at = state.x.detach().reshape(shape)
@@ -130,13 +130,18 @@ def unroll_jointly(system: System, x0: Tensor, reference: Any) -> SolveResult:
         if status != Status.ACTIVE or number >= system.max_steps:
             value, ended = state.best, status if status != Status.ACTIVE else Status.MAX_STEPS
             residual, passes = kept
-            passes = passes & (ended in (Status.MAX_STEPS, Status.STALLED))
             break
         if noise is not None and number % EVERY == 0:
             state = measured(noise, evaluate, state)
         gx = evaluate(state.x, None)
         number += 1
-    told = rows_of(at, ended, passes, residual, number)
+    told = rows_of(
+        at,
+        torch.full_like(passes, int(ended), dtype=torch.int8),
+        passes,
+        residual,
+        torch.full_like(passes, number, dtype=torch.int32),
+    )
     return told._replace(x=stepped_once(start, first, value).reshape(shape))
 
 

@@ -292,6 +292,33 @@ def test_inside_of_torch_func(transform: str) -> None:
     assert (found - want).abs().max() <= 1e-7 * want.abs().max()
 
 
+@pytest.mark.parametrize("adjoint", [fpi.Implicit(), fpi.Implicit(solver=fpi.GMRES())], ids=str)
+def test_samples_of_a_vmap_are_not_coupled(adjoint: Any) -> None:
+    """One of them has no fixed point that the iteration finds; the others have theirs."""
+    mix = torch.softmax(torch.randn(5, 5, dtype=F64), 1)
+    z = torch.randn(3, 5, 2, dtype=F64)
+    k = torch.tensor([0.5, 1.5, 0.6], dtype=F64)
+    options: dict[str, Any] = {"solver": fpi.Picard(), "rtol": 1e-10, "max_steps": 200}
+
+    def solve(k: Tensor, z: Tensor) -> fpi.Solution:
+        g = lambda x, k, z: k * (mix @ x) + z  # noqa: E731
+        return fpi.fixed_point(g, torch.zeros_like(z), k, z, adjoint=adjoint, **options)
+
+    def loss(k: Tensor, z: Tensor) -> Tensor:
+        return solve(k, z).value.square().sum()
+
+    status, value = torch.func.vmap(lambda k, z: (solve(k, z).status, solve(k, z).value))(k, z)
+    grads = torch.func.vmap(torch.func.grad(loss, (0, 1)))(k, z)
+    for i in (0, 2):
+        sol = solve(k[i], z[i])
+        assert (status[i] == fpi.Status.CONVERGED).all()
+        assert (value[i] - sol.value).abs().max() < 1e-9
+        alone = torch.func.grad(loss, (0, 1))(k[i], z[i])
+        for found, want in zip(grads, alone, strict=True):
+            assert (found[i] - want).norm() <= 1e-7 * want.norm()
+    assert not (status[1] == fpi.Status.CONVERGED).any()
+
+
 def test_a_row_that_is_skipped_by_the_loss_gets_its_gradient() -> None:
     """b is zero in most rows, and so is their own tolerance; the sum of them all counts."""
     g, x0 = chain(12)
