@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fpi_cuda.row_norm import num_moved
+
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "emulation"
 SOURCES = [
@@ -139,6 +141,7 @@ class Emulated(Pipe):
     """
 
     name = "emulated"
+    num_moved = staticmethod(num_moved)
 
     def __init__(self, driver: Path, seed: int = 0, offset: int = 0) -> None:
         super().__init__(driver)

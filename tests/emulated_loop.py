@@ -11,6 +11,8 @@ import torch
 from emulated import EMULATION, ROOT, Pipe, build, bytes_of
 from torch import Tensor
 
+from fpi_cuda.row_norm import num_moved
+
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = [
     CUDA / "cell_loop.cu",
@@ -53,6 +55,7 @@ class EmulatedLoop(Pipe):
     """
 
     name = "emulated"
+    num_moved = staticmethod(num_moved)
     CELL_LOOP_DTYPES = (torch.float32, torch.float64)
     CELL_LOOP_MAX_DEPTH = 16
 
