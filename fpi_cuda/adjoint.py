@@ -38,10 +38,10 @@ from fpi_cuda.options import (
     Unroll,
 )
 from fpi_cuda.request import Options
-from fpi_cuda.result import SolveResult
+from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import num_moved, row_norm
 from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.solvers.coupled import difference_norm, jointly
+from fpi_cuda.solvers.coupled import difference_norm, jointly, rows_feel
 from fpi_cuda.solvers.gmres import gmres
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
@@ -257,10 +257,18 @@ def corrected(
     Args:
         again: solves jointly for what is left, once the coupling says so.
     """
-    left = apply(found.x) + b
+    product = apply(found.x)
+    left = product + b
     if not num_moved(found.x, left, found.status, found.residual):
-        coupling.is_independent()
-        return found
+        failed = bool((found.status != Status.CONVERGED).any())
+        # What is no solution may be as far as rows get on their own.
+        other = found.x + b
+        if not failed or not (
+            rows_feel(apply, found.x, product, other)
+            or rows_feel(apply, found.x, product, other, turned=True)
+        ):
+            coupling.is_independent()
+            return found
     coupling.depends()
     left = left - found.x
     more = again(apply, apply_transpose, left, atol, coupling)

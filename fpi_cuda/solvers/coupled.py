@@ -150,13 +150,25 @@ class RowWatch:
 
     def _probe_shows(self, x: Tensor, gx: Tensor) -> bool:
         """Whether g changes in rows that stay, where the other half goes back to x0."""
-        rows = torch.arange(len(x), device=x.device)
-        # Fibonacci hashing: a half without a pattern that a graph could have too.
-        back = rows * 2654435761 % 4294967296 < 2147483648
-        mixed = torch.where(back[:, None], self._x0, x)
-        change = difference_norm(self._system.value(mixed), gx)
-        stays = ~back & differs(change, torch.zeros_like(change), gx, x)
-        return bool(stays.any())
+        return rows_feel(self._system.value, x, gx, self._x0)
+
+
+def rows_feel(
+    apply: Callable[[Tensor], Tensor], x: Tensor, gx: Tensor, other: Tensor, *, turned: bool = False
+) -> bool:
+    """Whether a row of the map's value changes where only other rows of its argument do.
+
+    Args:
+        gx: apply(x).
+        other: (B, D) where half of the rows are moved to.
+        turned: it is the other half.
+    """
+    rows = torch.arange(len(x), device=x.device)
+    # Fibonacci hashing: a half without a pattern that a graph could have too.
+    away = (rows * 2654435761 % 4294967296 < 2147483648) ^ turned
+    change = difference_norm(apply(torch.where(away[:, None], other, x)), gx)
+    stays = ~away & differs(change, torch.zeros_like(change), gx, x)
+    return bool(stays.any())
 
 
 def retold(result: SolveResult, gx: Tensor, atol: float | Tensor, rtol: float) -> SolveResult:

@@ -252,6 +252,28 @@ def test_the_residual_of_the_adjoint_is_that_of_all_rows(solver: Any) -> None:
     assert (stats.residual - residual).norm() <= 1e-9 * v.norm() + 1e-2 * residual.norm()
 
 
+@pytest.mark.parametrize("solver", [fpi.GMRES(), fpi.ConjugateGradient()], ids=str)
+def test_rows_that_a_krylov_solver_cannot_solve_apart(solver: Any) -> None:
+    """They end at a true residual that is no solution, and nothing has moved."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.rand(3, 3, dtype=F64, generator=generator)
+    mix = mix / mix.sum(1, keepdim=True)
+    weight = torch.linalg.qr(torch.randn(4, 4, dtype=F64, generator=generator))[0] * 0.6
+
+    def g(x: Tensor, t: Tensor) -> Tensor:
+        return mix @ x @ weight + t
+
+    t = torch.randn(3, 4, dtype=F64, generator=generator).requires_grad_()
+    x_star = iterated(g, torch.zeros_like(t), t.detach())
+    adjoint = fpi.Implicit(solver=solver, rtol=1e-9, max_steps=500)
+    for _ in range(3):
+        sol = fpi.fixed_point(g, x_star, t, rtol=1e-3, adjoint=adjoint)
+        v = torch.randn(3, 4, dtype=F64, generator=generator)
+        (found,) = torch.autograd.grad(sol.value, t, v)
+        want = dense_gradient(g, x_star, t.detach(), v)
+        assert (found - want).norm() <= 1e-7 * want.norm()
+
+
 def test_derivatives_of_every_order_and_mode() -> None:
     g, x0 = graph(6, 2, sources=1)
     z = (0.1 * torch.randn_like(x0)).requires_grad_()
