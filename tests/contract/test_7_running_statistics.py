@@ -1,0 +1,132 @@
+"""Clause 7: statistics that a module keeps count one call for each solve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from coupled_maps import F64, Map, orthogonal, true_residual
+from torch import Tensor, nn
+
+import fpi_cuda as fpi
+
+
+class Normalised(nn.Module):
+    def __init__(self, norm: nn.Module, hoisted: bool = False) -> None:
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("weight", orthogonal(5, 0.5))
+        if hoisted:
+            self.prepare = lambda z: self.norm(z)
+            self.step = lambda x, prepared: 0.5 * torch.tanh(x @ self.weight + prepared)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        if hasattr(self, "prepare"):
+            return self.step(x, self.prepare(z))
+        return 0.5 * torch.tanh(self.norm(x @ self.weight + z))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("hoisted", [False, True])
+def test_running_statistics_count_one_call(grad: bool, create_graph: bool, hoisted: bool) -> None:
+    norm = nn.BatchNorm1d(5, dtype=F64)
+    g = Normalised(norm, hoisted)
+    layer, z = fpi.FPILayer(g, rtol=1e-9, max_steps=200), torch.randn(16, 5, dtype=F64)
+    for call in range(1, 4):
+        before = norm.running_mean.clone()  # type: ignore[union-attr]
+        with torch.set_grad_enabled(grad):
+            x = layer(z.clone().requires_grad_())
+        if grad:
+            grads = torch.autograd.grad(x.square().sum(), list(g.parameters()), create_graph=True)
+            if create_graph:
+                sum(t.square().sum() for t in grads).backward()
+        assert norm.num_batches_tracked == call
+        inner = z if hoisted else x.detach() @ g.weight + z
+        want = 0.9 * before + 0.1 * inner.mean(0)
+        assert (norm.running_mean - want).abs().max() < 1e-7  # type: ignore[operator]
+
+
+NORM = nn.BatchNorm1d(5, dtype=F64)
+
+
+def by_name(x: Tensor, z: Tensor) -> Tensor:
+    return 0.5 * torch.tanh(NORM(x)) + z
+
+
+class Holder:
+    def __init__(self, norm: nn.Module) -> None:
+        self.norms = [norm]
+
+    def step(self, x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(self.norms[0](x)) + z
+
+
+class HeldInATuple(nn.Module):
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norms = (norm,)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(self.norms[0](x)) + z
+
+
+HOLDERS: dict[str, Callable[[nn.Module], Map]] = {
+    "closure": lambda norm: lambda x, z: 0.5 * torch.tanh(norm(x)) + z,
+    "list": lambda norm: (lambda held: lambda x, z: 0.5 * torch.tanh(held[0](x)) + z)([norm]),
+    "default": lambda norm: lambda x, z, norm=norm: 0.5 * torch.tanh(norm(x)) + z,
+    "global": lambda _: by_name,
+    "method": lambda norm: Holder(norm).step,
+    "tuple of a module": HeldInATuple,
+}
+
+
+@pytest.mark.parametrize("held", HOLDERS)
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_batch_norm_counts_once_wherever_g_holds_it(held: str, grad: bool) -> None:
+    """From x0 = 0 the first evaluation leaves the running mean where it was."""
+    NORM.reset_running_stats()
+    norm = NORM if held == "global" else nn.BatchNorm1d(5, dtype=F64)
+    z = torch.randn(16, 5, dtype=F64)
+    for call in (1, 2):
+        before = norm.running_mean.clone()  # type: ignore[union-attr]
+        with torch.set_grad_enabled(grad):
+            sol = fpi.fixed_point(
+                HOLDERS[held](norm), torch.zeros_like(z), z, rtol=1e-10, max_steps=200
+            )
+        assert norm.num_batches_tracked == call
+        want = 0.9 * before + 0.1 * sol.value.detach().mean(0)
+        assert (norm.running_mean - want).abs().max() < 1e-8  # type: ignore[operator]
+
+
+def test_statistics_of_a_modules_own_count_once() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(5, dtype=F64))
+            self.register_buffer("replaced", torch.zeros((), dtype=F64))
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+            self.replaced = self.replaced + 1
+            return 0.5 * torch.tanh(x - self.mean) + z
+
+    g, z = Centred(), torch.randn(16, 5, dtype=F64)
+    sol = fpi.fixed_point(g, torch.zeros_like(z), z, rtol=1e-10, max_steps=300)
+    assert sol.converged.all()
+    assert g.replaced == 1
+    assert (g.mean - 0.1 * sol.value.detach().mean(0)).abs().max() < 1e-8
+    assert true_residual(lambda x: 0.5 * torch.tanh(x - g.mean) + z, sol.value).max() < 1e-8
+
+
+def test_spectral_norm_is_one_map_in_training_mode() -> None:
+    """Its power iteration goes on with every evaluation, and moves the weight."""
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 5, dtype=F64))
+    z = torch.randn(4, 5, dtype=F64)
+    sol = fpi.fixed_point(
+        lambda x, z: 0.7 * torch.tanh(linear(x)) + z, torch.zeros_like(z), z, rtol=1e-10
+    )
+    assert sol.converged.all()
+    assert int(sol.num_steps.max()) < 60
+    sol.value.sum().backward()
