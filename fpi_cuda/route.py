@@ -270,11 +270,11 @@ class Course:
         return flat_map.layout.batch > 1 and self._rowwise and flat_map.selectable()
 
     def _require_graphs(self, device: torch.device) -> Graphs:
-        if self.coupling is not None and self.coupling.suspected:
-            raise Refused(COUPLED)
         if self._options.route == "host":
             raise Refused(HOST_ASKED_FOR)
         graphs = device_loop.graphs_for(device)
+        if self.coupling is not None and self.coupling.suspected:
+            raise Refused(COUPLED)
         reason = why_not_captured(self._flat_map.g)
         if reason is not None:
             raise Refused(reason)
