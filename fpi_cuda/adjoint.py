@@ -60,14 +60,12 @@ def strategy_for(
     account: Account,
     flat_map: FlatMap,
     on_device: DeviceSolve | None = None,
-    arithmetic: torch.dtype | None = None,
 ) -> Strategy:
     """How the adjoint system is dealt with.
 
     Args:
         flat_map: the map of the fixed point.
         on_device: tried before the solver of the host.
-        arithmetic: what autocast gave to products in g, and so gives to those with its Jacobian.
     """
     adjoint = options.adjoint
     independent = account.coupling is None
@@ -81,7 +79,7 @@ def strategy_for(
         adjoint_solver(options, adjoint, flat_map.layout.dim),
         adjoint.max_steps or options.max_steps,
         engine,
-        arithmetic,
+        flat_map.arithmetic,
     )
     return Exact(
         account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device, scaling=scaling
@@ -149,9 +147,13 @@ def linear_solve(
     solver: FixedPointSolver | LinearSolver,
     max_steps: int,
     engine: Backend,
-    arithmetic: torch.dtype | None,
+    arithmetic: torch.dtype,
 ) -> LinearSolve:
-    """The solver of y = M y + b that an adjoint asks for; arithmetic as in strategy_for."""
+    """The solver of y = M y + b that an adjoint asks for.
+
+    Args:
+        arithmetic: what products in g are rounded to, and so those with its Jacobian.
+    """
     if isinstance(solver, (GMRES, ConjugateGradient)):
         return KrylovSolve(solver, max_steps, engine, arithmetic)
     return IteratedSolve(solver, max_steps, engine, arithmetic)
@@ -164,7 +166,7 @@ class IteratedSolve:
     solver: FixedPointSolver
     max_steps: int
     engine: Backend
-    arithmetic: torch.dtype | None
+    arithmetic: torch.dtype
 
     def __call__(
         self,
@@ -199,7 +201,7 @@ class KrylovSolve:
     solver: LinearSolver
     max_steps: int
     engine: Backend
-    arithmetic: torch.dtype | None
+    arithmetic: torch.dtype
 
     def __call__(
         self,

@@ -278,7 +278,7 @@ def solved(
     with torch.no_grad(), flat_map.replay.solving():
         result = course.solve(start.detach())
     check = SolutionCheck(
-        result, options.rtol, options.atol, arithmetic_of(flat_map), coupling, engine.num_moved
+        result, options.rtol, options.atol, flat_map.arithmetic, coupling, engine.num_moved
     )
     if not differentiates():
         if coupling is None and course.may_take_rows:
@@ -288,19 +288,13 @@ def solved(
     account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
-    arithmetic = flat_map.replay.autocast_dtype
-    strategy = strategy_for(options, engine, account, flat_map, course.on_device, arithmetic)
+    strategy = strategy_for(options, engine, account, flat_map, course.on_device)
     strategy = with_forward_accuracy(strategy, options, result.x)
     watch = None if course.leaves_the_host_alone else check
     value = attach(differentiated, result.x, watch, strategy, born_after)
     if any(part.requires_grad for part in (value if flat_map.layout.is_tuple else (value,))):
         course.prepare_adjoint(result.x, account)
     return value, result
-
-
-def arithmetic_of(flat_map: FlatMap) -> torch.dtype:
-    """What g is evaluated in: narrower than the state under autocast."""
-    return flat_map.replay.autocast_dtype or flat_map.layout.dtype
 
 
 def require_kept_promise(flat_map: FlatMap, options: Options, check: SolutionCheck) -> None:
@@ -337,14 +331,13 @@ def solved_live(
             max_steps=options.max_steps,
             backend=engine,
             coupling=coupling,
-            arithmetic=flat_map.replay.autocast_dtype,
+            arithmetic=flat_map.arithmetic,
         )
 
     with flat_map.replay.solving():
         result, frame = live_solve(flat_map, start, run)
     account = Account(result.status, record, coupling)
-    arithmetic = flat_map.replay.autocast_dtype
-    strategy = strategy_for(options, engine, account, flat_map, arithmetic=arithmetic)
+    strategy = strategy_for(options, engine, account, flat_map)
     strategy = with_forward_accuracy(strategy, options, result.x)
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
@@ -377,7 +370,7 @@ def unrolled(
                 atol=options.atol,
                 max_steps=options.max_steps,
                 reference=reference,
-                arithmetic=flat_map.replay.autocast_dtype,
+                arithmetic=flat_map.arithmetic,
                 coupling=coupling,
             )
 

@@ -137,7 +137,7 @@ class Course:
                 backend=self._engine,
                 rowwise=self.may_take_rows,
                 coupling=self.coupling,
-                arithmetic=self._flat_map.replay.autocast_dtype,
+                arithmetic=self._flat_map.arithmetic,
             )
 
     def _solve_fused(self, x0: Tensor) -> SolveResult:
