@@ -19,6 +19,7 @@ from fpi_cuda.implicit import (
     Exact,
     FlatMap,
     LinearSolve,
+    LinearSystem,
     Scaling,
     Strategy,
     Truncated,
@@ -169,23 +170,17 @@ class IteratedSolve:
     arithmetic: torch.dtype
 
     def __call__(
-        self,
-        apply: Apply,
-        apply_transpose: Apply,
-        b: Tensor,
-        atol: Tensor,
-        coupling: Coupling | None,
-        found: SolveResult | None = None,
+        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None = None
     ) -> SolveResult:
         """See LinearSolve."""
         if found is not None and coupling is not None:
-            return corrected(self, apply, apply_transpose, b, atol, coupling, found)
+            return corrected(self, system, coupling, found)
         return solve(
-            lambda y, rows: apply(y) + b,
-            b,
+            lambda y, rows: system.apply(y) + system.b,
+            system.b,
             self.solver,
             rtol=0.0,
-            atol=atol,
+            atol=system.atol,
             max_steps=self.max_steps,
             backend=self.engine,
             arithmetic=self.arithmetic,
@@ -204,41 +199,38 @@ class KrylovSolve:
     arithmetic: torch.dtype
 
     def __call__(
-        self,
-        apply: Apply,
-        apply_transpose: Apply,
-        b: Tensor,
-        atol: Tensor,
-        coupling: Coupling | None,
-        found: SolveResult | None = None,
+        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None = None
     ) -> SolveResult:
         """See LinearSolve."""
         if coupling is None:
-            return self._rows(apply, apply_transpose, b, atol)
+            return self._rows(system)
         if coupling.joint:
-            return self._joint(apply, apply_transpose, b, atol, coupling.together)
-        found = found or self._rows(apply, apply_transpose, b, atol)
-        return corrected(self, apply, apply_transpose, b, atol, coupling, found)
+            return self._joint(system, coupling.together)
+        return corrected(self, system, coupling, found or self._rows(system))
 
-    def _rows(self, apply: Apply, transpose: Apply, b: Tensor, atol: Tensor) -> SolveResult:
+    def _rows(self, system: LinearSystem) -> SolveResult:
         def minus(product: Apply) -> Apply:
             return lambda y: y - product(y)
 
         limits: dict[str, Any] = {
-            "atol": atol,
+            "atol": system.atol,
             "max_steps": self.max_steps,
             "arithmetic": self.arithmetic,
         }
         if isinstance(self.solver, GMRES):
-            return gmres(minus(apply), b, restart=self.solver.restart, **limits)
-        return conjugate_gradient(minus(apply), minus(transpose), b, **limits)
+            restart = self.solver.restart
+            return gmres(minus(system.apply), system.b, restart=restart, **limits)
+        return conjugate_gradient(
+            minus(system.apply), minus(system.apply_transpose), system.b, **limits
+        )
 
-    def _joint(
-        self, apply: Apply, transpose: Apply, b: Tensor, atol: Tensor, rows: int
-    ) -> SolveResult:
+    def _joint(self, system: LinearSystem, rows: int) -> SolveResult:
+        apply, transpose, b, atol = system
         total = atol.reshape(-1, rows).norm(dim=1)
         right = b.reshape(len(total), -1)
-        whole = self._rows(jointly(apply, b, rows), jointly(transpose, b, rows), right, total)
+        whole = self._rows(
+            LinearSystem(jointly(apply, b, rows), jointly(transpose, b, rows), right, total)
+        )
         y = whole.x.view(b.shape)
         residual = difference_norm(apply(y) + b, y)
         status, num_steps = (t.repeat_interleave(rows) for t in (whole.status, whole.num_steps))
@@ -246,19 +238,14 @@ class KrylovSolve:
 
 
 def corrected(
-    again: LinearSolve,
-    apply: Apply,
-    apply_transpose: Apply,
-    b: Tensor,
-    atol: Tensor,
-    coupling: Coupling,
-    found: SolveResult,
+    again: LinearSolve, system: LinearSystem, coupling: Coupling, found: SolveResult
 ) -> SolveResult:
     """`found`, of rows on their own, if it is true of all rows together; else the joint solution.
 
     Args:
         again: solves jointly for what is left, once the coupling says so.
     """
+    apply, b = system.apply, system.b
     product = apply(found.x)
     left = product + b
     if not num_moved(found.x, left, found.status, found.residual):
@@ -272,6 +259,5 @@ def corrected(
             coupling.is_independent()
             return found
     coupling.depends()
-    left = left - found.x
-    more = again(apply, apply_transpose, left, atol, coupling)
+    more = again(system._replace(b=left - found.x), coupling)
     return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)

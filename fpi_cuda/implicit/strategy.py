@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,19 +23,27 @@ from fpi_cuda.row_norm import row_norm
 from fpi_cuda.unconverged import worst_of
 
 
+class LinearSystem(NamedTuple):
+    """y = M y + b for every sample, asked for to ||M y + b - y|| <= atol.
+
+    Attributes:
+        apply, apply_transpose: M and its transpose, of (B, D).
+        b: (B, D). atol: (B,) float64.
+    """
+
+    apply: Apply
+    apply_transpose: Apply
+    b: Tensor
+    atol: Tensor
+
+
 class LinearSolve(Protocol):
-    """Solves y = M y + b for every sample, from what the caller chose as a solver."""
+    """Solves a linear system, from what the caller chose as a solver."""
 
     def __call__(
-        self,
-        apply: Apply,
-        apply_transpose: Apply,
-        b: Tensor,
-        atol: Tensor,
-        coupling: Coupling | None,
-        found: SolveResult | None = None,
+        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None = None
     ) -> SolveResult:
-        """y (B, D) with ||M y + b - y|| <= atol (B,); without a graph.
+        """y (B, D), without a graph.
 
         Args:
             coupling: what is known of whether rows depend on one another; None: they do not. Where
@@ -247,23 +255,22 @@ class Exact(Strategy):
         both: list[Apply] = [matrix.product, matrix.transposed]
         apply, apply_transpose = reversed(both) if transpose else both
         size = row_norm(b)
+        system = LinearSystem(apply, apply_transpose, b, self.rtol * size)
         coupling = self.account.coupling
         found = None
         if transpose and self.on_device is not None and not self.account.joint:
-            found = self.on_device(matrix, b, self.rtol * size)
+            found = self.on_device(matrix, b, system.atol)
             if found is not None and coupling is None:
                 return found
         total = float(size.sum())
         if total == 0:
             return found or trivial(b, size)
         if math.isfinite(total):
-            return self.linear_solve(apply, apply_transpose, b, self.rtol * size, coupling, found)
+            return self.linear_solve(system, coupling, found)
         # Iterated on, these rows would spoil others where g couples them.
         lost = ~torch.isfinite(size)
-        size = torch.where(lost, 0.0, size)
-        result = self.linear_solve(
-            apply, apply_transpose, zero_rows(b, lost), self.rtol * size, coupling
-        )
+        atol = self.rtol * torch.where(lost, 0.0, size)
+        result = self.linear_solve(system._replace(b=zero_rows(b, lost), atol=atol), coupling)
         return lose(result, lost)
 
 
