@@ -40,9 +40,9 @@ from fpi_cuda.options import (
 )
 from fpi_cuda.request import Options
 from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.row_norm import num_moved, row_norm
+from fpi_cuda.row_norm import difference_norm, num_moved, row_norm
 from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.solvers.coupled import difference_norm, jointly, rows_feel
+from fpi_cuda.solvers.coupled import jointly, rows_feel
 from fpi_cuda.solvers.gmres import gmres
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend

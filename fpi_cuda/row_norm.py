@@ -15,6 +15,12 @@ def row_norm(a: Tensor) -> Tensor:
     return scale * torch.linalg.vector_norm(a / scale[:, None], dim=1)
 
 
+def difference_norm(gx: Tensor, x: Tensor) -> Tensor:
+    """(B,) float64 ||gx - x|| of each row, subtracted as the steps do."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return row_norm(gx.to(wide) - x.to(wide))
+
+
 ROUNDING = 16.0
 """Of epsilon times the size of x and g(x): what a residual that nothing has moved may differ by."""
 
@@ -37,6 +43,4 @@ def num_moved(x: Tensor, gx: Tensor, status: Tensor, residual: Tensor) -> int:
         status: (B,) int8, 0 for samples that have not stopped.
         residual: (B,) float64, as recorded.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    now = row_norm(gx.to(wide) - x.to(wide))
-    return int(((status != 0) & differs(now, residual, gx, x)).sum())
+    return int(((status != 0) & differs(difference_norm(gx, x), residual, gx, x)).sum())

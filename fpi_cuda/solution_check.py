@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.row_norm import row_norm
+from fpi_cuda.row_norm import difference_norm, row_norm
 
 BROKEN_PROMISE = (
     "fixed_point: g has another value at the solution for all rows together than the solver was "
@@ -63,9 +63,7 @@ class SolutionCheck:
         x, gx = x.detach(), gx.detach().contiguous()
         if not self.num_moved(x, gx, found.status, found.residual):
             return
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, gx = x.to(wide), gx.to(wide)
-        residual, norm_gx = row_norm(gx - x), row_norm(gx)
+        residual, norm_gx = difference_norm(gx, x), row_norm(gx)
         size = torch.maximum(norm_gx, row_norm(x))
         change = (residual - found.residual).abs()
         info = torch.finfo(self.arithmetic)

@@ -23,7 +23,7 @@ LEVELS = [
     {"device_loop", "fused", "solution_check"},
     {"fused_evaluation"},
     {"implicit", "solvers", "cells", "backends"},
-    {"unconverged"},
+    {"rules", "unconverged"},
     {
         "options",
         "result",

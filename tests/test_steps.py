@@ -21,8 +21,8 @@ from stepping import (
 )
 from torch import Tensor
 
-from fpi_cuda import backends
-from fpi_cuda.backends import reference, rules
+from fpi_cuda import backends, rules
+from fpi_cuda.backends import reference
 from fpi_cuda.control import COUNTERS, NORMS
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.result import Status

@@ -12,7 +12,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from fpi_cuda.backends.rules import (
+from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
+from fpi_cuda.result import Status
+from fpi_cuda.row_norm import num_moved as num_moved
+from fpi_cuda.rules import (
     ANCHOR,
     MIX,
     PICARD,
@@ -30,9 +33,6 @@ from fpi_cuda.backends.rules import (
     worth_mixing,
     write_control,
 )
-from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
-from fpi_cuda.result import Status
-from fpi_cuda.row_norm import num_moved as num_moved
 
 name = "reference"
 

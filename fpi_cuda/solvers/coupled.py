@@ -18,16 +18,11 @@ from fpi_cuda.control import column
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import MOST_STEPS, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.row_norm import differs, row_norm
-from fpi_cuda.solvers.judge import LARGEST_TOLERANCE
+from fpi_cuda.row_norm import difference_norm, differs, row_norm
+from fpi_cuda.rules import CAP, FALL, HIDDEN, SETTLED
 from fpi_cuda.solvers.noise import EVERY, noise_of
 from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
-from fpi_cuda.solvers.workspace import Workspace, allocate, compute_dtype, depth_of
-
-# Of the stop test, as csrc/common/decide.h has it.
-HIDDEN = 0.25
-FALL = 0.01
-SETTLED = 4.0
+from fpi_cuda.solvers.workspace import Workspace, allocate, depth_of
 
 
 class System(NamedTuple):
@@ -185,12 +180,6 @@ def retold(result: SolveResult, gx: Tensor, atol: float | Tensor, rtol: float) -
     return result._replace(status=status, residual=torch.where(moved, residual, result.residual))
 
 
-def difference_norm(gx: Tensor, x: Tensor) -> Tensor:
-    """(B,) float64 ||gx - x|| of each row, subtracted as the steps do."""
-    wide = compute_dtype(x.dtype)
-    return row_norm(gx.to(wide) - x.to(wide))
-
-
 def solve_jointly(system: System, x0: Tensor) -> SolveResult:
     """Solve all rows that belong together as one sample, from x0 (B, D)."""
     gx = system.value(x0)
@@ -306,7 +295,7 @@ class JointTest:
         whole = together(size, system).norm(dim=1)
         settled = whole <= SETTLED * column(control, "peak_norm")
         peak = torch.where(settled, column(control, "peak"), 0.0)
-        cap = torch.maximum(FALL * peak, LARGEST_TOLERANCE * self._scale) + self._total
+        cap = torch.maximum(FALL * peak, CAP * self._scale) + self._total
         hidden = HIDDEN * torch.maximum(peak, self._scale) + self._total
         told = (total <= cap) & (torch.finfo(x.dtype).eps * whole <= hidden)
         within = residual <= self._each + system.rtol * size

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import row_norm
+from fpi_cuda.rules import CAP
 
 SHARE = 0.5
 """Of the tolerance, what a solve may use up; the rest is for what rounding moves."""
-# Against the size of x0 and g(x0), as csrc/common/decide.h has it: drifting off is no convergence.
-LARGEST_TOLERANCE = 0.1
 
 StopTest = Callable[[Tensor, float, "float | Tensor"], SolveResult]
 """One evaluation of the unrounded map at x (B, D), judged by rtol and atol as any first step is."""
@@ -43,7 +42,7 @@ def judged(
         size = row_norm(x0)
         # At most the norm of g(x0), and that itself from x0 = 0.
         value = stop_test(x0, 0.0, 0.0).residual - size
-        cap = LARGEST_TOLERANCE * torch.maximum(size, value) + atol
+        cap = CAP * torch.maximum(size, value) + atol
         # Or the solve saw it settle elsewhere, and rounding did not hide the residual.
         settled = (result.status == Status.CONVERGED) & (SHARE * at.residual <= result.residual)
         passes &= (at.residual <= cap) | settled

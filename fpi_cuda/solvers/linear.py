@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import row_norm
+from fpi_cuda.rules import GAIN, least_floor
 from fpi_cuda.solvers.noise import noise_of
 
 Operator = Callable[[Tensor], Tensor]
@@ -18,11 +19,6 @@ Operator = Callable[[Tensor], Tensor]
 # A correction aims a little below the tolerance, so that rounding between its own estimate and
 # the true residual seldom costs another round.
 AIM = 0.9
-# A round that gains less than this, with the residual at the floor, has only moved the rounding
-# about, and so would more rounds. See csrc/common/decide.h.
-GAIN = 0.9
-FLOOR = 64.0
-HALF_FLOOR = 8.0
 
 
 class Correction(NamedTuple):
@@ -93,7 +89,8 @@ def refine(
             f"{operation}: atol must hold one tolerance per sample, "
             f"got v={tuple(v.shape)}, atol={tuple(atol.shape)}"
         )
-    rounding, noisy = least_floor(v.dtype), v.new_zeros(v.shape[:1], dtype=torch.float64)
+    rounding = least_floor(torch.finfo(v.dtype).eps)
+    noisy = v.new_zeros(v.shape[:1], dtype=torch.float64)
     noise = noise_of(arithmetic, v.dtype, max_steps)
     work = working_dtype(v.dtype)
     evaluate = checked(operation, apply, v.dtype)
@@ -127,6 +124,8 @@ def refine(
         better = active & finite & (residual_new < residual)
         scale = torch.maximum(v_norm, torch.maximum(row_norm(x_new), row_norm(product)))
         lowest = torch.minimum(residual, residual_new)
+        # A round that gains less, with the residual at the floor, has only moved the rounding
+        # about, and so would more rounds.
         idle = active & finite & ~(residual_new <= GAIN * residual)
         if noise is not None:
             num_steps = noise.measure(evaluate, x_new, num_steps, idle, lowest / scale, noisy)
@@ -137,12 +136,6 @@ def refine(
         status = status.masked_fill(stalled, Status.STALLED)
         status = status.masked_fill(active & ~finite, Status.NONFINITE)
         status = status.masked_fill(active & (residual <= atol), Status.CONVERGED)
-
-
-def least_floor(dtype: torch.dtype) -> float:
-    """The part of the terms of a residual below which the rounding of this dtype decides."""
-    info = torch.finfo(dtype)
-    return (HALF_FLOOR if info.bits == 16 else FLOOR) * info.eps
 
 
 def checked(operation: str, apply: Operator, dtype: torch.dtype) -> Operator:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fpi_cuda.backends import rules
+from fpi_cuda import rules
 from fpi_cuda.control import CONTROL_SIZE, COUNTERS, NORMS
 from fpi_cuda.result import Status
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fpi_cuda.backends import rules
+from fpi_cuda import rules
 
 SMALLEST_PIVOT = tl.constexpr(rules.SMALLEST_PIVOT)
 LEAST_GAIN = tl.constexpr(rules.LEAST_GAIN)
