@@ -1,4 +1,4 @@
-// Checks of the arrays that a cell's ops are given.
+// Checks of the arrays that the ops are given, and what they are stored as.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,12 +7,22 @@
 #include <optional>
 
 #include "common/cell_loop_params.h"
+#include "common/state_type.h"
 #include "require.h"
 
 namespace fpi {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+inline StateType state_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return StateType::kFloat64;
+    case ScalarType::BFloat16: return StateType::kBFloat16;
+    case ScalarType::Half: return StateType::kFloat16;
+    default: return StateType::kFloat32;
+  }
+}
 
 struct CellLayerTensors {
   std::optional<Tensor> weight, bias, shift, factor;

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <functional>
 #include <optional>
 #include <string>
 
@@ -12,6 +11,7 @@
 #include "common/control.h"
 #include "cpu/cell_loop.h"
 #include "cuda/cell_loop.h"
+#include "on_cpu.h"
 #include "on_cuda.h"
 #include "require.h"
 
@@ -20,11 +20,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-void parallel_tiles(int64_t begin, int64_t end, int64_t grain,
-                    const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(begin, end, grain, body);
-}
 
 #ifdef FPI_CUDA_ARCHS
 void run_on_cuda(const Tensor& x, const CellLoopParams& p) {
@@ -78,7 +73,7 @@ void cell_loop_op(Tensor x, std::optional<Tensor> x_factor, Tensor weight1,
   p.precision = static_cast<Precision>(precision);
   if (p.batch == 0) return;
   if (x.is_cuda()) return run_on_cuda(x, p);
-  cell_loop_cpu(p, cell_state(x), torch::stable::get_num_threads(), parallel_tiles);
+  cell_loop_cpu(p, cell_state(x), torch::stable::get_num_threads(), on_torch_threads);
 }
 
 // Nothing is returned, so a fake run has nothing to do.

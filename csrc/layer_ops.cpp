@@ -2,18 +2,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <functional>
-
 #include "array_checker.h"
 #include "cpu/cell_layer.h"
+#include "on_cpu.h"
 
 namespace fpi {
 namespace {
-
-void parallel_rows(int64_t begin, int64_t end, int64_t grain,
-                   const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(begin, end, grain, body);
-}
 
 constexpr LayerNames kNames = {"weight", "bias", "shift", "factor", "activation"};
 
@@ -22,7 +16,7 @@ StateType checked_state(const char* op, const char* name, const Tensor& t) {
   require(t.dim() == 2, op, ": ", name, " must be (batch, features), got ", t.sizes());
   require(type == ScalarType::Float || type == ScalarType::Double, op, ": ", name,
           " must be float32 or float64, got ", torch::headeronly::toString(type));
-  return type == ScalarType::Double ? StateType::kFloat64 : StateType::kFloat32;
+  return state_type(type);
 }
 
 void cell_layer_op(Tensor out, std::optional<Tensor> slope, Tensor h, Tensor weight,
@@ -47,7 +41,7 @@ void cell_layer_op(Tensor out, std::optional<Tensor> slope, Tensor h, Tensor wei
   p.h = h.const_data_ptr();
   p.out = out.mutable_data_ptr();
   p.batch = batch;
-  cell_layer_cpu(p, state, torch::stable::get_num_threads(), parallel_rows);
+  cell_layer_cpu(p, state, torch::stable::get_num_threads(), on_torch_threads);
 }
 
 void weight_gradient_op(Tensor out, Tensor delta, Tensor h) {
@@ -67,7 +61,7 @@ void weight_gradient_op(Tensor out, Tensor delta, Tensor h) {
   p.h = h.const_data_ptr();
   p.delta = delta.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  weight_gradient_cpu(p, state, torch::stable::get_num_threads(), parallel_rows);
+  weight_gradient_cpu(p, state, torch::stable::get_num_threads(), on_torch_threads);
 }
 
 // Nothing is returned, so a fake run has nothing to do.

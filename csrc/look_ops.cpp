@@ -1,19 +1,12 @@
 // The op that looks at samples which have stopped: schema, checks, and the CPU kernel behind it.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
-#include <functional>
 
 #include "array_checker.h"
 #include "cpu/num_moved.h"
+#include "on_cpu.h"
 
 namespace fpi {
 namespace {
-
-void parallel_rows(int64_t begin, int64_t end, int64_t grain,
-                   const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(begin, end, grain, body);
-}
 
 int64_t num_moved_op(Tensor x, Tensor gx, Tensor status, Tensor residual, double rounding) {
   constexpr const char* kOp = "num_moved";
@@ -35,10 +28,7 @@ int64_t num_moved_op(Tensor x, Tensor gx, Tensor status, Tensor residual, double
   p.status = status.const_data_ptr<int8_t>();
   p.residual = residual.const_data_ptr<double>();
   p.rounding = rounding;
-  const StateType state = type == ScalarType::Double     ? StateType::kFloat64
-                          : type == ScalarType::BFloat16 ? StateType::kBFloat16
-                                                         : StateType::kFloat32;
-  return num_moved_cpu(p, state, parallel_rows);
+  return num_moved_cpu(p, state_type(type), on_torch_threads);
 }
 
 }  // namespace

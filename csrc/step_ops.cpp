@@ -1,18 +1,18 @@
 // The step ops: schema, checks, and the kernels behind them, on the CPU and on CUDA devices.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <functional>
 #include <optional>
 
+#include "array_checker.h"
 #include "common/control.h"
 #include "common/small_solve.h"
 #include "common/step_params.h"
 #include "cpu/step.h"
 #include "cuda/scratch.h"
 #include "cuda/step.h"
+#include "on_cpu.h"
 #include "on_cuda.h"
 #include "require.h"
 
@@ -35,15 +35,6 @@ void check_type(const char* op, const char* name, const Tensor& t, ScalarType ty
   require(t.scalar_type() == type, op, ": ", name, " must have dtype ",
           torch::headeronly::toString(type), ", got ",
           torch::headeronly::toString(t.scalar_type()));
-}
-
-StateType state_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Double: return StateType::kFloat64;
-    case ScalarType::BFloat16: return StateType::kBFloat16;
-    case ScalarType::Half: return StateType::kFloat16;
-    default: return StateType::kFloat32;
-  }
 }
 
 void check_state_type(const char* op, const Tensor& x) {
@@ -161,11 +152,6 @@ void check_samples(const char* op, const StepTensors& t, const StepParams& p) {
   }
 }
 
-void parallel_rows(int64_t begin, int64_t end, int64_t grain,
-                   const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(begin, end, grain, body);
-}
-
 using CpuStep = void (*)(const StepParams&, StateType, StateType, ParallelFor);
 using CudaStep = const char* (*)(const StepParams&, StateType, StateType, void*, void*);
 
@@ -192,7 +178,7 @@ void run(const char* op, StepTensors& t, StepParams& p, CpuStep cpu_step,
   const StateType state = state_type(t.x.scalar_type());
   const StateType history = state_type(t.columns_f.scalar_type());
   if (t.x.is_cuda()) return run_on_cuda(op, t, p, state, history, cuda_step);
-  cpu_step(p, state, history, parallel_rows);
+  cpu_step(p, state, history, on_torch_threads);
 }
 
 #ifndef FPI_CUDA_ARCHS

@@ -1,0 +1,16 @@
+// The threads of torch, for the kernels behind an op.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <functional>
+
+namespace fpi {
+
+// A ParallelFor, see cpu/parallel.h.
+inline void on_torch_threads(int64_t begin, int64_t end, int64_t grain,
+                             const std::function<void(int64_t, int64_t)>& body) {
+  torch::stable::parallel_for(begin, end, grain, body);
+}
+
+}  // namespace fpi
