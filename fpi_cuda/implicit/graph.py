@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,23 +76,23 @@ def frontier_of(out: Tensor, known: Iterable[Edge], born_after: int) -> Frontier
     return found
 
 
-def leads_to(out: Tensor, x: Tensor) -> bool:
-    """Whether the graph of out leads to x."""
-    if out is x:
-        return True
-    if out.grad_fn is None:
-        return False
+def nodes_of(out: Tensor) -> Iterator[Any]:
+    """The nodes of the graph of out, each once; none of a leaf."""
     seen: set[Any] = set()
     pending: list[Any] = [out.grad_fn]
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node is x.grad_fn or (is_leaf_node(node) and node.variable is x):
-            return True
-        pending.extend(following for following, _ in node.next_functions)
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
+
+
+def leads_to(out: Tensor, x: Tensor) -> bool:
+    """Whether the graph of out leads to x."""
+    return out is x or any(
+        node is x.grad_fn or (is_leaf_node(node) and node.variable is x) for node in nodes_of(out)
+    )
 
 
 def depends_beyond(out: Tensor) -> bool:
@@ -101,18 +101,7 @@ def depends_beyond(out: Tensor) -> bool:
         return False
     if out.grad_fn is None:
         return not is_anchor(out)
-    seen: set[Any] = set()
-    pending: list[Any] = [out.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if not is_leaf_node(node):
-            pending.extend(following for following, _ in node.next_functions)
-        elif not is_anchor(node.variable):
-            return True
-    return False
+    return any(is_leaf_node(node) and not is_anchor(node.variable) for node in nodes_of(out))
 
 
 def is_differentiable_once(out: Tensor) -> bool:
@@ -121,17 +110,7 @@ def is_differentiable_once(out: Tensor) -> bool:
     Autograd marks it by a node that raises when it is run, but leads to nothing, so that a
     derivative in given tensors passes it by and comes out too small.
     """
-    pending: list[Any] = [out.grad_fn]
-    seen: set[Any] = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(node).__name__ == "Error":
-            return True
-        pending.extend(following for following, _ in node.next_functions)
-    return False
+    return any(type(node).__name__ == "Error" for node in nodes_of(out))
 
 
 ANCHOR = "_fpi_cuda_anchor"
