@@ -43,4 +43,9 @@ def column(control: Tensor, name: str) -> Tensor:
     """(B,) a view of one column of `control` (B, CONTROL_SIZE), in the dtype it is kept in."""
     if name in NORMS:
         return control[:, NORMS.index(name)]
-    return control.view(torch.float32)[:, 2 * len(NORMS) + COUNTERS.index(name)]
+    return control.view(torch.float32)[:, counter_at(name)]
+
+
+def counter_at(name: str) -> int:
+    """Which float32 of a sample's row a counter is."""
+    return 2 * len(NORMS) + COUNTERS.index(name)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fpi_cuda import rules
-from fpi_cuda.control import CONTROL_SIZE, COUNTERS, NORMS
+from fpi_cuda.control import CONTROL_SIZE, NORMS, counter_at
 from fpi_cuda.result import Status
 
 # Triton's kernels may read no other globals than these.
@@ -66,21 +66,20 @@ GAIN_RESIDUAL = tl.constexpr(NORMS.index("gain_residual"))
 PEAK = tl.constexpr(NORMS.index("peak"))
 PEAK_NORM = tl.constexpr(NORMS.index("peak_norm"))
 ANCHORED = tl.constexpr(NORMS.index("anchored"))
-# The counters, two to a number behind the norms, lie at these places of a row of float32.
 FLOATS = tl.constexpr(tl.pointer_type(tl.float32))
-BEST_RELATIVE = tl.constexpr(2 * len(NORMS) + COUNTERS.index("best_relative"))
-LEAST_FLOOR = tl.constexpr(2 * len(NORMS) + COUNTERS.index("floor"))
-GAIN_STEP = tl.constexpr(2 * len(NORMS) + COUNTERS.index("gain_step"))
-GROWTH_STEP = tl.constexpr(2 * len(NORMS) + COUNTERS.index("growth_step"))
-SINCE_BEST = tl.constexpr(2 * len(NORMS) + COUNTERS.index("since_best"))
-PATIENCE_LEFT = tl.constexpr(2 * len(NORMS) + COUNTERS.index("patience"))
-NEXT_LENGTH = tl.constexpr(2 * len(NORMS) + COUNTERS.index("picard_length"))
-PICARD_LEFT = tl.constexpr(2 * len(NORMS) + COUNTERS.index("picard_left"))
-MIXING_SCALE = tl.constexpr(2 * len(NORMS) + COUNTERS.index("mixing_scale"))
-REJECTED = tl.constexpr(2 * len(NORMS) + COUNTERS.index("rejections"))
-COLUMNS = tl.constexpr(2 * len(NORMS) + COUNTERS.index("columns"))
-HEAD = tl.constexpr(2 * len(NORMS) + COUNTERS.index("head"))
-HAS_PREVIOUS = tl.constexpr(2 * len(NORMS) + COUNTERS.index("has_previous"))
+BEST_RELATIVE = tl.constexpr(counter_at("best_relative"))
+LEAST_FLOOR = tl.constexpr(counter_at("floor"))
+GAIN_STEP = tl.constexpr(counter_at("gain_step"))
+GROWTH_STEP = tl.constexpr(counter_at("growth_step"))
+SINCE_BEST = tl.constexpr(counter_at("since_best"))
+PATIENCE_LEFT = tl.constexpr(counter_at("patience"))
+NEXT_LENGTH = tl.constexpr(counter_at("picard_length"))
+PICARD_LEFT = tl.constexpr(counter_at("picard_left"))
+MIXING_SCALE = tl.constexpr(counter_at("mixing_scale"))
+REJECTED = tl.constexpr(counter_at("rejections"))
+COLUMNS = tl.constexpr(counter_at("columns"))
+HEAD = tl.constexpr(counter_at("head"))
+HAS_PREVIOUS = tl.constexpr(counter_at("has_previous"))
 
 
 @triton.jit
