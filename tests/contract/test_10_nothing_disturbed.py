@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from choices import ADJOINTS, SOLVERS
 from torch import Tensor, nn
 from torch._C import _functorch
 from torch.autograd import forward_ad
@@ -31,16 +32,6 @@ from fpi_cuda.random_draws import Recording
 F64 = torch.float64
 B, D = 4, 5
 TIGHT: dict[str, Any] = {"rtol": 1e-9, "max_steps": 300}
-SOLVERS = [fpi.Picard(), fpi.Anderson(m=5), fpi.Broyden(m=5)]
-ADJOINTS = [
-    fpi.Implicit(),
-    fpi.Implicit(solver=fpi.GMRES()),
-    fpi.Implicit(solver=fpi.ConjugateGradient()),
-    fpi.JacobianFree(),
-    fpi.Phantom(k=3, tau=0.5),
-    fpi.Neumann(k=5),
-    fpi.Unroll(),
-]
 
 
 def in_thread(function: Callable[[], Any]) -> Any:

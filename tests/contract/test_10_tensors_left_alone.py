@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from choices import ADJOINTS, SOLVERS
 from torch import Tensor
 
 import fpi_cuda as fpi
 
 F64 = torch.float64
 B, D = 4, 5
-SOLVERS = [fpi.Picard(), fpi.Anderson(m=5), fpi.Broyden(m=5)]
-ADJOINTS = [
-    fpi.Implicit(),
-    fpi.Implicit(solver=fpi.GMRES()),
-    fpi.Implicit(solver=fpi.ConjugateGradient()),
-    fpi.JacobianFree(),
-    fpi.Phantom(k=3, tau=0.5),
-    fpi.Neumann(k=5),
-    fpi.Unroll(),
-]
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
