@@ -89,10 +89,10 @@ def fixed_point(
         g: g(x, *z) -> like x, a function or module. An object that also has `prepare(*z)` and
             `step(x, prepared)`, with g(x, *z) = step(x, prepare(*z)), has prepare called once
             per solve, unless calling g is more than that: by a hook, a forward() of a subclass
-            or one set on the instance. A class that defines its call in another way beside
-            prepare and step has them compared, once for each shape and set of parameters. The
-            same random numbers and the same autocast state are seen by every evaluation of one
-            solve and of its derivatives.
+            or one set on the instance, or because the call is not written as
+            `return self.step(x, self.prepare(*z))`; then g is called as it is. The same random
+            numbers and the same autocast state are seen by every evaluation of one solve and of
+            its derivatives.
         x0: where to start, a floating tensor (B, ...) or a tuple of them; dim 0 is the batch.
             The value does not depend on it, so neither do gradients, but with Unroll().
         z: tensors of any shape, handed to g. Bind anything else with functools.partial.

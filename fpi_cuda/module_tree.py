@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 
-def parts_of(module: nn.Module) -> list[nn.Module]:
+def modules_in(module: nn.Module) -> list[nn.Module]:
     """The module and all inside it, each once; faster than module.modules()."""
     parts = [module]
     if not module._modules:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fpi_cuda.module_tree import parts_of
+from fpi_cuda.module_tree import modules_in
 
 LARGEST = 1 << 20
 """Elements of a buffer of which a copy is made in case that it moves."""
@@ -127,10 +127,10 @@ def one_evaluation(buffers: MovingBuffers | None) -> contextlib.AbstractContextM
 def modules_of(g: object) -> list[nn.Module]:
     """The modules that g is made of, as far as they can be seen."""
     if isinstance(g, nn.Module) and not any(map(holds_more, g.__dict__.values())):
-        return parts_of(g)
+        return modules_in(g)
     found: dict[int, nn.Module] = {}
     for owner in owners_of(g, DEPTH):
-        for module in parts_of(owner):
+        for module in modules_in(owner):
             found[id(module)] = module
     return list(found.values())
 

@@ -15,7 +15,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fpi_cuda.module_tree import parts_of
+from fpi_cuda.module_tree import modules_in
 
 LINEAR = nn.Linear
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -92,7 +92,7 @@ def any_backward_hooks(module: nn.Module) -> bool:
     """Whether backward hooks are on the module, on one inside it, or on all modules."""
     on_all = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
     return bool(on_all) or any(
-        part._backward_hooks or part._backward_pre_hooks for part in parts_of(module)
+        part._backward_hooks or part._backward_pre_hooks for part in modules_in(module)
     )
 
 
@@ -180,7 +180,7 @@ def why_parts_matter(module: nn.Module) -> str | None:
     """Why calls of a module, or of one inside it, must not be passed over, or None."""
     if hooks_on_all():
         return ALL_HOOKED
-    for part in parts_of(module):
+    for part in modules_in(module):
         reason = why_own_call_matters(part)
         if reason is not None:
             return reason
@@ -231,7 +231,7 @@ def why_not_captured(g: object) -> str | None:
         return None
     if hooks_on_all():
         return ALL_HOOKED
-    for part in parts_of(g):
+    for part in modules_in(g):
         if not all(map(computes_weights, hooks_of(vars(part)))):
             return f"{type(part).__name__} has hooks, which must see its evaluations"
     return None
@@ -263,7 +263,7 @@ def why_rows_unknown(g: object) -> str | None:
         return reason
     if hooks_on_all():
         return ALL_HOOKED
-    for part in parts_of(g):
+    for part in modules_in(g):
         reason = why_own_call_matters(part)
         if reason is not None:
             return reason

@@ -135,11 +135,8 @@ class Inputs:
             require_true_products(evaluate, gx, [x_leaf, *other.values()], flat_map.arithmetic)
         leaves = [other.get(id(t), t) for t in self.originals]
         self._require_same_dependence(gx, leaves)
-        if compared is not None:
-            gx_compared, expected = gx[compared], expected[compared]
-        else:
-            gx_compared = gx
-        require_same_value(gx_compared, expected, flat_map.arithmetic)
+        rows = slice(None) if compared is None else compared
+        require_same_value(gx[rows], expected[rows], flat_map.arithmetic)
         return OpenLinearization(x_leaf, gx, leaves, x, self.originals)
 
     def _require_unchanged(self) -> None:
