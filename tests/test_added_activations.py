@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 (HEADER,) = re.findall(r"```cpp\n(.*?)```", README, re.DOTALL)
 (EXAMPLE,) = re.findall(r"```python\n(def softsign_derivative.*?)```", README, re.DOTALL)
-IMPORTS = "import torch, fpi_cuda as fpi\nfrom fpi_cuda import cells\n"
+# A fresh interpreter draws from a random seed; conftest's does not reach it.
+IMPORTS = "import torch, fpi_cuda as fpi\nfrom fpi_cuda import cells\ntorch.manual_seed(0)\n"
 
 
 def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
