@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpi_cuda.implicit.cut_graph import notice_cut_of
+from fpi_cuda.implicit.cut_graph import notice_cut, notice_cut_in_step
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
-from fpi_cuda.implicit.graph import leads_to, mark_as_anchor
+from fpi_cuda.implicit.graph import mark_as_anchor
 from fpi_cuda.implicit.inputs import Inputs
 from fpi_cuda.implicit.linearization import Linearization
 from fpi_cuda.implicit.mending import mended_if_batchwise
@@ -58,7 +58,7 @@ def attach(
     if check is not None:
         evaluated = flat_map.watched(functools.partial(check, ignored=hopeless))
     if strategy.truncation == 0 and flat_map.damping[0] > 1:
-        evaluated = evaluated.watched_twice(functools.partial(notice_cut_in_a_step, flat_map))
+        evaluated = evaluated.watched_twice(functools.partial(notice_cut_in_step, flat_map))
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = evaluated(x)
     inputs = Inputs(flat_map, x, gx, born_after)
@@ -68,15 +68,9 @@ def attach(
     if not inputs and not has_tangent(gx):
         return layout.taken_apart(x_star)
     if strategy.truncation != 0 and inputs.unreached:
-        notice_cut_of(flat_map, x, inputs.unreached)
+        notice_cut(flat_map, x, inputs.unreached)
     problem = MapProblem(flat_map, x_star, gx, Linearization(x, gx), inputs, strategy)
     return solved_state(problem, layout, *inputs.originals)
-
-
-def notice_cut_in_a_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
-    """Warn where a step of several has no graph from the one before it, which has one."""
-    if x.requires_grad and not leads_to(gx, x):
-        notice_cut_of(flat_map, x)
 
 
 def tensors_saved_as_they_are() -> contextlib.AbstractContextManager[Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch.utils import _pytree as pytree
 
 from fpi_cuda import transforms
 from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graph import Frontier, is_leaf_node, leads_to
+from fpi_cuda.implicit.graft import has_tangent
+from fpi_cuda.implicit.graph import Edge, edges_of, is_edge_of, leads_to
+from fpi_cuda.implicit.probe import Probe, all_levels, tracked_levels
+from fpi_cuda.transforms import Frame
 from fpi_cuda.unconverged import FixedPointWarning
 
 NOISE = 8.0
@@ -23,33 +27,70 @@ NOISE = 8.0
 STEP = 1024.0
 """Roundings that x is moved by, relative to its size."""
 STEP_IN_16_BITS = 16.0
-STEEPEST = 10.0
-"""A g that moves further than this times x has jumped: what counts or compares has no slope."""
-SHARE_IN_16_BITS = 0.25
-"""Of the numbers of g, how many have to move where steps are so large that some will jump."""
+UNEVEN = 0.7
+"""By what share the change of g may differ from twice that of half the step. Where g jumps, as
+what counts or compares does, it differs by all of it or more."""
 
 _noticed: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def notice_cut(
-    g: Any,
-    evaluate: Callable[[Tensor], Tensor],
-    x: Tensor,
-    arithmetic: torch.dtype,
-    columns: Sequence[slice] = (slice(None),),
-    locate: Callable[[], str] = str,
-) -> None:
-    """Warn once of g that its derivative in x is lost, if g moves with x.
+def notice_cut(flat_map: FlatMap, x: Tensor, columns: Sequence[slice]) -> None:
+    """Warn once of a g whose graph does not lead to these columns of x (B, D), if it moves with x.
 
     A path that is cut beside one that is not cannot be told in this way.
-
-    Args:
-        evaluate: x -> g(x), plain (B, D).
-        x: (B, D) where g's graph was found not to lead to x.
-        columns: of x, those that it does not lead to.
-        locate: the line that cuts the graph, or "".
     """
-    if any(moves(evaluate, x, arithmetic, part) for part in columns) and first_of(g):
+    once = flat_map.damped(1, 1.0)
+
+    def evaluate(x: Tensor) -> Tensor:
+        # Autocast would cache weights without their graph.
+        with torch.no_grad(), flat_map.replay.solving():
+            return once(x)
+
+    _notice(flat_map, evaluate, x.detach(), columns, lambda: line_of(once, x))
+
+
+def notice_cut_inside(flat_map: FlatMap, x: Tensor, frame: Frame, probe: Probe) -> None:
+    """The same in torch.func transforms, where g was evaluated at plain x (N, D)."""
+
+    def evaluate(x: Tensor) -> Tensor:
+        with torch.no_grad(), flat_map.replay.solving():
+            return frame.lower(flat_map(frame.raised(x)))
+
+    seen = probe.lowest()
+    columns = [] if seen is None else unreached(*seen, flat_map.layout.sizes)
+    if columns:
+        _notice(flat_map, evaluate, x, columns, str)
+
+
+def notice_cut_apart(flat_map: FlatMap, x: Tensor, frame: Frame) -> None:
+    """The same by one step of g for this purpose alone."""
+    once = flat_map.damped(1, 1.0)
+    probe = Probe(once, frame.spread(x), 0, all_levels(), frame, anchored=True)
+    notice_cut_inside(once, x, frame, probe)
+
+
+def notice_cut_in_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
+    """The same of a step gx = g(x) of several, x being made by the one before it."""
+    if transforms.active() or has_tangent(x):
+        # A tangent does not say where it came from.
+        if has_tangent(x) or tracked_levels(x):
+            frame = transforms.frame_of(x.shape[:1], gx, x)
+            notice_cut_apart(flat_map, frame.lower(x), frame)
+    elif x.requires_grad and torch.is_grad_enabled():
+        columns = unreached(gx, x, flat_map.layout.sizes)
+        if columns:
+            notice_cut(flat_map, x, columns)
+
+
+def _notice(
+    flat_map: FlatMap,
+    evaluate: Callable[[Tensor], Tensor],
+    x: Tensor,
+    columns: Sequence[slice],
+    locate: Callable[[], str],
+) -> None:
+    moved = any(moves(evaluate, x, flat_map.arithmetic, part) for part in columns)
+    if moved and first_of(flat_map.g):
         line = locate()
         where = f" at {line}" if line else ""
         warnings.warn(
@@ -58,57 +99,56 @@ def notice_cut(
             "torch.tensor() between x and what g returns. Use operations of torch on x itself, or, "
             "to leave dg/dx out on purpose, adjoint=JacobianFree()",
             FixedPointWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
-def notice_cut_of(flat_map: FlatMap, x: Tensor, columns: Sequence[slice] = (slice(None),)) -> None:
-    """The same of a map in plain autograd."""
+def unreached(
+    out: Tensor, x: Tensor, sizes: Sequence[int], edges: Iterable[Edge] | None = None
+) -> list[slice]:
+    """Columns of x (B, D) that the graph of `out` does not lead to.
 
-    def evaluate(x: Tensor) -> Tensor:
-        # Autocast would cache weights without their graph.
-        with torch.no_grad(), flat_map.replay.solving():
-            return once(x)
-
-    once = flat_map.damped(1, 1.0)
-    notice_cut(
-        flat_map.g, evaluate, x.detach(), flat_map.arithmetic, columns, lambda: line_of(once, x)
-    )
-
-
-def columns_unreached(flat_map: FlatMap, x: Tensor, frontier: Frontier) -> list[slice]:
-    """Columns of the anchor x (B, D), by parts of the state, that a graph does not lead to."""
-    if not any(t is x for t in frontier.anchors):
+    Args:
+        sizes: of the parts of the state, columns that g is given as a tensor each.
+        edges: of the graph; None: they are looked for.
+    """
+    if out is x:
+        return []
+    found = list(edges_of(out) if edges is None else edges)
+    if not any(is_edge_of(edge, x) for edge in found):
         return [slice(None)]
-    sizes = flat_map.layout.sizes
     if len(sizes) == 1:
         return []
-    # The state was made of x by one split.
-    splits = {
-        node: nr
-        for node, nr in frontier.visited
-        if type(node).__name__.startswith("SplitWithSizesBackward") and is_made_of(node, x)
-    }
-    if not splits:
-        return []
-    reached = {nr for node, nr in frontier.visited if node in splits}
-    ends = torch.tensor(sizes).cumsum(0).tolist()
+    starts = list(itertools.accumulate(sizes, initial=0))
+    reached = set()
+    for edge in found:
+        node, number = edge
+        if not reads(node, x):
+            continue
+        name = type(node).__name__.rstrip("0123456789")
+        if name == "SplitWithSizesBackward":
+            reached.add(number)
+        elif name == "SliceBackward":
+            reached |= {i for i, start in enumerate(starts) if start == node._saved_start}
+        elif name != "CloneBackward":
+            return []
     return [
-        slice(end - size, end)
-        for place, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        slice(start, start + size)
+        for place, (start, size) in enumerate(zip(starts, sizes, strict=False))
         if size and place not in reached
     ]
 
 
-def is_made_of(node: Any, x: Tensor) -> bool:
-    """Whether a node reads the leaf x, or a copy of it."""
-    for before, _ in node.next_functions:
-        if before is None:
-            continue
-        if is_leaf_node(before):
-            return before.variable is x
-        return type(before).__name__.startswith("CloneBackward") and is_made_of(before, x)
-    return False
+def reads(node: Any, x: Tensor) -> bool:
+    """Whether a node is given x, or a copy of it."""
+    return any(
+        before[0] is not None
+        and (
+            is_edge_of(before, x)
+            or (type(before[0]).__name__.startswith("CloneBackward") and reads(before[0], x))
+        )
+        for before in node.next_functions
+    )
 
 
 def moves(
@@ -118,20 +158,25 @@ def moves(
     if x.numel() == 0:
         return False
     kind = torch.finfo(arithmetic)
-    share, roundings = (0.0, STEP) if kind.bits > 16 else (SHARE_IN_16_BITS, STEP_IN_16_BITS)
+    roundings = STEP if kind.bits > 16 else STEP_IN_16_BITS
     part = x[:, columns].double()
     size = part.abs().amax(1, keepdim=True)
     uneven = torch.arange(1, part.numel() + 1, dtype=torch.float64, device=x.device).sin().abs()
     step = roundings * kind.eps * (part.abs() + torch.where(size > 0, size, 1.0))
-    there = x.clone()
-    there[:, columns] = (part + step * (0.5 + uneven.reshape(part.shape))).to(x.dtype)
+    step = step * (0.5 + uneven.reshape(part.shape))
     gx = evaluate(x).double()
-    difference = (evaluate(there).double() - gx).nan_to_num(0.0, 0.0, 0.0)
-    change = torch.linalg.vector_norm(difference)
-    moved = torch.linalg.vector_norm(there.double() - x.double())
+
+    def change(share: float) -> Tensor:
+        there = x.clone()
+        there[:, columns] = (part + share * step).to(x.dtype)
+        return (evaluate(there).double() - gx).nan_to_num(0.0, 0.0, 0.0)
+
+    whole = change(1.0)
+    size = torch.linalg.vector_norm(whole)
     noise = NOISE * kind.eps * torch.linalg.vector_norm(gx.nan_to_num(0.0, 0.0, 0.0))
-    everywhere = (difference != 0).double().mean() >= share
-    return bool((change > noise) & (change <= STEEPEST * moved) & everywhere)
+    if not bool(size > noise):
+        return False
+    return bool(torch.linalg.vector_norm(whole - 2 * change(0.5)) <= UNEVEN * size)
 
 
 def first_of(g: Any) -> bool:
@@ -205,9 +250,8 @@ def watching(flat_map: FlatMap) -> Callable[[Tensor, Tensor | None], Tensor]:
         nonlocal calls
         calls += 1
         gx = flat_map.evaluate(x, rows)
-        looks = calls == 2 and x.requires_grad and torch.is_grad_enabled()
-        if looks and not transforms.active() and not leads_to(gx, x):
-            notice_cut_of(flat_map, x)
+        if calls == 2:
+            notice_cut_in_step(flat_map, x, gx)
         return gx
 
     return evaluate

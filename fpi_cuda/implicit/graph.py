@@ -23,14 +23,12 @@ class Frontier:
         leaves: parameters and other leaves that require grad, anchors excepted.
         edges: non-leaf tensors that were there before the evaluation.
         nodes: the nodes of the evaluation itself.
-        anchors: those that it leads to.
         visited: all edges on the way.
     """
 
     leaves: list[Tensor] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
     nodes: set[Any] = field(default_factory=set)
-    anchors: list[Tensor] = field(default_factory=list)
     visited: set[Edge] = field(default_factory=set)
 
 
@@ -52,7 +50,8 @@ def frontier_of(out: Tensor, known: Iterable[Edge], born_after: int) -> Frontier
         return found
     start = edge_of(out)
     if start is None:
-        (found.anchors if is_anchor(out) else found.leaves).append(out)
+        if not is_anchor(out):
+            found.leaves.append(out)
         return found
     stops = set(known)
     visited = found.visited
@@ -66,8 +65,8 @@ def frontier_of(out: Tensor, known: Iterable[Edge], born_after: int) -> Frontier
         if edge in stops:
             found.edges.append(edge)
         elif is_leaf_node(node):
-            variable = node.variable
-            (found.anchors if is_anchor(variable) else found.leaves).append(variable)
+            if not is_anchor(node.variable):
+                found.leaves.append(node.variable)
         elif node._sequence_nr() < born_after:
             found.edges.append(edge)
         elif node not in found.nodes:
@@ -76,23 +75,29 @@ def frontier_of(out: Tensor, known: Iterable[Edge], born_after: int) -> Frontier
     return found
 
 
-def nodes_of(out: Tensor) -> Iterator[Any]:
-    """The nodes of the graph of out, each once; none of a leaf."""
-    seen: set[Any] = set()
-    pending: list[Any] = [out.grad_fn]
+def edges_of(out: Tensor) -> Iterator[Edge]:
+    """The edges of the graph of out, each once; none of a leaf."""
+    seen: set[Edge] = set()
+    pending: list[Edge] = [(out.grad_fn, out.output_nr)]
     while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            pending.extend(following for following, _ in node.next_functions)
+        edge = pending.pop()
+        if edge[0] is not None and edge not in seen:
+            seen.add(edge)
+            yield edge
+            pending.extend(edge[0].next_functions)
 
 
 def leads_to(out: Tensor, x: Tensor) -> bool:
     """Whether the graph of out leads to x."""
-    return out is x or any(
-        node is x.grad_fn or (is_leaf_node(node) and node.variable is x) for node in nodes_of(out)
-    )
+    return out is x or any(is_edge_of(edge, x) for edge in edges_of(out))
+
+
+def is_edge_of(edge: Edge, x: Tensor) -> bool:
+    """Whether an edge is where x comes from, or x itself, a leaf."""
+    node, number = edge
+    if x.grad_fn is not None:
+        return node is x.grad_fn and number == x.output_nr
+    return is_leaf_node(node) and node.variable is x
 
 
 def depends_beyond(out: Tensor) -> bool:
@@ -101,7 +106,7 @@ def depends_beyond(out: Tensor) -> bool:
         return False
     if out.grad_fn is None:
         return not is_anchor(out)
-    return any(is_leaf_node(node) and not is_anchor(node.variable) for node in nodes_of(out))
+    return any(is_leaf_node(node) and not is_anchor(node.variable) for node, _ in edges_of(out))
 
 
 def is_differentiable_once(out: Tensor) -> bool:
@@ -110,7 +115,7 @@ def is_differentiable_once(out: Tensor) -> bool:
     Autograd marks it by a node that raises when it is run, but leads to nothing, so that a
     derivative in given tensors passes it by and comes out too small.
     """
-    return any(type(node).__name__ == "Error" for node in nodes_of(out))
+    return any(type(node).__name__ == "Error" for node, _ in edges_of(out))
 
 
 ANCHOR = "_fpi_cuda_anchor"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.implicit.backward_hooks import require_true_products, watches_gradients
-from fpi_cuda.implicit.cut_graph import columns_unreached
+from fpi_cuda.implicit.cut_graph import unreached
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import stand_in
 from fpi_cuda.implicit.graph import (
@@ -61,7 +61,7 @@ class Inputs:
             if t.requires_grad and edge is not None:
                 known.append(edge)
         frontier = frontier_of(gx, known, born_after)
-        self.unreached = columns_unreached(flat_map, x, frontier)
+        self.unreached = unreached(gx, x, flat_map.layout.sizes, frontier.visited)
         leaves = {id(t): t for t in frontier.leaves}
         edges = set(frontier.edges)
 

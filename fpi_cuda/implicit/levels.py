@@ -195,7 +195,7 @@ def attach_levels(
     y: Tensor,
     solved: Solved,
     candidates: Set[int] | None = None,
-    when_cut: Callable[[], None] | None = None,
+    look: Callable[[Probe], None] | None = None,
 ) -> Tensor:
     """y with its derivatives at every live level, or at those that are candidates.
 
@@ -203,7 +203,7 @@ def attach_levels(
         h: the map at the current levels, of which y is the fixed point.
         y: plain (N, D).
         solved: without a matrix, it is taken from h; all levels must then be candidates.
-        when_cut: called where the graph of h does not lead to y.
+        look: shown an evaluation of h at leaves for y.
     Returns:
         (samples..., D) at the current levels.
     """
@@ -224,8 +224,8 @@ def attach_levels(
     assert probe is not None
     tracked = [level for level in wanted if probe.depends(level)]
     numbers = frozenset(level.number for level in tracked)
-    if tracked and anchored and when_cut is not None and probe.is_cut():
-        when_cut()
+    if tracked and anchored and look is not None:
+        look(probe)
     if tracked and anchored and solved.matrix is None:
         solved = replace(solved, matrix=matrix_of(h, y, probe, frame))
     if tracked and any(number < min(numbers) for number in probe.anchors):

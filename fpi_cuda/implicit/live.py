@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.cut_graph import notice_cut
+from fpi_cuda.implicit.cut_graph import notice_cut_apart, notice_cut_inside
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.levels import Solved, attach_levels
 from fpi_cuda.implicit.mending import mended_if_batchwise
+from fpi_cuda.implicit.probe import tracked_levels
 from fpi_cuda.implicit.strategy import Strategy
 from fpi_cuda.result import SolveResult
 from fpi_cuda.transforms import Frame
@@ -57,11 +59,8 @@ def attach_live(flat_map: FlatMap, x_star: Tensor, strategy: Strategy, frame: Fr
         flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
     solved = Solved(strategy, None, frame, strategy.account.status)
 
-    def when_cut() -> None:
-        def evaluate(x: Tensor) -> Tensor:
-            with torch.no_grad(), flat_map.replay.solving():
-                return frame.lower(flat_map(frame.raised(x)))
-
-        notice_cut(flat_map.g, evaluate, x_star, flat_map.arithmetic)
-
-    return attach_levels(flat_map, x_star, solved, when_cut=when_cut)
+    look = functools.partial(notice_cut_inside, flat_map, x_star, frame)
+    value = attach_levels(flat_map, x_star, solved, look=look)
+    if strategy.truncation == 0 and flat_map.damping[0] > 1 and tracked_levels(value):
+        notice_cut_apart(flat_map, x_star, frame)
+    return value

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.graph import depends_beyond, leads_to, mark_as_anchor
+from fpi_cuda.implicit.graph import depends_beyond, mark_as_anchor
 from fpi_cuda.implicit.linearization import Linearization, gradient
 from fpi_cuda.implicit.live_jacobian import (
     FlatJacobian,
@@ -80,13 +80,12 @@ class Probe:
             raise RuntimeError(MIXED)
         return tangent is not None if level.kind == "Jvp" else depends_beyond(edge)
 
-    def is_cut(self) -> bool:
-        """Whether the graph of h(y) does not lead to y at the lowest level that recorded one."""
-        for number, anchor in sorted(self.anchors.items()):
-            edge = self.edge(number)
-            if edge.requires_grad:
-                return not leads_to(edge, anchor)
-        return bool(self.anchors) and torch.is_grad_enabled()
+    def lowest(self) -> tuple[Tensor, Tensor] | None:
+        """h(y) and the leaf it has for y, at the lowest level that recorded a graph."""
+        if not self.anchors or not torch.is_grad_enabled():
+            return None
+        pairs = [(self.edge(number), anchor) for number, anchor in sorted(self.anchors.items())]
+        return next((pair for pair in pairs if pair[0].requires_grad), pairs[0])
 
 
 def tracked_levels(t: Tensor) -> set[int]:

@@ -204,9 +204,11 @@ def cut_map(cut: Callable[[Tensor], Tensor], a: Tensor) -> Any:
 
 
 WARNING = "graph does not lead to x"
+LOSING = [*ADJOINTS[:2], *ADJOINTS[3:], fpi.Unroll()]
+"""The adjoints that differentiate g in x."""
 
 
-@pytest.mark.parametrize("adjoint", [*ADJOINTS[:2], *ADJOINTS[3:], fpi.Unroll()], ids=str)
+@pytest.mark.parametrize("adjoint", LOSING, ids=str)
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_cut_graph_is_said_with_the_line(cut: Callable[[Tensor], Tensor], adjoint: Any) -> None:
     z = torch.randn(B, D, dtype=F64, requires_grad=True)
@@ -222,39 +224,72 @@ def test_a_cut_graph_is_said_with_the_line(cut: Callable[[Tensor], Tensor], adjo
         fpi.fixed_point(g, zeros(), z, adjoint=adjoint, rtol=1e-8)  # once is enough
 
 
-@pytest.mark.parametrize("way", ["grad", "jvp", "vmap", "forward_ad"])
-def test_a_cut_graph_in_transforms(way: str) -> None:
-    z, g = torch.randn(B, D, dtype=F64), cut_map(by_detach, orthogonal(0.5))
-
-    def call(z: Tensor) -> Tensor:
-        return fpi.fixed_point(g, zeros(), z, rtol=1e-8).value
-
-    def forward_ad(z: Tensor) -> None:
+def run_transformed(way: str, call: Callable[[Tensor], Tensor], z: Tensor) -> None:
+    """A derivative of call(z) by one of the ways that are not plain backward."""
+    grad = torch.func.grad(lambda z: call(z).sum())
+    if way == "grad":
+        grad(z)
+    elif way == "grad of grad":
+        torch.func.grad(lambda z: grad(z).square().sum())(z)
+    elif way == "jvp":
+        torch.func.jvp(call, (z,), (z,))
+    elif way == "vmap":
+        torch.func.vmap(grad)(torch.stack([z, 2 * z]))
+    else:
         with torch.autograd.forward_ad.dual_level():
             call(torch.autograd.forward_ad.make_dual(z, z))
 
-    grad = torch.func.grad(lambda z: call(z).sum())
-    run: dict[str, Callable[[], Any]] = {
-        "grad": lambda: grad(z),
-        "jvp": lambda: torch.func.jvp(call, (z,), (z,)),
-        "vmap": lambda: torch.func.vmap(grad)(torch.stack([z, 2 * z])),
-        "forward_ad": lambda: forward_ad(z),
-    }
-    with pytest.warns(fpi.FixedPointWarning, match=WARNING):
-        run[way]()
+
+WAYS = [
+    (way, adjoint)
+    for way in ("grad", "grad of grad", "jvp", "vmap", "forward_ad")
+    for adjoint in LOSING
+    if way != "vmap" or not isinstance(adjoint, fpi.Unroll)  # refused
+]
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_one_part_of_a_tuple_is_cut(part: int) -> None:
-    a = orthogonal(0.5)
-    z = torch.randn(B, D, dtype=F64, requires_grad=True)
+def parts(cut: int, a: Tensor) -> Any:
+    """A g of two tensors, whose part `cut` is off the graph; -1: neither."""
 
     def g(s: tuple[Tensor, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-        s = tuple(t.detach() if i == part else t for i, t in enumerate(s))  # type: ignore
-        return torch.tanh(s[1] @ a + z), torch.tanh(0.5 * s[0] @ a)
+        s = tuple(t.detach() if i == cut else t for i, t in enumerate(s))  # type: ignore
+        return torch.tanh(s[1] @ a + z), torch.tanh(0.5 * s[0] @ a + 0.1 * z)
+
+    return eval_copy(g)
+
+
+@pytest.mark.parametrize("state", ["tensor", "first part", "second part"])
+@pytest.mark.parametrize(("way", "adjoint"), WAYS, ids=str)
+def test_a_cut_graph_in_transforms(way: str, state: str, adjoint: Any) -> None:
+    z, a = torch.randn(B, D, dtype=F64), orthogonal(0.5)
+    g = cut_map(by_detach, a) if state == "tensor" else parts(state == "second part", a)
+    x0: Any = zeros() if state == "tensor" else (zeros(), zeros())
+
+    def call(z: Tensor) -> Tensor:
+        value = fpi.fixed_point(g, x0, z, adjoint=adjoint, rtol=1e-8).value
+        return value if state == "tensor" else value[0]
 
     with pytest.warns(fpi.FixedPointWarning, match=WARNING):
-        fpi.fixed_point(eval_copy(g), (zeros(), zeros()), z, rtol=1e-8)
+        run_transformed(way, call, z)
+
+
+@pytest.mark.parametrize(("way", "adjoint"), WAYS, ids=str)
+def test_a_whole_graph_in_transforms(way: str, adjoint: Any) -> None:
+    z, g = torch.randn(B, D, dtype=F64), parts(-1, orthogonal(0.5))
+
+    def call(z: Tensor) -> Tensor:
+        return fpi.fixed_point(g, (zeros(), zeros()), z, adjoint=adjoint, rtol=1e-8).value[0]
+
+    run_transformed(way, call, z)
+
+
+@pytest.mark.parametrize("adjoint", LOSING, ids=str)
+@pytest.mark.parametrize("part", [0, 1])
+def test_one_part_of_a_tuple_is_cut(part: int, adjoint: Any) -> None:
+    z = torch.randn(B, D, dtype=F64, requires_grad=True)
+    g = parts(part, orthogonal(0.5))
+    with pytest.warns(fpi.FixedPointWarning, match=WARNING):
+        fpi.fixed_point(g, (zeros(), zeros()), z, adjoint=adjoint, rtol=1e-8)
 
 
 def eval_copy(g: Any) -> Any:
@@ -296,6 +331,9 @@ def test_cut_or_not_in_other_arithmetic(dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"rtol": 0.05}
     fpi.fixed_point(lambda x, z: torch.tanh(z), x0, z, **options)
     fpi.fixed_point(lambda x, z: 0.3 * (x > 0).to(x.dtype) + z, x0, z, **options)
+    fpi.fixed_point(lambda x, z: 0.3 * x.detach().round() + z, x0, z, **options)
+    table = torch.randn(9, D).to(dtype)
+    fpi.fixed_point(lambda x, z: table[(3 * x[:, 0]).clamp(-4, 4).long()] + z, x0, z, **options)
     with pytest.warns(fpi.FixedPointWarning, match=WARNING):
         fpi.fixed_point(cut_map(by_detach, a), x0, z, **options)
 
