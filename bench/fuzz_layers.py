@@ -373,7 +373,7 @@ class Judge:
     def _compare(
         self, what: str, found: Tensor, want: Tensor, share: Tensor, along: Tensor
     ) -> None:
-        # A slope 1 - tanh^2 where tanh is rounded to almost 1 is off by a share of 1, not of itself.
+        # A slope 1 - tanh^2 where tanh is almost 1 is rounded to a share of 1, not of itself.
         rounding = 100 * self.epsilon * along.norm()
         error = (found - want).norm()
         self._flag(what, (~(error <= share * want.norm() + rounding)).reshape(1))

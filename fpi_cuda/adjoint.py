@@ -42,7 +42,7 @@ from fpi_cuda.request import Options
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import difference_norm, num_moved, row_norm
 from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.solvers.coupled import jointly, rows_feel
+from fpi_cuda.solvers.coupled import feels, jointly, retold, rows_feel
 from fpi_cuda.solvers.gmres import gmres
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
@@ -248,8 +248,11 @@ def corrected(
     apply, b = system.apply, system.b
     product = apply(found.x)
     left = product + b
-    if not num_moved(found.x, left, found.status, found.residual):
-        failed = bool((found.status != Status.CONVERGED).any())
+    told = found
+    if num_moved(found.x, left, found.status, found.residual):
+        told = retold(found, left, system.atol, 0.0)
+    if told is found or not feels(told, found, left):
+        failed = bool((told.status != Status.CONVERGED).any())
         # What is no solution may be as far as rows get on their own.
         other = found.x + b
         if not failed or not (
@@ -257,7 +260,7 @@ def corrected(
             or rows_feel(apply, found.x, product, other, turned=True)
         ):
             coupling.is_independent()
-            return found
+            return told
     coupling.depends()
     more = again(system._replace(b=left - found.x), coupling)
     return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)

@@ -281,8 +281,8 @@ def solved(
         result, options.rtol, options.atol, flat_map.arithmetic, coupling, engine.num_moved
     )
     if not differentiates():
-        if coupling is None and course.may_take_rows:
-            require_kept_promise(flat_map, options, check)
+        if course.took_a_word:
+            require_kept_word(flat_map, options, check, course.leaves_the_host_alone)
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
             return flat_map.layout.taken_apart(result.x), result
     account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
@@ -297,18 +297,22 @@ def solved(
     return value, result
 
 
-def require_kept_promise(flat_map: FlatMap, options: Options, check: SolutionCheck) -> None:
-    """Evaluate a g that was promised to be row-wise on all rows, once for solves of its kind.
+def require_kept_word(
+    flat_map: FlatMap, options: Options, check: SolutionCheck, unwatched: bool
+) -> None:
+    """Evaluate a g that was promised to be row-wise on all rows together.
 
-    Where a derivative is asked for, every solve is so checked, by the evaluation that it needs.
+    Args:
+        unwatched: the host does not wait for the solve; it does so once for solves of this kind.
     """
     key = (exactly(flat_map.g), *key_of(flat_map, options)[1:])
-    if key in kept_promises or being_captured(flat_map.layout.device):
+    if unwatched and (key in kept_promises or being_captured(flat_map.layout.device)):
         return
     x = check.result.x
     with torch.no_grad(), flat_map.replay.solving():
         check(x, flat_map.evaluate(x, None))
-    kept_promises.add(key)
+    if unwatched:
+        kept_promises.add(key)
 
 
 def solved_live(

@@ -24,8 +24,8 @@ from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route, SolveResult
-from fpi_cuda.shortcuts import why_not_captured
-from fpi_cuda.solvers.coupled import retold
+from fpi_cuda.shortcuts import is_rowwise_by_construction, why_not_captured
+from fpi_cuda.solvers.coupled import feels, retold
 from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
@@ -164,7 +164,7 @@ class Course:
         gx = require_same_as_step(flat_map, fused, result.x)
         if gx is not None:
             # Terms that cancel may hide a difference in their rounding.
-            told = retold(result, gx, options.atol, options.rtol)
+            told = retold(result, gx, options.atol, options.rtol, by_other_code=True)
             if bool((told.status != result.status).any()):
                 raise NotLowered(UNCONFIRMED)
             result = told
@@ -255,19 +255,28 @@ class Course:
         if coupling is None:
             return result
         gx = self._flat_map.evaluate(result.x, None)
+        options = self._options
+        told = retold(result, gx, options.atol, options.rtol, by_other_code=True)
         if coupling.independent:
-            return retold(result, gx, self._options.atol, self._options.rtol)
-        if self._engine.num_moved(result.x, gx, result.status, result.residual):
+            return told
+        if feels(told, result, gx):
             coupling.depends()
             raise Refused(COUPLED, passing=True)
         coupling.is_independent()
-        return result
+        return told
 
     @property
     def may_take_rows(self) -> bool:
         """Whether the host loop leaves stopped samples out."""
         flat_map = self._flat_map
         return flat_map.layout.batch > 1 and self._rowwise and flat_map.selectable()
+
+    @property
+    def took_a_word(self) -> bool:
+        """Whether nothing but somebody's word says that rows are independent."""
+        if not self._rowwise or self._flat_map.layout.batch < 2 or self._fused is not None:
+            return False
+        return not is_rowwise_by_construction(self._flat_map.g)
 
     def _require_graphs(self, device: torch.device) -> Graphs:
         if self._options.route == "host":

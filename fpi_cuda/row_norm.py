@@ -22,17 +22,24 @@ def difference_norm(gx: Tensor, x: Tensor) -> Tensor:
 
 
 ROUNDING = 16.0
-"""Of epsilon times the size of x and g(x): what a residual that nothing has moved may differ by."""
+"""Of epsilon times the size of x and g(x): what g may change by where nothing that it reads has."""
+SUMMED = 1e-5
+"""Of a residual: what it may differ by where the same numbers are summed in another order."""
 
 
-def differs(now: Tensor, recorded: Tensor, gx: Tensor, x: Tensor) -> Tensor:
-    """(B,) whether two residuals of the rows of x differ by more than rounding.
+def beyond_rounding(change: Tensor, gx: Tensor, x: Tensor) -> Tensor:
+    """(B,) whether a change of g(x), or of a residual there, is more than g's own rounding.
 
     Where a norm is not finite nothing is known, and the answer is no.
     """
     size = torch.maximum(row_norm(gx), row_norm(x))
-    close = (now - recorded).abs() <= ROUNDING * torch.finfo(x.dtype).eps * size
-    return ~close & (now != recorded) & torch.isfinite(size)
+    return (change > ROUNDING * torch.finfo(x.dtype).eps * size) & torch.isfinite(size)
+
+
+def differs(now: Tensor, recorded: Tensor) -> Tensor:
+    """(B,) whether a residual is another one than was recorded; no where it is not finite now."""
+    close = (now - recorded).abs() <= SUMMED * torch.maximum(now, recorded)
+    return ~close & (now != recorded) & torch.isfinite(now)
 
 
 def num_moved(x: Tensor, gx: Tensor, status: Tensor, residual: Tensor) -> int:
@@ -43,4 +50,4 @@ def num_moved(x: Tensor, gx: Tensor, status: Tensor, residual: Tensor) -> int:
         status: (B,) int8, 0 for samples that have not stopped.
         residual: (B,) float64, as recorded.
     """
-    return int(((status != 0) & differs(difference_norm(gx, x), residual, gx, x)).sum())
+    return int(((status != 0) & differs(difference_norm(gx, x), residual)).sum())

@@ -259,7 +259,7 @@ def test_samples_that_have_moved_are_counted(dtype: torch.dtype, dim: int) -> No
     gx[8:10] *= torch.finfo(dtype).tiny
     wide = torch.promote_types(dtype, torch.float32)
     residual = row_norm(gx.to(wide) - x.to(wide))
-    residual[10] *= 1 + 4 * torch.finfo(dtype).eps  # rounding
+    residual[10] *= 1 + 1e-6  # another order of the sum
     status = torch.ones(12, dtype=torch.int8)
     for count in (backends.native.num_moved, reference.num_moved):
         assert count(x, gx, status, residual) == 0

@@ -11,44 +11,35 @@
 namespace fpi {
 namespace {
 
-// Norms that are not finite tell nothing: a row of NaN differs from itself.
-FPI_INLINE bool differs(double now, double recorded, double norm_gx, double norm_x,
-                        double rounding) {
-  if (now == recorded || !is_finite(norm_gx) || !is_finite(norm_x)) return false;
-  return !(std::fabs(now - recorded) <= rounding * larger(norm_gx, norm_x));
+// A norm that is not finite tells nothing: a row of NaN differs from itself.
+FPI_INLINE bool differs(double now, double recorded, double rounding) {
+  if (now == recorded || !is_finite(now)) return false;
+  return !(std::fabs(now - recorded) <= rounding * larger(now, recorded));
 }
 
 template <class T>
 FPI_CLONES int64_t count_rows(const NumMovedParams& p, int64_t first, int64_t last) {
   using C = typename Numeric<T>::Compute;
-  const double rounding = p.rounding * Numeric<T>::kEpsilon;
   int64_t count = 0;
   for (int64_t i = first; i < last; ++i) {
     if (p.status[i] == kActive) continue;
     const T* x = static_cast<const T*>(p.x) + i * p.dim;
     const T* gx = static_cast<const T*>(p.gx) + i * p.dim;
-    double ff = 0, gg = 0, xx = 0;
-    C f[kChunk], wide[kChunk];
+    double ff = 0;
+    C f[kChunk];
     for (int64_t at = 0; at < p.dim; at += kChunk) {
       const int n = static_cast<int>(std::min<int64_t>(kChunk, p.dim - at));
-      for (int j = 0; j < n; ++j) {
-        wide[j] = static_cast<C>(gx[at + j]);
-        f[j] = wide[j] - static_cast<C>(x[at + j]);
-      }
+      for (int j = 0; j < n; ++j) f[j] = static_cast<C>(gx[at + j]) - static_cast<C>(x[at + j]);
       ff += dot<C>(f, f, n);
-      gg += dot<C>(wide, wide, n);
-      for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(x[at + j]);
-      xx += dot<C>(wide, wide, n);
     }
-    const auto norm = [&p](double square, auto&& at) {
-      return trustworthy<C>(square, p.dim) ? std::sqrt(square) : scaled_norm(p.dim, at);
-    };
-    const double now = norm(ff, [&](int64_t j) {
-      return static_cast<double>(static_cast<C>(gx[j])) - static_cast<double>(static_cast<C>(x[j]));
-    });
-    const double norm_gx = norm(gg, [&](int64_t j) { return static_cast<C>(gx[j]); });
-    const double norm_x = norm(xx, [&](int64_t j) { return static_cast<C>(x[j]); });
-    count += differs(now, p.residual[i], norm_gx, norm_x, rounding);
+    double now = std::sqrt(ff);
+    if (!trustworthy<C>(ff, p.dim)) {
+      now = scaled_norm(p.dim, [&](int64_t j) {
+        return static_cast<double>(static_cast<C>(gx[j])) -
+               static_cast<double>(static_cast<C>(x[j]));
+      });
+    }
+    count += differs(now, p.residual[i], p.rounding);
   }
   return count;
 }

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.row_norm import ROUNDING
+from fpi_cuda.row_norm import SUMMED
 
 name = "native"
 CELL_LOOP_DTYPES = (torch.float32, torch.float64)
@@ -22,7 +22,7 @@ def scratch(x: Tensor) -> Tensor | None:
 
 def num_moved(x: Tensor, gx: Tensor, status: Tensor, residual: Tensor) -> int:
     """See fpi_cuda.row_norm.num_moved, its twin."""
-    found: int = torch.ops.fpi_cuda.num_moved.default(x, gx, status, residual, rounding=ROUNDING)
+    found: int = torch.ops.fpi_cuda.num_moved.default(x, gx, status, residual, rounding=SUMMED)
     return found
 
 

@@ -18,7 +18,7 @@ from fpi_cuda.control import column
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import MOST_STEPS, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.row_norm import difference_norm, differs, row_norm
+from fpi_cuda.row_norm import beyond_rounding, difference_norm, differs, row_norm
 from fpi_cuda.rules import CAP, FALL, HIDDEN, SETTLED
 from fpi_cuda.solvers.noise import EVERY, noise_of
 from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
@@ -113,7 +113,8 @@ class RowWatch:
         """
         system = self._system
         if self._blind:
-            return retold(result, system.value(result.x), work.atol, system.rtol)
+            gx = system.value(result.x)
+            return retold(result, gx, work.atol, system.rtol, by_other_code=True)
         if not self._num_moved(result, gx):
             self._coupling.is_independent()
             return result
@@ -123,9 +124,12 @@ class RowWatch:
             if not self._num_moved(result, gx):
                 self._coupling.is_independent()
                 return result
+        told = retold(result, gx, work.atol, system.rtol)
+        if not feels(told, result, gx):
+            self._coupling.is_independent()
+            return told
         self._coupling.depends()
         number = int(result.num_steps.max())
-        told = retold(result, gx, work.atol, system.rtol)
         if number >= system.max_steps or bool((told.status == Status.CONVERGED).all()):
             return told
         scale = together(column(work.control, "scale0"), self._system).norm(dim=1)
@@ -162,22 +166,38 @@ def rows_feel(
     # Fibonacci hashing: a half without a pattern that a graph could have too.
     away = (rows * 2654435761 % 4294967296 < 2147483648) ^ turned
     change = difference_norm(apply(torch.where(away[:, None], other, x)), gx)
-    stays = ~away & differs(change, torch.zeros_like(change), gx, x)
-    return bool(stays.any())
+    return bool((~away & beyond_rounding(change, gx, x)).any())
 
 
-def retold(result: SolveResult, gx: Tensor, atol: float | Tensor, rtol: float) -> SolveResult:
+def retold(
+    result: SolveResult,
+    gx: Tensor,
+    atol: float | Tensor,
+    rtol: float,
+    *,
+    by_other_code: bool = False,
+) -> SolveResult:
     """`result` with the residuals that rows have all together; without a look at the numbers.
 
     Args:
         gx: g(result.x).
+        by_other_code: it was computed in another way than for the solver, so that rounding differs.
     """
     residual = difference_norm(gx, result.x)
-    moved = differs(residual, result.residual, gx, result.x)
+    moved = differs(residual, result.residual)
+    if by_other_code:
+        moved = beyond_rounding((residual - result.residual).abs(), gx, result.x)
     fails = ~(residual <= atol + rtol * row_norm(gx))
     lost = moved & fails & (result.status == Status.CONVERGED)
     status = torch.where(lost, int(Status.MAX_STEPS), result.status).to(torch.int8)
     return result._replace(status=status, residual=torch.where(moved, residual, result.residual))
+
+
+def feels(told: SolveResult, result: SolveResult, gx: Tensor) -> bool:
+    """Whether what `retold` makes of a result shows that rows depend on one another."""
+    change = (told.residual - result.residual).abs()
+    shows = (told.status != result.status) | beyond_rounding(change, gx, result.x)
+    return bool(shows.any())
 
 
 def solve_jointly(system: System, x0: Tensor) -> SolveResult:

@@ -14,7 +14,7 @@ from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import MOST_STEPS, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import row_norm
-from fpi_cuda.solvers.coupled import JointTest, System, rows_of
+from fpi_cuda.solvers.coupled import JointTest, System, feels, retold, rows_of
 from fpi_cuda.solvers.noise import EVERY, Noise, noise_of
 from fpi_cuda.solvers.stepping import FlatMap
 from fpi_cuda.solvers.workspace import allocate, depth_of
@@ -50,12 +50,15 @@ def unroll(
         return unroll_rows(system, x0, reference)
     if not coupling.joint:
         result = unroll_rows(system, x0, reference)
-        x = result.x.detach()
+        apart = result._replace(x=result.x.detach())
         with torch.no_grad():
-            gx = evaluate(x, None).detach()
-        if not reference.num_moved(x, gx, result.status, result.residual):
+            gx = evaluate(apart.x, None).detach()
+        told = apart
+        if reference.num_moved(apart.x, gx, apart.status, apart.residual):
+            told = retold(apart, gx, atol, rtol)
+        if told is apart or not feels(told, apart, gx):
             coupling.is_independent()
-            return result
+            return told._replace(x=result.x)
         coupling.depends()
     return unroll_jointly(system, x0, reference)
 

@@ -179,3 +179,66 @@ def test_one_kept_promise_says_nothing_of_another_map() -> None:
         module.c.fill_(0.3)
         with pytest.raises(RuntimeError, match="rowwise=None"):
             fpi.fixed_point(module, torch.zeros_like(z), z, **options)
+
+
+@pytest.mark.parametrize("solver", [fpi.Picard(), fpi.Anderson()], ids=str)
+@pytest.mark.parametrize("how", ["buffer", "data", "closure", "z"])
+def test_a_promise_is_held_to_in_every_solve(how: str, solver: Any) -> None:
+    """Also where no version counter, and nothing that names g, tells that it is another map."""
+    z = torch.arange(5.0, dtype=F64)[:, None]
+    box = [torch.zeros((), dtype=F64)]
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("a", torch.zeros((), dtype=F64))
+            self.c = nn.Parameter(torch.zeros((), dtype=F64))
+
+        def forward(self, x: Tensor, z: Tensor, d: Tensor) -> Tensor:
+            return torch.tanh(0.4 * x + (self.a + self.c + box[0] + d) * x.mean(0) + z)
+
+    g, d = Mixing(), torch.zeros((), dtype=F64)
+    options: dict[str, Any] = {"rowwise": True, "rtol": 1e-8, "max_steps": 300, "solver": solver}
+    with torch.no_grad():
+        fpi.fixed_point(g, torch.zeros_like(z), z, d, **options)
+        half = torch.full((), 0.5, dtype=F64)
+        if how == "buffer":
+            g.a.fill_(0.5)
+        elif how == "data":
+            g.c.data = half
+        elif how == "closure":
+            box[0] = half
+        else:
+            d = half
+        with pytest.raises(RuntimeError, match="rowwise=None"):
+            fpi.fixed_point(g, torch.zeros_like(z), z, d, **options)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("adjoint", [fpi.Implicit(), fpi.Unroll()], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3), (F64, 2e-15)],
+)
+def test_tolerances_near_rounding(
+    dtype: torch.dtype, rtol: float, adjoint: Any, grad: bool
+) -> None:
+    """A row that others have moved out of its tolerance by a few roundings has not converged."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        b = (torch.randn(4, 3) * 10.0 ** torch.randint(-2, 3, (4, 1))).to(dtype)
+        b.requires_grad_(grad)
+
+        def g(x: Tensor, b: Tensor) -> Tensor:
+            return 0.7 * x.mean(0) + b
+
+        for solver in (fpi.Picard(), fpi.Anderson(), fpi.Broyden()):
+            sol = fpi.fixed_point(
+                g, torch.zeros_like(b), b, solver=solver, rtol=rtol, max_steps=300, adjoint=adjoint
+            )
+            x = sol.value.detach()
+            gx = g(x, b).detach().double()
+            residual = (gx - x.double()).norm(dim=1)
+            torch.testing.assert_close(sol.residual.double(), residual, rtol=1e-4, atol=0)
+            within = residual <= rtol * gx.norm(dim=1) * (1 + 1e-5)
+            assert bool(within[sol.converged].all())
