@@ -40,6 +40,7 @@ from fpi_cuda.request import (
 )
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult
 from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
+from fpi_cuda.shortcuts import is_rowwise_by_construction
 from fpi_cuda.solution_check import SolutionCheck
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
@@ -227,13 +228,19 @@ def solve_flat(
     coupling = coupling_of(flat_map, options, rowwise)
     if isinstance(options.adjoint, Unroll) and differentiates():
         require_host_allowed(options, "the solve", UNROLLED)
-        value, result = unrolled(flat_map, start, options, record, coupling, born_after)
+        value, result = unrolled(
+            flat_map, start, options, record, coupling, born_after, rowwise=rowwise
+        )
     elif transforms.active():
         require_host_allowed(options, "the solve", IN_TRANSFORM)
-        value, result = solved_live(flat_map, start, options, engine, record, coupling)
+        value, result = solved_live(
+            flat_map, start, options, engine, record, coupling, rowwise=rowwise
+        )
     else:
         course = Course(flat_map, options, engine, record, coupling, rowwise)
-        value, result = solved(flat_map, start, options, engine, course, born_after)
+        value, result = solved(
+            flat_map, start, options, engine, course, born_after, rowwise=rowwise
+        )
     flat_map.over()
     record.joint = coupling is not None and coupling.joint
     _, status, num_steps, residual = result
@@ -270,18 +277,22 @@ def solved(
     engine: Backend,
     course: Course,
     born_after: int,
+    *,
+    rowwise: bool,
 ) -> tuple[Any, SolveResult]:
-    """The fixed point, as the user's state, by the solver, then its derivatives."""
+    """The fixed point, as the user's state, by the solver, then its derivatives.
+
+    Args:
+        rowwise: it was promised that rows are independent.
+    """
     if differentiates() and being_captured(flat_map.layout.device):
         raise RuntimeError(UNDER_GRAD)
     record, coupling = course.record, course.coupling
     with torch.no_grad(), flat_map.replay.solving():
         result = course.solve(start.detach())
-    check = SolutionCheck(
-        result, options.rtol, options.atol, flat_map.arithmetic, coupling, engine.num_moved
-    )
+    check = check_of(result, flat_map, options, coupling, engine.num_moved)
     if not differentiates():
-        if course.took_a_word:
+        if not course.compared_with_step and rests_on_a_word(flat_map, rowwise):
             require_kept_word(flat_map, options, check, course.leaves_the_host_alone)
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
             return flat_map.layout.taken_apart(result.x), result
@@ -295,6 +306,24 @@ def solved(
     if any(part.requires_grad for part in (value if flat_map.layout.is_tuple else (value,))):
         course.prepare_adjoint(result.x, account)
     return value, result
+
+
+def check_of(
+    result: SolveResult,
+    flat_map: FlatMap,
+    options: Options,
+    coupling: Coupling | None,
+    num_moved: Callable[[Tensor, Tensor, Tensor, Tensor], int],
+) -> SolutionCheck:
+    """What looks at g at the solution."""
+    return SolutionCheck(
+        result, options.rtol, options.atol, flat_map.arithmetic, coupling, num_moved
+    )
+
+
+def rests_on_a_word(flat_map: FlatMap, rowwise: bool) -> bool:
+    """Whether nothing but somebody's word says that rows are independent."""
+    return rowwise and flat_map.layout.batch > 1 and not is_rowwise_by_construction(flat_map.g)
 
 
 def require_kept_word(
@@ -322,11 +351,13 @@ def solved_live(
     engine: Backend,
     record: AdjointRecord,
     coupling: Coupling | None,
+    *,
+    rowwise: bool,
 ) -> tuple[Any, SolveResult]:
     """The same inside torch.func transforms; results are those of the samples seen there."""
 
     def run(evaluate: Any, x0: Tensor) -> SolveResult:
-        return solve(
+        result = solve(
             evaluate,
             x0,
             options.solver,
@@ -337,6 +368,10 @@ def solved_live(
             coupling=coupling,
             arithmetic=flat_map.arithmetic,
         )
+        if rests_on_a_word(flat_map, rowwise):
+            check = check_of(result, flat_map, options, coupling, engine.num_moved)
+            check(result.x, evaluate(result.x, None))
+        return result
 
     with flat_map.replay.solving():
         result, frame = live_solve(flat_map, start, run)
@@ -355,6 +390,8 @@ def unrolled(
     record: AdjointRecord,
     coupling: Coupling | None,
     born_after: int,
+    *,
+    rowwise: bool,
 ) -> tuple[Any, SolveResult]:
     """The fixed point with the graph of every step that led to it."""
 
@@ -379,6 +416,11 @@ def unrolled(
             )
 
     result = run(flat_map, start)
+    if rests_on_a_word(flat_map, rowwise):
+        x = result.x.detach()
+        with torch.no_grad(), flat_map.replay.solving():
+            check = check_of(result, flat_map, options, coupling, reference.num_moved)
+            check(x, flat_map.evaluate(x, None))
     value = attach_unrolled(flat_map, start, result, run, record, born_after)
     return value, result
 

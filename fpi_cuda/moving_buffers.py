@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import types
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,16 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from fpi_cuda import transforms
 from fpi_cuda.module_tree import modules_in
 
 LARGEST = 1 << 20
-"""Elements of a buffer of which a copy is made in case that it moves."""
+"""Elements of a buffer of which every solve makes a copy in case that it moves. Of a larger one it
+does so until one solve has left it alone."""
 
-DEPTH = 4
-"""How far modules are looked for in what g holds, or closes over."""
+MOST_SEEN = 256
+"""Objects that are looked into for modules."""
 
 MOST_HELD = 64
 """Entries of a list or dict that are looked into."""
+
+ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.dtype)
+EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
+
+_left_alone: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""Large buffers, by name, that stayed as they were in the latest solve."""
 
 
 class Kept:
@@ -35,17 +46,21 @@ class Kept:
 
     def __init__(self, module: nn.Module, name: str, t: Tensor) -> None:
         self.module, self.name, self.t = module, name, t
-        self.numbers = t.detach().clone()
+        self.large = t.numel() > LARGEST and not isinstance(module, _NormBase)
         self.version = None if t.is_inference() else t._version
         # Its kernels write to these without being counted.
         self.moved = isinstance(module, _NormBase)
+        self.numbers: Tensor | None = None
+        if not self.large or name not in _left_alone.get(module, ()):
+            with below_transforms(t):
+                self.numbers = t.detach().clone()
 
     def look(self) -> None:
         """Note whether it was written to, or another tensor was put in its place."""
         if not self.moved:
             elsewhere = self.module._buffers.get(self.name) is not self.t
             if self.version is None:
-                written = not torch.equal(self.t, self.numbers)
+                written = self.numbers is not None and not torch.equal(self.t, self.numbers)
             else:
                 written = self.t._version != self.version
             self.moved = elsewhere or written
@@ -57,7 +72,26 @@ class Kept:
         back when it is read.
         """
         self.module._buffers[self.name] = self.t
-        self.t.data.copy_(self.numbers)
+        if self.numbers is not None:
+            overwrite(self.t, self.numbers)
+
+    def remember(self) -> None:
+        """Note, of a large one, whether the next solve needs a copy."""
+        if self.large and self.moved:
+            _left_alone.get(self.module, set()).discard(self.name)
+        elif self.large:
+            _left_alone.setdefault(self.module, set()).add(self.name)
+
+
+def below_transforms(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Out of torch.func, where a tensor is none of its own: not a matter of derivatives."""
+    return transforms.truncated(transforms.level_of(t))
+
+
+def overwrite(t: Tensor, numbers: Tensor) -> None:
+    """Write to t, as if nothing had happened to it."""
+    with below_transforms(t):
+        t.data.copy_(numbers)
 
 
 class MovingBuffers:
@@ -75,6 +109,8 @@ class MovingBuffers:
     def over(self) -> None:
         """The solve has ended: whatever is evaluated from now on leaves no trace."""
         self._over = True
+        for kept in self._kept or ():
+            kept.remember()
 
     @contextlib.contextmanager
     def one_evaluation(self) -> Iterator[None]:
@@ -84,7 +120,7 @@ class MovingBuffers:
                 Kept(module, name, t)
                 for module in self._modules
                 for name, t in module._buffers.items()
-                if t is not None and (t.numel() <= LARGEST or isinstance(module, _NormBase))
+                if t is not None
             ]
             yield
             self._look()
@@ -103,7 +139,7 @@ class MovingBuffers:
                     for (kept, t), numbers in zip(outside, copies, strict=True):
                         kept.module._buffers[kept.name] = t
                         assert t is not None
-                        t.data.copy_(numbers)
+                        overwrite(t, numbers)
 
     def _look(self) -> None:
         # What starts from zeros may move only later.
@@ -125,32 +161,32 @@ def one_evaluation(buffers: MovingBuffers | None) -> contextlib.AbstractContextM
 
 
 def modules_of(g: object) -> list[nn.Module]:
-    """The modules that g is made of, as far as they can be seen."""
-    if isinstance(g, nn.Module) and not any(map(holds_more, g.__dict__.values())):
-        return modules_in(g)
+    """Modules that g is, is bound to, closes over, names, or holds, as far as they can be seen."""
     found: dict[int, nn.Module] = {}
-    for owner in owners_of(g, DEPTH):
-        for module in modules_in(owner):
-            found[id(module)] = module
+    seen: dict[int, object] = {}  # kept, for numbers of what is gone are given anew
+    pending = deque([g])
+    while pending and len(seen) < MOST_SEEN:
+        part = pending.popleft()
+        if isinstance(part, ATOMS) or id(part) in seen or id(part) in found:
+            continue
+        if isinstance(part, nn.Module):
+            for module in modules_in(part):
+                if id(module) not in found:
+                    found[id(module)] = module
+                    pending.extend(held_besides(module))
+        else:
+            seen[id(part)] = part
+            pending.extend(held_by(part))
     return list(found.values())
 
 
-def holds_more(value: object) -> bool:
-    """Whether a module keeps others where torch does not look for them."""
-    return isinstance(value, (tuple, list)) and any(isinstance(v, nn.Module) for v in value)
-
-
-def owners_of(g: object, depth: int) -> Iterator[nn.Module]:
-    """Modules that g is, is bound to, closes over, names, or holds."""
-    if isinstance(g, nn.Module):
-        yield g
-        for value in filter(holds_more, g.__dict__.values()):
-            yield from owners_of(value, 1)
-        return
-    if depth == 0 or isinstance(g, (Tensor, type, types.ModuleType, str, int, float)):
-        return
-    for part in held_by(g):
-        yield from owners_of(part, depth - 1)
+def held_besides(module: nn.Module) -> list[Any]:
+    """What a module holds where torch does not look for modules."""
+    return [
+        value
+        for name, value in module.__dict__.items()
+        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
+    ]
 
 
 def held_by(g: Any) -> list[Any]:
@@ -164,10 +200,11 @@ def held_by(g: Any) -> list[Any]:
         for cell in g.__closure__ or ():
             with contextlib.suppress(ValueError):  # a cell that is not filled yet
                 parts.append(cell.cell_contents)
-        named = (g.__globals__.get(name) for name in g.__code__.co_names)
-        return parts + [value for value in named if isinstance(value, nn.Module)]
-    if isinstance(g, (tuple, list)):
-        return list(g[:MOST_HELD])
+        if not (g.__module__ or "").startswith("torch."):
+            parts += [g.__globals__.get(name) for name in g.__code__.co_names]
+        return parts
+    if isinstance(g, (tuple, list, set, frozenset, deque)):
+        return list(itertools.islice(g, MOST_HELD))
     if isinstance(g, dict):
         return list(g.values())[:MOST_HELD]
     slots = [getattr(g, name, None) for name in getattr(type(g), "__slots__", ())]

@@ -24,7 +24,7 @@ from fpi_cuda.lowered import NotLowered
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route, SolveResult
-from fpi_cuda.shortcuts import is_rowwise_by_construction, why_not_captured
+from fpi_cuda.shortcuts import why_not_captured
 from fpi_cuda.solvers.coupled import feels, retold
 from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
 from fpi_cuda.solvers.loop import solve
@@ -272,11 +272,9 @@ class Course:
         return flat_map.layout.batch > 1 and self._rowwise and flat_map.selectable()
 
     @property
-    def took_a_word(self) -> bool:
-        """Whether nothing but somebody's word says that rows are independent."""
-        if not self._rowwise or self._flat_map.layout.batch < 2 or self._fused is not None:
-            return False
-        return not is_rowwise_by_construction(self._flat_map.g)
+    def compared_with_step(self) -> bool:
+        """Whether g was evaluated on all rows at the solution."""
+        return self._fused is not None
 
     def _require_graphs(self, device: torch.device) -> Graphs:
         if self._options.route == "host":

@@ -24,9 +24,8 @@ from fpi_cuda.unconverged import FixedPointWarning
 
 NOISE = 8.0
 """Roundings of g that its own evaluation may differ by."""
-STEP = 1024.0
-"""Roundings that x is moved by, relative to its size."""
-STEP_IN_16_BITS = 16.0
+LEAST_STEP = 16.0
+"""Roundings that x is moved by at least, relative to its size."""
 UNEVEN = 0.7
 """By what share the change of g may differ from twice that of half the step. Where g jumps, as
 what counts or compares does, it differs by all of it or more."""
@@ -89,7 +88,8 @@ def _notice(
     columns: Sequence[slice],
     locate: Callable[[], str],
 ) -> None:
-    moved = any(moves(evaluate, x, flat_map.arithmetic, part) for part in columns)
+    sizes = flat_map.layout.sizes
+    moved = any(moves(evaluate, x, flat_map.arithmetic, part, sizes) for part in columns)
     if moved and first_of(flat_map.g):
         line = locate()
         where = f" at {line}" if line else ""
@@ -152,17 +152,24 @@ def reads(node: Any, x: Tensor) -> bool:
 
 
 def moves(
-    evaluate: Callable[[Tensor], Tensor], x: Tensor, arithmetic: torch.dtype, columns: slice
+    evaluate: Callable[[Tensor], Tensor],
+    x: Tensor,
+    arithmetic: torch.dtype,
+    columns: slice,
+    sizes: Sequence[int],
 ) -> bool:
-    """Whether g changes with the columns of x as something that has a slope does."""
+    """Whether g changes with the columns of x as something that has a slope does.
+
+    Args:
+        sizes: of the parts of the state. Each part of each row is judged by its own size.
+    """
     if x.numel() == 0:
         return False
-    kind = torch.finfo(arithmetic)
-    roundings = STEP if kind.bits > 16 else STEP_IN_16_BITS
+    eps = torch.finfo(arithmetic).eps
     part = x[:, columns].double()
     size = part.abs().amax(1, keepdim=True)
     uneven = torch.arange(1, part.numel() + 1, dtype=torch.float64, device=x.device).sin().abs()
-    step = roundings * kind.eps * (part.abs() + torch.where(size > 0, size, 1.0))
+    step = max(eps**0.5, LEAST_STEP * eps) * (part.abs() + torch.where(size > 0, size, 1.0))
     step = step * (0.5 + uneven.reshape(part.shape))
     gx = evaluate(x).double()
 
@@ -171,12 +178,16 @@ def moves(
         there[:, columns] = (part + share * step).to(x.dtype)
         return (evaluate(there).double() - gx).nan_to_num(0.0, 0.0, 0.0)
 
+    def norms(t: Tensor) -> Tensor:
+        """(B, parts)"""
+        return torch.stack([t.norm(dim=1) for t in t.split(list(sizes), 1)], 1)
+
     whole = change(1.0)
-    size = torch.linalg.vector_norm(whole)
-    noise = NOISE * kind.eps * torch.linalg.vector_norm(gx.nan_to_num(0.0, 0.0, 0.0))
-    if not bool(size > noise):
+    moved = norms(whole)
+    beyond = moved > NOISE * eps * norms(gx.nan_to_num(0.0, 0.0, 0.0))
+    if not bool(beyond.any()):
         return False
-    return bool(torch.linalg.vector_norm(whole - 2 * change(0.5)) <= UNEVEN * size)
+    return bool((beyond & (norms(whole - 2 * change(0.5)) <= UNEVEN * moved)).any())
 
 
 def first_of(g: Any) -> bool:

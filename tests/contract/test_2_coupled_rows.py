@@ -242,3 +242,28 @@ def test_tolerances_near_rounding(
             torch.testing.assert_close(sol.residual.double(), residual, rtol=1e-4, atol=0)
             within = residual <= rtol * gx.norm(dim=1) * (1 + 1e-5)
             assert bool(within[sol.converged].all())
+
+
+TRANSFORMS: dict[str, Any] = {
+    "grad": lambda call, z: torch.func.grad(lambda z: call(z).sum())(z),
+    "jvp": lambda call, z: torch.func.jvp(call, (z,), (z,)),
+    "vmap": lambda call, z: torch.func.vmap(call)(torch.stack([z, 2 * z])),
+    "backward": lambda call, z: call(z.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("way", TRANSFORMS)
+@pytest.mark.parametrize("adjoint", [fpi.Implicit(), fpi.JacobianFree(), fpi.Unroll()], ids=str)
+def test_a_broken_promise_under_derivatives(way: str, adjoint: Any) -> None:
+    z = torch.arange(5.0, dtype=F64)[:, None]
+
+    def call(z: Tensor) -> Tensor:
+        sol = fpi.fixed_point(
+            lambda x, z: torch.tanh(0.4 * x + 0.5 * x.mean(0) + z),
+            torch.zeros_like(z), z, rowwise=True, rtol=1e-8, max_steps=300, adjoint=adjoint,
+        )  # fmt: skip
+        value: Tensor = sol.value
+        return value
+
+    with pytest.raises(RuntimeError, match="rowwise=None"):
+        TRANSFORMS[way](call, z)

@@ -292,6 +292,37 @@ def test_one_part_of_a_tuple_is_cut(part: int, adjoint: Any) -> None:
         fpi.fixed_point(g, (zeros(), zeros()), z, adjoint=adjoint, rtol=1e-8)
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_a_cut_beside_what_is_large(size: float, dtype: torch.dtype) -> None:
+    """In another row, or in another part of the state."""
+    a = orthogonal(0.5, dtype)
+    z = torch.randn(B, D, dtype=dtype)
+    z[0] *= size
+    z.requires_grad_()
+    x0 = torch.zeros_like(z)
+
+    def rows(x: Tensor, z: Tensor) -> Tensor:
+        return z + 0.9 * torch.tanh(x.detach() @ a)
+
+    def second(s: tuple[Tensor, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+        first, cut = s
+        return 0.3 * first + size * torch.tanh(z), torch.tanh(cut.detach() @ a + first / size)
+
+    for g, start in ((rows, x0), (second, (x0, x0))):
+        with pytest.warns(fpi.FixedPointWarning, match=WARNING):
+            fpi.fixed_point(eval_copy(g), start, z, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slope", [0.1, 1e-3])
+def test_a_cut_with_a_small_slope(slope: float) -> None:
+    a, z = orthogonal(1.0), torch.randn(B, D, dtype=F64, requires_grad=True)
+    with pytest.warns(fpi.FixedPointWarning, match=WARNING):
+        fpi.fixed_point(
+            eval_copy(lambda x, z: z + slope * torch.tanh(x.detach() @ a)), zeros(), z, rtol=1e-8
+        )
+
+
 def eval_copy(g: Any) -> Any:
     """g with a code object of its own."""
     return type(g)(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +74,21 @@ class HeldInATuple(nn.Module):
         return 0.5 * torch.tanh(self.norms[0](x)) + z
 
 
+def one_call_away(x: Tensor, z: Tensor) -> Tensor:
+    return by_name(x, z)
+
+
+class Holding(nn.Module):
+    """Keeps its norm where torch does not look for modules."""
+
+    def __init__(self, held: object, find: Callable[[Any], nn.Module]) -> None:
+        super().__init__()
+        self.held, self.find = held, find
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * torch.tanh(self.find(self.held)(x)) + z
+
+
 HOLDERS: dict[str, Callable[[nn.Module], Map]] = {
     "closure": lambda norm: lambda x, z: 0.5 * torch.tanh(norm(x)) + z,
     "list": lambda norm: (lambda held: lambda x, z: 0.5 * torch.tanh(held[0](x)) + z)([norm]),
@@ -79,6 +96,16 @@ HOLDERS: dict[str, Callable[[nn.Module], Map]] = {
     "global": lambda _: by_name,
     "method": lambda norm: Holder(norm).step,
     "tuple of a module": HeldInATuple,
+    "global, one call away": lambda _: one_call_away,
+    "dict of a module": lambda norm: Holding({"a": norm}, lambda held: held["a"]),
+    "lists of a module": lambda norm: Holding([[norm]], lambda held: held[0][0]),
+    "object of a module": lambda norm: Holding(Holder(norm), lambda held: held.norms[0]),
+    "partial of a module": lambda norm: Holding(
+        functools.partial(lambda norm: norm, norm), lambda held: held()
+    ),
+    "module of a module": lambda norm: Holding(
+        nn.Sequential(Holding({"a": norm}, lambda held: held["a"])), lambda held: held[0].held["a"]
+    ),
 }
 
 
@@ -87,7 +114,7 @@ HOLDERS: dict[str, Callable[[nn.Module], Map]] = {
 def test_batch_norm_counts_once_wherever_g_holds_it(held: str, grad: bool) -> None:
     """From x0 = 0 the first evaluation leaves the running mean where it was."""
     NORM.reset_running_stats()
-    norm = NORM if held == "global" else nn.BatchNorm1d(5, dtype=F64)
+    norm = NORM if "global" in held else nn.BatchNorm1d(5, dtype=F64)
     z = torch.randn(16, 5, dtype=F64)
     for call in (1, 2):
         before = norm.running_mean.clone()  # type: ignore[union-attr]
@@ -130,3 +157,55 @@ def test_spectral_norm_is_one_map_in_training_mode() -> None:
     assert sol.converged.all()
     assert int(sol.num_steps.max()) < 60
     sol.value.sum().backward()
+
+
+def test_a_large_buffer_moves_once_too() -> None:
+    """A solve that leaves it alone spares the next one the copy; one that does not, does not."""
+
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(2048, 1024))
+            self.register_buffer("table", torch.ones(2048, 1024))
+            self.moves = True
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            if self.moves:
+                self.mean.mul_(0.9).add_(0.1)
+            return 0.5 * torch.tanh(x) + z + 0 * self.mean[0, :3] * self.table[0, :3]
+
+    g, z = Averaging(), torch.randn(4, 3)
+    for count in (1, 2, 3):
+        fpi.fixed_point(g, torch.zeros_like(z), z)
+        assert abs(float(g.mean[0, 0]) - (1 - 0.9**count)) < 1e-6
+    assert (g.table == 1).all()
+
+
+class Encoded(nn.Module):
+    """A model whose cell does not use the norm of its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+        self.a = nn.Linear(5, 5)
+        self.mix = orthogonal(5, 0.5)
+
+    def cell(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(x @ self.mix + z) + 0 * self.a.bias
+
+
+@pytest.mark.parametrize("adjoint", [fpi.Implicit(), fpi.JacobianFree(), fpi.Unroll()], ids=str)
+def test_a_norm_that_g_does_not_call_is_no_matter_in_transforms(adjoint: fpi.Unroll) -> None:
+    model, z = Encoded().double().train(), torch.randn(4, 5, dtype=F64)
+
+    def call(z: Tensor) -> Tensor:
+        sol = fpi.fixed_point(
+            model.cell, torch.zeros_like(z), z, adjoint=adjoint, rtol=1e-10, max_steps=200
+        )
+        return sol.value.sum()
+
+    given = z.clone().requires_grad_()
+    (want,) = torch.autograd.grad(call(given), given)
+    torch.testing.assert_close(torch.func.grad(call)(z), want)
+    torch.testing.assert_close(torch.func.jvp(call, (z,), (z,))[1], (want * z).sum())
+    assert model.encoder[1].num_batches_tracked == 0
