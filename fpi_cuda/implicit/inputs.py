@@ -134,9 +134,16 @@ class Inputs:
         if watched:
             require_true_products(evaluate, gx, [x_leaf, *other.values()], flat_map.arithmetic)
         leaves = [other.get(id(t), t) for t in self.originals]
-        self._require_same_dependence(gx, leaves)
+        if set(leaves_of(gx)) != {id(leaf) for leaf in leaves}:
+            # An energy makes a leaf of an x that does not require grad, to differentiate in it.
+            given = [x.detach(), *other.values()]
+            with torch.enable_grad():
+                again = [gx, evaluate(given), evaluate(given)]
+            self._require_made_inside(again, leaves)
         rows = slice(None) if compared is None else compared
-        require_same_value(gx[rows], expected[rows], flat_map.arithmetic)
+        sizes = list(flat_map.layout.sizes)
+        for now, then in zip(gx[rows].split(sizes, 1), expected[rows].split(sizes, 1), strict=True):
+            require_same_value(now, then, flat_map.arithmetic)
         return OpenLinearization(x_leaf, gx, leaves, x, self.originals)
 
     def _require_unchanged(self) -> None:
@@ -147,15 +154,27 @@ class Inputs:
                 what = f"{of} of shape {tuple(t.shape)} had been changed in place"
                 raise RuntimeError(CHANGED.format(what=what))
 
-    def _require_same_dependence(self, gx: Tensor, leaves: Sequence[Tensor]) -> None:
-        """Raise unless gx depends on the leaves, on all of them, and on nothing else."""
-        met = {id(t) for t in frontier_of(gx, (), -1).leaves}
-        if met != {id(leaf) for leaf in leaves}:
+    def _require_made_inside(self, values: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+        """Raise unless g depends on the same tensors always, but for leaves that it makes anew.
+
+        Args:
+            values: of g, where x requires grad; then twice where it does not, as it was at first.
+        """
+        known = {id(leaf) for leaf in leaves}
+        missing = known.difference(leaves_of(values[0]))
+        fresh, first, second = (set(leaves_of(gx)) - known for gx in values)
+        made = len(first) == len(second) == len(missing) and not first & second
+        if not made or fresh & (first | second) or not missing <= {id(t) for t in self._leaves}:
             raise RuntimeError(
                 "fixed_point: a second derivative evaluates g again in backward, and there it "
                 "depended on other tensors than in the forward pass. Pass what changes between "
                 "the two as z, or make g an nn.Module so that its parameters are remembered"
             )
+
+
+def leaves_of(out: Tensor) -> dict[int, Tensor]:
+    """The leaves that require grad behind `out`, by id."""
+    return {id(t): t for t in frontier_of(out, (), -1).leaves}
 
 
 def reached(t: Tensor, leaves: dict[int, Tensor], edges: set[Edge]) -> bool:

@@ -31,7 +31,8 @@ def replica(module: nn.Module, other: dict[int, Tensor], made: dict[int, nn.Modu
     """
     if id(module) in made:
         return made[id(module)]
-    again = module.__new__(type(module))
+    # Not the class's own __new__, which may make a class of its own: torch.fx.GraphModule.
+    again = object.__new__(type(module))
     made[id(module)] = again
     state = module.__dict__.copy()
     for kind in ("_parameters", "_buffers"):
