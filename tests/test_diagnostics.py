@@ -125,6 +125,25 @@ def test_certain_samples_keep_their_estimate_beside_uncertain_ones() -> None:
     assert error[1] == 0
 
 
+@pytest.mark.parametrize(("size", "entry"), [(256, 0.25), (256, 0.3), (100, 0.25)])
+def test_eigenvalues_that_rounding_moves_have_an_error(size: int, entry: float) -> None:
+    """Grcar's matrix. Scaled by powers of 0.6 it has the same eigenvalues, and is well behaved."""
+
+    def grcar(ratio: float) -> Tensor:
+        places = torch.arange(size)
+        above = (places - places[:, None]).clamp(-2, 4).double()
+        matrix = torch.where((above >= 0) & (above <= 3), entry, 0.0).double()
+        return (matrix - torch.where(above == -1, entry, 0.0)) * ratio**above
+
+    true = torch.linalg.eigvals(grcar(0.6)).abs().max()
+    for matrix in (grcar(1.0), grcar(1.0).mT):
+        radius, error = spectral_radius(
+            lambda x, matrix=matrix: x @ matrix, torch.zeros(1, size).double(), with_error=True
+        )
+        assert (radius - true).abs() <= error
+        assert (radius - true).abs() <= 0.01 * true
+
+
 def test_spectral_radius_is_not_the_norm() -> None:
     matrix = torch.tensor([[0.0, 4.0], [0.25, 0.0]], dtype=torch.float64)
     nilpotent = torch.tensor([[0.0, 9.0], [0.0, 0.0]], dtype=torch.float64)

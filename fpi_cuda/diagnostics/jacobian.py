@@ -18,6 +18,9 @@ from fpi_cuda.state import layout_of
 CERTAIN = 1e-2
 """Error, relative to the radius, below which an estimate is taken for what it is."""
 
+ROUNDING = 1e-15
+"""Of the radius and of the number of eigenvalues: by what those of one matrix may differ."""
+
 MARGIN = 10.0
 """What both ways of asking may be short of: the first knows small changes, the second one only."""
 
@@ -36,11 +39,13 @@ def spectral_radius(
     Below 1 at a fixed point, Picard iteration converges near it, by that factor a step.
 
     Where x has at most num_steps elements per sample, the Jacobian is formed and the answer is
-    exact. Elsewhere it is the largest Ritz value of num_steps Arnoldi steps, if that is certain to
-    1%; if not, it is exact again for x of up to exact_up_to elements. For larger ones it is the
-    Ritz value all the same: low by a few percent where very many eigenvalues lie on one circle,
-    and far too high where the Jacobian is far from normal (bidiagonal: 0.9 where 0 is true), for
-    num_steps products cannot tell it from one whose powers do not decay. Its error says so.
+    exact, but for matrices so far from normal that rounding moves their eigenvalues: the error is
+    then what it was seen to move them by. Elsewhere it is the largest Ritz value of num_steps
+    Arnoldi steps, if that is certain to 1%; if not, the Jacobian is formed for x of up to
+    exact_up_to elements. For larger ones it is the Ritz value all the same: low by a few percent
+    where very many eigenvalues lie on one circle, and far too high where the Jacobian is far from
+    normal (bidiagonal: 0.9 where 0 is true), for num_steps products cannot tell it from one whose
+    powers do not decay. Its error says so.
 
     Args:
         g: map g(x, *z) -> like x; sample i of the result must depend on sample i of x alone.
@@ -101,14 +106,21 @@ def spectral_radius(
 def largest_of_whole(
     transposed: Callable[[Tensor], Tensor], flat: Tensor, wanted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The radius of the wanted (B,) samples from their whole Jacobians, and its error: none."""
+    """The radius of the wanted (B,) samples from their whole Jacobians, and its error.
+
+    A matrix and its transpose have the same eigenvalues, and rounding moves those of a matrix far
+    from normal outwards, each time by another way.
+    """
     matrix = whole(transposed, flat, wanted)
     matrix, finite = without_nonfinite(matrix)
-    radius = torch.zeros_like(finite, dtype=torch.float64)
+    radius = error = torch.zeros_like(finite, dtype=torch.float64)
     if matrix.shape[1]:
-        radius = torch.linalg.eigvals(matrix).abs().amax(1)
-    radius = torch.where(finite, radius, float("nan"))
-    return radius, radius * 0.0
+        both = torch.stack([matrix, matrix.mT.contiguous()])
+        radius, other = torch.linalg.eigvals(both).abs().amax(2).sort(0).values
+        error = other - radius
+        error = torch.where(error <= matrix.shape[1] * ROUNDING * radius, 0.0, error)
+    nan = float("nan")
+    return torch.where(finite, radius, nan), torch.where(finite, error, nan)
 
 
 def largest_ritz(hessenberg: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Clause 6: a g whose graph does not lead to x is said, in every mode; one without a slope is not."""
+"""Clause 6: a g whose graph does not lead to x is told of; one without a slope is not."""
 
 from __future__ import annotations
 
