@@ -51,6 +51,7 @@ MAX_STEPS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 MAX_DIM = 40
 CAP = 0.1
 FALL = 0.01
+LEAST_FALL, ROUNDINGS = 0.125, 8.0
 SETTLED = 4.0
 FLOOR = 64.0
 SLACK = 4.0
@@ -187,7 +188,10 @@ def check(case: Case, result: SolveResult, trace: Trace, report: Report) -> None
     at_rest = norm_gx <= SETTLED * (1 + slack) * trace.norm_gx
     peaks = torch.where(at_rest & trace.residual.isfinite(), trace.residual, 0.0)
     peaks = torch.where(torch.arange(case.max_steps)[:, None] <= last, peaks, 0.0)
-    of_peak = torch.minimum(case.rtol * norm_gx, FALL * peaks.amax(0))
+    peak = peaks.amax(0)
+    # In 16 bits rounding may keep a residual from falling further.
+    rounding = torch.minimum(ROUNDINGS * torch.finfo(case.dtype).eps * norm_gx, LEAST_FALL * peak)
+    of_peak = torch.minimum(case.rtol * norm_gx, torch.maximum(FALL * peak, rounding))
     bound = torch.maximum(tolerance(norm_gx), case.atol + of_peak)
     flag(
         report,

@@ -335,7 +335,7 @@ def require_kept_word(
         unwatched: the host does not wait for the solve; it does so once for solves of this kind.
     """
     key = (exactly(flat_map.g), *key_of(flat_map, options)[1:])
-    if unwatched and (key in kept_promises or being_captured(flat_map.layout.device)):
+    if (unwatched and key in kept_promises) or being_captured(flat_map.layout.device):
         return
     x = check.result.x
     with torch.no_grad(), flat_map.replay.solving():

@@ -14,6 +14,7 @@ STOP, MIX, PICARD, REJECT, RETURN, ANCHOR = range(6)
 
 CAP = 0.1
 FALL = 0.01
+LEAST_FALL = 0.125
 SETTLED = 4.0
 HIDDEN = 0.25
 GROWTH = 10.0
@@ -156,10 +157,13 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     c = chosen(finite, judged, rejected)
 
     of_peak = torch.where(at.norm_gx <= SETTLED * c["peak_norm"], c["peak"], 0.0)
-    cap = torch.maximum(CAP * c["scale0"], FALL * of_peak)
+    rounding = rules.epsilon * at.norm_gx
+    fallen = torch.minimum(HALF_FLOOR * rounding, LEAST_FALL * of_peak)
+    fallen = torch.where(rounding <= HIDDEN * of_peak, fallen, 0.0)
+    cap = torch.maximum(CAP * c["scale0"], torch.maximum(FALL * of_peak, fallen))
     passes = at.residual <= rules.atol + torch.minimum(rules.rtol * at.norm_gx, cap)
     scale = torch.maximum(c["scale0"], of_peak)
-    hidden = rules.epsilon * at.norm_gx > rules.atol + HIDDEN * scale
+    hidden = rounding > rules.atol + HIDDEN * scale
     converged = passes & ~hidden
     reference = torch.maximum(c["first"], FLOOR * rules.epsilon * c["scale0"])
     grows = (c["peak"] > DIVERGENCE * reference) & ~(at.residual < NEAR_PEAK * c["peak"])

@@ -158,6 +158,10 @@ def by_numpy(u: Tensor) -> Tensor:
         ("sine", cells.Activation(by_numpy, cosine, 1.0), ValueError, "that autograd can"),
         ("sine", cells.Activation(torch.sum, cosine, 1.0), ValueError, "elementwise"),
         ("sine", cells.Activation(torch.sin, torch.sum, 1.0), ValueError, "must be elementwise"),
+        ("sine", cells.Activation(3, cosine, 1.0), TypeError, "value must be a function"),
+        ("sine", cells.Activation(torch.sin, None, 1.0), TypeError, "derivative must be a"),
+        ("sine", cells.Activation(torch.sin, cosine, 0.5), ValueError, "which is 1 somewhere"),
+        ("sine", cells.Activation(torch.sin_, torch.sin, 1.0), ValueError, "must be that of its"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("grad", [True, False])

@@ -565,6 +565,7 @@ def test_an_ensemble_by_vmap() -> None:
             ValueError,
             "circular with stride 1",
         ),
+        (lambda: nn.LazyLinear(3), 0.5, ValueError, "LazyLinear has no weight yet; call it once"),
     ],
 )
 def test_contract_names_bad_input(

@@ -48,6 +48,7 @@ struct Safeguard {
   static constexpr double kFall = 0.01;        // or against the peak, where ||g|| has since grown
   static constexpr double kSettled = 4.0;      // by no more than this
   static constexpr double kHidden = 0.25;      // of that scale
+  static constexpr double kLeastFall = 0.125;  // of the peak, where rounding ends the fall
   static constexpr double kGrowth = 10.0;      // over the best residual, borne without a restart
   static constexpr double kPatience = 3.0;
   static constexpr double kProgress = 0.9;     // of the best residual, to count as a new best
@@ -152,10 +153,17 @@ FPI_HD double of_peak(const Control& c, const Measured& at, double part) {
   return at.norm_gx <= Safeguard::kSettled * c.peak_norm ? part * c.peak : 0.0;
 }
 
+// The same where rounding keeps the residual from falling that far.
+FPI_HD double of_rounding(const Control& c, const Measured& at, const Rules& rules) {
+  const double rounding = rules.epsilon * at.norm_gx;
+  if (!(rounding <= of_peak(c, at, Safeguard::kHidden))) return 0.0;
+  return smaller(Safeguard::kHalfFloor * rounding, of_peak(c, at, Safeguard::kLeastFall));
+}
+
 // Drifting off is no convergence, however large ||g|| becomes.
 FPI_HD double tolerance(const Control& c, const Measured& at, const Rules& rules) {
-  const double cap =
-      larger(Safeguard::kCap * c.scale0, of_peak(c, at, Safeguard::kFall));
+  const double fallen = larger(of_peak(c, at, Safeguard::kFall), of_rounding(c, at, rules));
+  const double cap = larger(Safeguard::kCap * c.scale0, fallen);
   return rules.atol + smaller(rules.rtol * at.norm_gx, cap);
 }
 

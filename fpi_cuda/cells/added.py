@@ -25,9 +25,10 @@ def add_activation(name: str, activation: Activation) -> None:
         name: an identifier.
         activation: elementwise; its derivative is compared with what autograd finds of its value.
     Raises:
-        TypeError: name is no string, activation no Activation.
+        TypeError: name is no string, activation no Activation of functions.
         ValueError: the name is taken or no identifier, the compiled function is another one, the
-            derivative is that of another function, or lipschitz is not positive and finite.
+            derivative is that of another function, or lipschitz is not positive and finite or
+            smaller than the derivative somewhere.
     """
     if not isinstance(name, str):
         raise TypeError(f"add_activation: name must be a string, got {type(name).__name__}")
@@ -38,6 +39,10 @@ def add_activation(name: str, activation: Activation) -> None:
             f"add_activation: activation must be an Activation(value, derivative, lipschitz), got "
             f"{type(activation).__name__}"
         )
+    for part in ("value", "derivative"):
+        if not callable(getattr(activation, part)):
+            got = type(getattr(activation, part)).__name__
+            raise TypeError(f"add_activation: {part} must be a function of a tensor, got {got}")
     require_real("add_activation", "lipschitz", activation.lipschitz, 0.0, open_below=True)
     if name in ACTIVATIONS or name in BUILT_IN:
         raise ValueError(f"add_activation: name must be a new one, got {name!r}, which is taken")
@@ -69,7 +74,7 @@ def require_same_function(name: str, number: int, function: Callable[[Tensor], T
     u = numbers_of_all_sizes()
     for dtype in (torch.float32, torch.float64):
         given = u.to(dtype)
-        expected = function(given).detach().double()
+        expected = function(given.clone()).detach().double()
         scale = 1 + expected.abs()
         error = (compiled_value(number, given).double() - expected).abs()
         if not bool((error <= 1e3 * torch.finfo(dtype).eps * scale).all()):
@@ -80,7 +85,7 @@ def require_same_function(name: str, number: int, function: Callable[[Tensor], T
                 f"{float(error[worst]):.3g}"
             )
         nan = given.new_tensor([torch.nan])
-        if bool(function(nan).isnan()) and not bool(compiled_value(number, nan).isnan()):
+        if bool(function(nan.clone()).isnan()) and not bool(compiled_value(number, nan).isnan()):
             raise ValueError(f"add_activation: the compiled {name} must be NaN at NaN")
 
 
@@ -92,14 +97,14 @@ def require_own_derivative(name: str, activation: Activation) -> None:
     u = numbers_of_all_sizes()
     with torch.inference_mode(False), torch.enable_grad():
         leaf = u.clone().requires_grad_()
-        value = activation.value(leaf)
+        value = activation.value(leaf.clone())  # a copy may be written to
         if not isinstance(value, Tensor) or value.shape != u.shape or not value.requires_grad:
             raise ValueError(
                 f"add_activation: the value of {name} must be an elementwise function that "
                 "autograd can differentiate. Use torch operations on the tensor it is given"
             )
         (expected,) = torch.autograd.grad(value.sum(), leaf)
-    given = activation.derivative(u)
+    given = activation.derivative(u.clone())
     if not isinstance(given, Tensor) or given.shape != u.shape:
         raise ValueError(f"add_activation: the derivative of {name} must be elementwise")
     error = (given - expected).abs()
@@ -111,6 +116,12 @@ def require_own_derivative(name: str, activation: Activation) -> None:
             f"add_activation: the derivative of {name} must be that of its value, but at "
             f"{float(u[worst]):g} it is {float(given[worst]):g}, and autograd finds "
             f"{float(expected[worst]):g}"
+        )
+    steepest = given.abs().nan_to_num(0.0, 0.0).max()
+    if bool(steepest > activation.lipschitz * (1 + 1e-6)):
+        raise ValueError(
+            f"add_activation: lipschitz must bound the derivative of {name}, which is "
+            f"{float(steepest):g} somewhere, got {activation.lipschitz}"
         )
 
 

@@ -40,9 +40,15 @@ def contract_(module: Module, bound: float) -> Module:
         module.
     Raises:
         TypeError: another module, naming the supported ones.
-        ValueError: bound is not positive and finite; a padding that can raise the norm.
+        ValueError: bound is not positive and finite; a padding that can raise the norm; a lazy
+            module that has no weight yet.
     """
     require_real("contract_", "bound", bound, 0.0, open_below=True)
+    if isinstance(getattr(module, "weight", None), nn.UninitializedParameter):
+        raise ValueError(
+            f"contract_: {type(module).__name__} has no weight yet; call it once before, so that "
+            "it gets its shape"
+        )
     if isinstance(module, nn.Linear):
         constraint = SpectralBound(bound)
     elif isinstance(module, CONVOLUTIONS):

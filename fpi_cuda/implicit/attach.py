@@ -20,6 +20,11 @@ from fpi_cuda.implicit.mending import mended_if_batchwise
 from fpi_cuda.implicit.problem import MapProblem, solved_state
 from fpi_cuda.implicit.strategy import Strategy
 
+STRIDED_NESTED = (
+    "fixed_point: autograd cannot hand a gradient to a nested tensor of layout torch.strided that "
+    "g reads. Make it with layout=torch.jagged, or use adjoint=Unroll()"
+)
+
 
 class Check(Protocol):
     """Raises where g(x) is not what the solver was shown, but for ignored samples (B,)."""
@@ -62,6 +67,8 @@ def attach(
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = evaluated(x)
     inputs = Inputs(flat_map, x, gx, born_after)
+    if any(t.is_nested and t.layout == torch.strided for t in inputs.originals):
+        raise TypeError(STRIDED_NESTED)
     if inputs.unnamed and account.late and account.settle() is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
         return attach(flat_map, x_star, check, strategy, born_after)

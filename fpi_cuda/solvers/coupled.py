@@ -19,7 +19,7 @@ from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import MOST_STEPS, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import beyond_rounding, difference_norm, differs, row_norm
-from fpi_cuda.rules import CAP, FALL, HIDDEN, SETTLED
+from fpi_cuda.rules import CAP, FALL, HALF_FLOOR, HIDDEN, LEAST_FALL, SETTLED
 from fpi_cuda.solvers.noise import EVERY, noise_of
 from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
 from fpi_cuda.solvers.workspace import Workspace, allocate, depth_of
@@ -315,9 +315,12 @@ class JointTest:
         whole = together(size, system).norm(dim=1)
         settled = whole <= SETTLED * column(control, "peak_norm")
         peak = torch.where(settled, column(control, "peak"), 0.0)
-        cap = torch.maximum(FALL * peak, CAP * self._scale) + self._total
+        rounding = torch.finfo(x.dtype).eps * whole
+        fallen = torch.minimum(HALF_FLOOR * rounding, LEAST_FALL * peak)
+        fallen = torch.where(rounding <= HIDDEN * peak, fallen, 0.0)
+        cap = torch.maximum(torch.maximum(FALL * peak, fallen), CAP * self._scale) + self._total
         hidden = HIDDEN * torch.maximum(peak, self._scale) + self._total
-        told = (total <= cap) & (torch.finfo(x.dtype).eps * whole <= hidden)
+        told = (total <= cap) & (rounding <= hidden)
         within = residual <= self._each + system.rtol * size
         return residual, within & told.repeat_interleave(system.together)
 

@@ -95,6 +95,25 @@ def test_picard_solves_what_a_loop_by_hand_solves(
     torch.testing.assert_close(sol.residual.double(), true, rtol=1e-3, atol=0)
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("start", [1e-5, 1e-3])
+@pytest.mark.parametrize("rate", [1.5, 1.8, 2.5, 2.9])
+def test_growth_in_16_bits_ends_where_rounding_lets_it(
+    backend: str | None, dtype: torch.dtype, start: float, rate: float
+) -> None:
+    """At the fixed point a residual is zero or some roundings, perhaps over 1% of its peak."""
+
+    def g(x: Tensor) -> Tensor:
+        return rate * x * (1 - x)
+
+    x0 = torch.full((2, 3), start, dtype=dtype)
+    solver = fpi.Picard()
+    sol = fpi.fixed_point(g, x0, solver=solver, rtol=0.02, max_steps=500, backend=backend)
+    assert sol.converged.all(), sol
+    assert (sol.value.double() - (1 - 1 / rate)).abs().max() < 0.03
+
+
 @pytest.mark.parametrize("backend", backends_available())
 def test_every_backend_has_the_same_rules(backend: str) -> None:
     """Growth, then a fixed point; a cycle; a drift; divergence: by Triton's interpreter too."""

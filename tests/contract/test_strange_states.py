@@ -244,6 +244,29 @@ def test_named_tensors_are_refused_by_name() -> None:
             fpi.fixed_point(half, base().rename("a", "b"))
 
 
+def test_a_gradient_of_a_strided_nested_tensor_is_refused_by_name() -> None:
+    def made(**options: Any) -> Tensor:
+        parts = [torch.randn(2, 6), torch.randn(3, 6)]
+        return torch.nested.nested_tensor(parts, requires_grad=True, **options)
+
+    def g(x: Tensor, n: Tensor) -> Tensor:
+        return torch.tanh(0.5 * x + torch.stack([t.sum(0) for t in n.unbind()]))
+
+    x0 = torch.zeros(2, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of the prototype
+        strided = made()
+        for call in (
+            lambda: fpi.fixed_point(g, x0, strided),
+            lambda: fpi.fixed_point(lambda x: g(x, strided), x0),
+        ):
+            with pytest.raises(TypeError, match=r"fixed_point: .*layout=torch\.jagged"):
+                call()
+        assert fpi.fixed_point(g, x0, made(layout=torch.jagged)).value.requires_grad
+        assert fpi.fixed_point(g, x0, strided, adjoint=fpi.Unroll()).value.requires_grad
+        assert not fpi.fixed_point(g, x0, strided.detach()).value.requires_grad
+
+
 # DTensor.
 
 

@@ -32,6 +32,7 @@ ANCHOR = tl.constexpr(rules.ANCHOR)
 
 CAP = tl.constexpr(rules.CAP)
 FALL = tl.constexpr(rules.FALL)
+LEAST_FALL = tl.constexpr(rules.LEAST_FALL)
 SETTLED = tl.constexpr(rules.SETTLED)
 HIDDEN = tl.constexpr(rules.HIDDEN)
 GROWTH = tl.constexpr(rules.GROWTH)
@@ -150,9 +151,12 @@ def decide(
     gain_step = tl.where(gained, step.to(tl.float64), gain_step)
 
     of_peak = tl.where(norm_gx <= peak_norm * SETTLED, peak, 0.0)
-    cap = tl.maximum(scale0 * CAP, of_peak * FALL)
+    rounding = norm_gx * EPSILON
+    fallen = tl.minimum(rounding * HALF_FLOOR, of_peak * LEAST_FALL)
+    fallen = tl.where(rounding <= of_peak * HIDDEN, fallen, 0.0)
+    cap = tl.maximum(scale0 * CAP, tl.maximum(of_peak * FALL, fallen))
     passes = residual <= atol + tl.minimum(rtol * norm_gx, cap)
-    hidden = norm_gx * EPSILON > atol + tl.maximum(scale0, of_peak) * HIDDEN
+    hidden = rounding > atol + tl.maximum(scale0, of_peak) * HIDDEN
     reference = tl.maximum(first, scale0 * EPSILON * FLOOR)
     grows = (peak > reference * DIVERGENCE) & ((residual < peak * NEAR_PEAK) == 0)
     grows = grows & (step - growth_step < STALL_STEPS)
