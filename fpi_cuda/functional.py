@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
@@ -290,12 +291,12 @@ def solved(
     record, coupling = course.record, course.coupling
     with torch.no_grad(), flat_map.replay.solving():
         result = course.solve(start.detach())
-    check = check_of(result, flat_map, options, coupling, engine.num_moved)
+    check = check_of(result, flat_map, options, coupling, rowwise, engine.num_moved)
     if not differentiates():
         if not course.compared_with_step and rests_on_a_word(flat_map, rowwise):
             require_kept_word(flat_map, options, check, course.leaves_the_host_alone)
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
-            return flat_map.layout.taken_apart(result.x), result
+            return flat_map.layout.taken_apart(result.x), check.result
     account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
     course.plan_fused_adjoint(account)
     differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
@@ -305,7 +306,7 @@ def solved(
     value = attach(differentiated, result.x, watch, strategy, born_after)
     if any(part.requires_grad for part in (value if flat_map.layout.is_tuple else (value,))):
         course.prepare_adjoint(result.x, account)
-    return value, result
+    return value, check.result
 
 
 def check_of(
@@ -313,12 +314,13 @@ def check_of(
     flat_map: FlatMap,
     options: Options,
     coupling: Coupling | None,
+    rowwise: bool,
     num_moved: Callable[[Tensor, Tensor, Tensor, Tensor], int],
 ) -> SolutionCheck:
     """What looks at g at the solution."""
-    return SolutionCheck(
-        result, options.rtol, options.atol, flat_map.arithmetic, coupling, num_moved
-    )
+    on_word = functools.partial(rests_on_a_word, flat_map, rowwise)
+    tolerances = options.rtol, options.atol, flat_map.arithmetic
+    return SolutionCheck(result, *tolerances, coupling, on_word, num_moved)
 
 
 def rests_on_a_word(flat_map: FlatMap, rowwise: bool) -> bool:
@@ -369,8 +371,9 @@ def solved_live(
             arithmetic=flat_map.arithmetic,
         )
         if rests_on_a_word(flat_map, rowwise):
-            check = check_of(result, flat_map, options, coupling, engine.num_moved)
+            check = check_of(result, flat_map, options, coupling, rowwise, engine.num_moved)
             check(result.x, evaluate(result.x, None))
+            result = check.result
         return result
 
     with flat_map.replay.solving():
@@ -419,8 +422,9 @@ def unrolled(
     if rests_on_a_word(flat_map, rowwise):
         x = result.x.detach()
         with torch.no_grad(), flat_map.replay.solving():
-            check = check_of(result, flat_map, options, coupling, reference.num_moved)
+            check = check_of(result, flat_map, options, coupling, rowwise, reference.num_moved)
             check(x, flat_map.evaluate(x, None))
+        result = check.result
     value = attach_unrolled(flat_map, start, result, run, record, born_after)
     return value, result
 

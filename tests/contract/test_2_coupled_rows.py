@@ -267,3 +267,28 @@ def test_a_broken_promise_under_derivatives(way: str, adjoint: Any) -> None:
 
     with pytest.raises(RuntimeError, match="rowwise=None"):
         TRANSFORMS[way](call, z)
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "grad", "Unroll"])
+@pytest.mark.parametrize("solver", [fpi.Picard(), fpi.Anderson()], ids=str)
+def test_a_promise_that_is_all_but_kept_has_a_true_account(solver: Any, mode: str) -> None:
+    """Rows too little coupled for an error are told as g has them, all together."""
+    z = torch.linspace(0.5, 3.0, 6, dtype=F64)[:, None]
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(0.5 * x + 6e-9 * x.mean(0) + z)
+
+    options: dict[str, Any] = {"rowwise": True, "rtol": 1e-8, "max_steps": 300, "solver": solver}
+    if mode == "Unroll":
+        options["adjoint"] = fpi.Unroll()
+
+    def call(z: Tensor) -> Any:
+        return fpi.fixed_point(g, torch.zeros_like(z), z, **options)
+
+    with torch.set_grad_enabled(mode != "no_grad"):
+        sol = call(z.clone().requires_grad_(mode != "no_grad"))
+    x = sol.value.detach()
+    residual = true_residual(lambda x: g(x, z), x)
+    torch.testing.assert_close(sol.residual, residual, rtol=1e-3, atol=1e-15)
+    within = residual <= 1e-8 * g(x, z).norm(dim=1) * (1 + 1e-6)
+    assert bool(within[sol.converged].all())
