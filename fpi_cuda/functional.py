@@ -39,7 +39,7 @@ from fpi_cuda.request import (
     require_known,
     require_map,
 )
-from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult
+from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult, Status
 from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
 from fpi_cuda.shortcuts import is_rowwise_by_construction
 from fpi_cuda.solution_check import SolutionCheck
@@ -112,7 +112,7 @@ def fixed_point(
             promise that g at the solution shows to be broken raises. None takes g.rowwise, and
             without one (or with False) g may couple the rows (nodes of a graph, batch norm): they
             are watched, and solved as one sample once they are seen to depend on one another. The
-            residuals are always those of all rows together.
+            residuals are those of all rows together; after a promise, up to rounding.
         route: "fused" runs the whole loop, g included, in one call of native code, for cells that
             lower to it. "device" runs it as a CUDA graph, without the host, for a g that can be
             captured: no host reads, no random numbers. "host" does neither. None takes the first
@@ -253,9 +253,8 @@ def solve_flat(
 
 def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling | None:
     """What is known of whether rows depend on one another; None where they cannot."""
-    layout = flat_map.layout
-    together = layout.batch if layout.together is None else layout.together
-    return None if together < 2 or rowwise else Coupling(key_of(flat_map, options), together)
+    rows = together(flat_map.layout)
+    return None if rows < 2 or rowwise else Coupling(key_of(flat_map, options), rows)
 
 
 def key_of(flat_map: FlatMap, options: Options) -> tuple[Hashable, ...]:
@@ -325,7 +324,13 @@ def check_of(
 
 def rests_on_a_word(flat_map: FlatMap, rowwise: bool) -> bool:
     """Whether nothing but somebody's word says that rows are independent."""
-    return rowwise and flat_map.layout.batch > 1 and not is_rowwise_by_construction(flat_map.g)
+    may_depend = together(flat_map.layout) > 1
+    return rowwise and may_depend and not is_rowwise_by_construction(flat_map.g)
+
+
+def together(layout: Layout) -> int:
+    """How many rows in succession may depend on one another: samples of a vmap do not."""
+    return layout.batch if layout.together is None else layout.together
 
 
 def require_kept_word(
@@ -336,14 +341,24 @@ def require_kept_word(
     Args:
         unwatched: the host does not wait for the solve; it does so once for solves of this kind.
     """
-    key = (exactly(flat_map.g), *key_of(flat_map, options)[1:])
-    if (unwatched and key in kept_promises) or being_captured(flat_map.layout.device):
+    result = check.result
+    if being_captured(flat_map.layout.device):
         return
-    x = check.result.x
+    if unwatched:
+        key = (exactly(flat_map.g), *key_of(flat_map, options)[1:])
+        if key in kept_promises:
+            return
+    elif bool((result.status == Status.CONVERGED).all()) and all_stopped_at_once(result):
+        return
     with torch.no_grad(), flat_map.replay.solving():
-        check(x, flat_map.evaluate(x, None))
+        check(result.x, flat_map.evaluate(result.x, None))
     if unwatched:
         kept_promises.add(key)
+
+
+def all_stopped_at_once(result: SolveResult) -> bool:
+    """Whether the latest evaluation was that of all rows, at the points returned."""
+    return bool((result.num_steps == result.num_steps[0]).all())
 
 
 def solved_live(

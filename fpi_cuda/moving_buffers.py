@@ -19,51 +19,63 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fpi_cuda import transforms
 from fpi_cuda.module_tree import modules_in
 
 LARGEST = 1 << 20
-"""Elements of a buffer of which every solve makes a copy in case that it moves. Of a larger one it
-does so until one solve has left it alone."""
+"""Elements of a buffer of which every solve makes a copy in case that it moves; of a larger one it
+does so once a solve has moved it."""
 
 MOST_SEEN = 256
-"""Objects that are looked into for modules."""
+"""Objects that are looked into for modules, and modules for what they hold besides. Objects that
+hold nothing do not count."""
 
 MOST_HELD = 64
 """Entries of a list or dict that are looked into."""
 
+MOST_VISITED = 512
+"""Objects that are looked at in all."""
+
 ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.dtype)
 EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
-_left_alone: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
-"""Large buffers, by name, that stayed as they were in the latest solve."""
+_large_movers: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""Large buffers, by name, that a solve has moved."""
 
 
 class Kept:
-    """A buffer as the first evaluation found it."""
+    """A buffer as the first evaluation found it.
+
+    A large one that nobody knew to move is kept as the first evaluation left it: then this is what
+    remains of the solve.
+    """
 
     def __init__(self, module: nn.Module, name: str, t: Tensor) -> None:
         self.module, self.name, self.t = module, name, t
+        self.version = version_of(t)
+        # Kernels of norms write to buffers without being counted; batch norm counts its batches.
+        self.counter = module.num_batches_tracked if isinstance(module, _BatchNorm) else None
+        self.count = version_of(self.counter)
+        self.moved = isinstance(module, _NormBase) and self.count is None
         self.large = t.numel() > LARGEST and not isinstance(module, _NormBase)
-        self.version = None if t.is_inference() else t._version
-        # Its kernels write to these without being counted.
-        self.moved = isinstance(module, _NormBase)
-        self.numbers: Tensor | None = None
-        if not self.large or name not in _left_alone.get(module, ()):
-            with below_transforms(t):
-                self.numbers = t.detach().clone()
+        self.late = self.large and name not in _large_movers.get(module, ())
+        self.numbers = None if self.late else copy_of(t)
 
     def look(self) -> None:
         """Note whether it was written to, or another tensor was put in its place."""
-        if not self.moved:
-            elsewhere = self.module._buffers.get(self.name) is not self.t
-            if self.version is None:
-                written = self.numbers is not None and not torch.equal(self.t, self.numbers)
-            else:
-                written = self.t._version != self.version
-            self.moved = elsewhere or written
+        if self.moved:
+            return
+        now = self.module._buffers.get(self.name)
+        if self.version is not None:
+            written = self.t._version != self.version
+        else:
+            written = self.numbers is not None and not torch.equal(self.t, self.numbers)
+        self.moved = written or now is not self.t or version_of(self.counter) != self.count
+        if self.moved and self.late:
+            _large_movers.setdefault(self.module, set()).add(self.name)
+            self.numbers = copy_of(self.t if now is None else now)
 
     def put_back(self) -> None:
         """Make it what the first evaluation found.
@@ -72,25 +84,29 @@ class Kept:
         back when it is read.
         """
         self.module._buffers[self.name] = self.t
-        if self.numbers is not None:
-            overwrite(self.t, self.numbers)
-
-    def remember(self) -> None:
-        """Note, of a large one, whether the next solve needs a copy."""
-        if self.large and self.moved:
-            _left_alone.get(self.module, set()).discard(self.name)
-        elif self.large:
-            _left_alone.setdefault(self.module, set()).add(self.name)
+        assert self.numbers is not None
+        overwrite(self.t, self.numbers)
 
 
-def below_transforms(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Out of torch.func, where a tensor is none of its own: not a matter of derivatives."""
-    return transforms.truncated(transforms.level_of(t))
+def version_of(t: Tensor | None) -> int | None:
+    """How often t was written to; None where nobody counts."""
+    return None if t is None or t.is_inference() else t._version
+
+
+def copy_of(t: Tensor) -> Tensor:
+    """The numbers of t, whatever torch.func transforms are active."""
+    if not transforms.active():
+        return t.detach().clone()
+    with transforms.truncated(transforms.level_of(t)):
+        return t.detach().clone()
 
 
 def overwrite(t: Tensor, numbers: Tensor) -> None:
-    """Write to t, as if nothing had happened to it."""
-    with below_transforms(t):
+    """Write to t, as if nothing had happened to it, in torch.func transforms neither."""
+    if not transforms.active():
+        t.data.copy_(numbers)
+        return
+    with transforms.truncated(transforms.level_of(t)):
         t.data.copy_(numbers)
 
 
@@ -109,8 +125,10 @@ class MovingBuffers:
     def over(self) -> None:
         """The solve has ended: whatever is evaluated from now on leaves no trace."""
         self._over = True
-        for kept in self._kept or ():
-            kept.remember()
+        with torch.no_grad():
+            for kept in self._kept or ():
+                if kept.late and kept.moved:
+                    kept.put_back()
 
     @contextlib.contextmanager
     def one_evaluation(self) -> Iterator[None]:
@@ -164,19 +182,23 @@ def modules_of(g: object) -> list[nn.Module]:
     """Modules that g is, is bound to, closes over, names, or holds, as far as they can be seen."""
     found: dict[int, nn.Module] = {}
     seen: dict[int, object] = {}  # kept, for numbers of what is gone are given anew
+    budget = MOST_SEEN
     pending = deque([g])
-    while pending and len(seen) < MOST_SEEN:
+    while pending and budget and len(seen) < MOST_VISITED:
         part = pending.popleft()
         if isinstance(part, ATOMS) or id(part) in seen or id(part) in found:
             continue
         if isinstance(part, nn.Module):
-            for module in modules_in(part):
-                if id(module) not in found:
-                    found[id(module)] = module
-                    pending.extend(held_besides(module))
+            new = [module for module in modules_in(part) if id(module) not in found]
+            found.update((id(module), module) for module in new)
+            for module in new[:budget]:
+                pending.extend(held_besides(module))
+            budget -= min(budget, len(new))
         else:
             seen[id(part)] = part
-            pending.extend(held_by(part))
+            held = [value for value in held_by(part) if not isinstance(value, ATOMS)]
+            pending.extend(held)
+            budget -= bool(held)
     return list(found.values())
 
 
@@ -201,11 +223,19 @@ def held_by(g: Any) -> list[Any]:
             with contextlib.suppress(ValueError):  # a cell that is not filled yet
                 parts.append(cell.cell_contents)
         if not (g.__module__ or "").startswith("torch."):
-            parts += [g.__globals__.get(name) for name in g.__code__.co_names]
+            named = (g.__globals__.get(name) for name in g.__code__.co_names)
+            # By type, for a proxy may not like to be asked what it is.
+            parts += [v for v in named if issubclass(type(v), (nn.Module, types.FunctionType))]
         return parts
     if isinstance(g, (tuple, list, set, frozenset, deque)):
         return list(itertools.islice(g, MOST_HELD))
     if isinstance(g, dict):
-        return list(g.values())[:MOST_HELD]
-    slots = [getattr(g, name, None) for name in getattr(type(g), "__slots__", ())]
-    return [*slots, *list(getattr(g, "__dict__", {}).values())[:MOST_HELD]]
+        return list(itertools.islice(g.values(), MOST_HELD))
+    parts = []
+    # Whatever an object of the user's own raises where it is asked for what it has not got.
+    with contextlib.suppress(Exception):
+        parts += itertools.islice(vars(g).values(), MOST_HELD)
+    for name in getattr(type(g), "__slots__", ()):
+        with contextlib.suppress(Exception):
+            parts.append(getattr(g, name))
+    return parts

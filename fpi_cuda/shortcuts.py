@@ -281,6 +281,9 @@ def why_rows_unknown(g: object) -> str | None:
 
 def is_rowwise_by_construction(g: object) -> bool:
     """Whether nobody's word is needed for it: g is a cell of this package, as it was written."""
-    parts = (g, getattr(g, "energy", g))
-    ours = all(type(part).__module__.startswith("fpi_cuda.cells.") for part in parts)
-    return ours and why_rows_unknown(g) is None
+    return is_ours(g) and is_ours(getattr(g, "energy", g)) and why_rows_unknown(g) is None
+
+
+def is_ours(part: object) -> bool:
+    """Whether it is a cell of this package, or a part of one."""
+    return type(part).__module__.startswith("fpi_cuda.cells.")

@@ -27,10 +27,14 @@ NOISE = 8.0
 LEAST_STEP = 16.0
 """Roundings that x is moved by at least, relative to its size."""
 UNEVEN = 0.7
-"""By what share the change of g may differ from twice that of half the step. Where g jumps, as
-what counts or compares does, it differs by all of it or more."""
+"""By what share the change of g may differ from that of a part of the step, times the parts. Where
+g jumps, as what counts or compares does, it differs by all of it or more."""
 
-_noticed: weakref.WeakSet[Any] = weakref.WeakSet()
+MOST_LOOKS = 3
+"""Looks at one g that find nothing; whoever leaves x unread on purpose does so every time."""
+
+_looked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""How often each g has been looked at; a function counts by its code."""
 
 
 def notice_cut(flat_map: FlatMap, x: Tensor, columns: Sequence[slice]) -> None:
@@ -88,9 +92,9 @@ def _notice(
     columns: Sequence[slice],
     locate: Callable[[], str],
 ) -> None:
-    sizes = flat_map.layout.sizes
-    moved = any(moves(evaluate, x, flat_map.arithmetic, part, sizes) for part in columns)
-    if moved and first_of(flat_map.g):
+    sizes, left = flat_map.layout.sizes, looks_left(flat_map.g)
+    if left and any(moves(evaluate, x, flat_map.arithmetic, part, sizes) for part in columns):
+        looks_left(flat_map.g, used=left)
         line = locate()
         where = f" at {line}" if line else ""
         warnings.warn(
@@ -161,7 +165,8 @@ def moves(
     """Whether g changes with the columns of x as something that has a slope does.
 
     Args:
-        sizes: of the parts of the state. Each part of each row is judged by its own size.
+        sizes: of the parts of the state. Each part of each row is judged by its own size, and most
+            of those that change must do so evenly, for some jumps happen to.
     """
     if x.numel() == 0:
         return False
@@ -187,19 +192,22 @@ def moves(
     beyond = moved > NOISE * eps * norms(gx.nan_to_num(0.0, 0.0, 0.0))
     if not bool(beyond.any()):
         return False
-    return bool((beyond & (norms(whole - 2 * change(0.5)) <= UNEVEN * moved)).any())
+    # In 16 bits the whole step is so large that counts of jumps grow evenly with it.
+    parts = 8 if torch.finfo(arithmetic).bits == 16 else 2
+    even = beyond & (norms(whole - parts * change(1 / parts)) <= UNEVEN * moved)
+    return bool(2 * even.sum() >= beyond.sum())
 
 
-def first_of(g: Any) -> bool:
-    """Whether nobody has asked about this g; a function counts by its code."""
+def looks_left(g: Any, used: int = 1) -> int:
+    """How many looks at this g were left, before these were used."""
     key = getattr(g, "__func__", g)
     key = getattr(key, "__code__", key)
     try:
-        known = key in _noticed
-        _noticed.add(key)
+        looks = _looked.get(key, 0)
+        _looked[key] = looks + used
     except TypeError:  # no hash, or no weak reference
-        return True
-    return not known
+        return MOST_LOOKS
+    return max(0, MOST_LOOKS - looks)
 
 
 def line_of(flat_map: FlatMap, x: Tensor) -> str:

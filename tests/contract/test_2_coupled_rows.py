@@ -292,3 +292,36 @@ def test_a_promise_that_is_all_but_kept_has_a_true_account(solver: Any, mode: st
     torch.testing.assert_close(sol.residual, residual, rtol=1e-3, atol=1e-15)
     within = residual <= 1e-8 * g(x, z).norm(dim=1) * (1 + 1e-6)
     assert bool(within[sol.converged].all())
+
+
+def test_a_kept_promise_keeps_its_statuses_under_autocast() -> None:
+    """Kernels for fewer rows, or under grad mode, round otherwise; that is no broken promise."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
+    z = torch.randn(33, 5, 16)
+    found = []
+    for rowwise in (None, True):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+                sol = fpi.fixed_point(
+                    lambda x, z: layer(0.5 * x + z), torch.zeros_like(z), z,
+                    rowwise=rowwise, rtol=3e-3, max_steps=100,
+                )  # fmt: skip
+            found.append(int(sol.converged.sum()))
+    assert found == [33] * 4
+
+
+def test_one_evaluation_more_where_rows_stopped_apart() -> None:
+    calls = []
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        calls.append(len(x))
+        return torch.tanh(0.5 * x + z)
+
+    z = torch.randn(5, 3, dtype=F64)
+    options: dict[str, Any] = {"rowwise": True, "rtol": 1e-8}
+    with torch.no_grad():
+        sol = fpi.fixed_point(g, torch.zeros_like(z), z, **options)
+        assert len(calls) == int(sol.num_steps.max()) + 1
+        calls.clear()
+        fpi.fixed_point(g, sol.value, z, **options)
+    assert calls == [5]

@@ -209,3 +209,30 @@ def test_cut_or_not_in_other_arithmetic(dtype: torch.dtype) -> None:
     fpi.fixed_point(lambda x, z: table[(3 * x[:, 0]).clamp(-4, 4).long()] + z, x0, z, **options)
     with pytest.warns(fpi.FixedPointWarning, match=WARNING):
         fpi.fixed_point(cut_map(by_detach, a), x0, z, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64], ids=str)
+def test_what_counts_over_many_numbers_has_no_slope(dtype: torch.dtype) -> None:
+    z = torch.randn(32, 16).to(dtype).requires_grad_()
+    options: dict[str, Any] = {"rtol": 0.05, "max_steps": 50}
+    for g in (
+        lambda x, z: z + 0.01 * (x > 0).sum(1, keepdim=True).to(x.dtype),
+        lambda x, z: z * (1 + 0.1 * (x > 0).to(x.dtype).mean(1, keepdim=True)),
+    ):
+        fpi.fixed_point(eval_copy(g), torch.zeros_like(z), z, **options)
+
+
+def test_who_cuts_on_purpose_does_not_pay_for_ever() -> None:
+    """A part that g does not read is looked for a few times, and then no more."""
+    z, calls = torch.randn(B, D, dtype=F64, requires_grad=True), []
+
+    def g(s: tuple[Tensor, Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        return torch.tanh(0.5 * s[0] + z), 2 * z
+
+    spent = []
+    for _ in range(6):
+        calls.clear()
+        sol = fpi.fixed_point(g, (zeros(), zeros()), z, rtol=1e-8, adjoint=fpi.Unroll())
+        spent.append(len(calls) - int(sol.num_steps.max()))
+    assert spent[0] > spent[-1] == spent[-2]

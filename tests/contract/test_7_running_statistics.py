@@ -209,3 +209,40 @@ def test_a_norm_that_g_does_not_call_is_no_matter_in_transforms(adjoint: fpi.Unr
     torch.testing.assert_close(torch.func.grad(call)(z), want)
     torch.testing.assert_close(torch.func.jvp(call, (z,), (z,))[1], (want * z).sum())
     assert model.encoder[1].num_batches_tracked == 0
+
+
+def test_what_g_names_and_holds_is_asked_nothing() -> None:
+    """Proxies and slots of a user's own may raise where they are touched."""
+
+    class Late:
+        __slots__ = ("empty", "norm")
+
+        def __getattr__(self, name: str) -> None:
+            raise KeyError(name)
+
+        def step(self, x: Tensor, z: Tensor) -> Tensor:
+            return 0.5 * torch.tanh(self.norm(x)) + z
+
+    late = Late()
+    late.norm = nn.BatchNorm1d(5, dtype=F64)
+    z = torch.randn(8, 5, dtype=F64)
+    fpi.fixed_point(late.step, torch.zeros_like(z), z)
+    assert late.norm.num_batches_tracked == 1
+
+
+def test_a_norm_behind_many_objects_counts_once() -> None:
+    class Config:
+        def __init__(self) -> None:
+            self.size = 3
+
+    class Model:
+        def __init__(self) -> None:
+            self.lists = [[Config() for _ in range(64)] for _ in range(4)]
+            self.blocks = [Holder(nn.BatchNorm1d(5, dtype=F64))]
+
+        def step(self, x: Tensor, z: Tensor) -> Tensor:
+            return self.blocks[0].step(x, z)
+
+    model, z = Model(), torch.randn(8, 5, dtype=F64)
+    fpi.fixed_point(model.step, torch.zeros_like(z), z)
+    assert model.blocks[0].norms[0].num_batches_tracked == 1
