@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from fpi_cuda.tensor_version import version_of
+
 MOST_VERDICTS = 1024
 
 
@@ -101,7 +103,7 @@ def exactly(g: Any) -> Hashable:
     if isinstance(g, types.MethodType):
         return ("method", weakref.ref(g.__func__), exactly(g.__self__))
     if isinstance(g, nn.Module):
-        versions = sum(p._version for p in g.parameters() if not p.is_inference())
+        versions = sum(map(version_of, g.parameters()))
         return ("module", weakref.ref(g), getattr(g, "training", None), versions)
     try:
         return weakref.ref(g)

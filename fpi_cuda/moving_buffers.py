@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fpi_cuda import transforms
 from fpi_cuda.module_tree import modules_in
+from fpi_cuda.tensor_version import version_of
 
 LARGEST = 1 << 20
 """Elements of a buffer of which every solve makes a copy in case that it moves; of a larger one it
@@ -54,13 +55,16 @@ class Kept:
 
     def __init__(self, module: nn.Module, name: str, t: Tensor) -> None:
         self.module, self.name, self.t = module, name, t
-        self.version = version_of(t)
         # Kernels of norms write to buffers without being counted; batch norm counts its batches.
-        self.counter = module.num_batches_tracked if isinstance(module, _BatchNorm) else None
-        self.count = version_of(self.counter)
-        self.moved = isinstance(module, _NormBase) and self.count is None
-        self.large = t.numel() > LARGEST and not isinstance(module, _NormBase)
-        self.late = self.large and name not in _large_movers.get(module, ())
+        counter = module.num_batches_tracked if isinstance(module, _BatchNorm) else None
+        self.watched = [t]
+        if counter is not None and not counter.is_inference():
+            self.watched.append(counter)
+        self.versions = [version_of(w) for w in self.watched]
+        norm = isinstance(module, _NormBase)
+        self.moved = norm and len(self.watched) == 1
+        large = t.numel() > LARGEST and not norm
+        self.late = large and name not in _large_movers.get(module, ())
         self.numbers = None if self.late else copy_of(t)
 
     def look(self) -> None:
@@ -68,11 +72,10 @@ class Kept:
         if self.moved:
             return
         now = self.module._buffers.get(self.name)
-        if self.version is not None:
-            written = self.t._version != self.version
-        else:
-            written = self.numbers is not None and not torch.equal(self.t, self.numbers)
-        self.moved = written or now is not self.t or version_of(self.counter) != self.count
+        written = [version_of(w) for w in self.watched] != self.versions
+        if self.t.is_inference() and self.numbers is not None:
+            written = written or not torch.equal(self.t, self.numbers)
+        self.moved = written or now is not self.t
         if self.moved and self.late:
             _large_movers.setdefault(self.module, set()).add(self.name)
             self.numbers = copy_of(self.t if now is None else now)
@@ -88,25 +91,22 @@ class Kept:
         overwrite(self.t, self.numbers)
 
 
-def version_of(t: Tensor | None) -> int | None:
-    """How often t was written to; None where nobody counts."""
-    return None if t is None or t.is_inference() else t._version
+def below_transforms(t: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Out of the torch.func transforms that t is none of: a buffer is no matter of derivatives."""
+    if not transforms.active():
+        return contextlib.nullcontext()
+    return transforms.truncated(transforms.level_of(t))
 
 
 def copy_of(t: Tensor) -> Tensor:
-    """The numbers of t, whatever torch.func transforms are active."""
-    if not transforms.active():
-        return t.detach().clone()
-    with transforms.truncated(transforms.level_of(t)):
+    """The numbers of t."""
+    with below_transforms(t):
         return t.detach().clone()
 
 
 def overwrite(t: Tensor, numbers: Tensor) -> None:
-    """Write to t, as if nothing had happened to it, in torch.func transforms neither."""
-    if not transforms.active():
-        t.data.copy_(numbers)
-        return
-    with transforms.truncated(transforms.level_of(t)):
+    """Write to t, as if nothing had happened to it."""
+    with below_transforms(t):
         t.data.copy_(numbers)
 
 
@@ -144,7 +144,7 @@ class MovingBuffers:
             self._look()
             return
         outside = [(kept, kept.module._buffers[kept.name]) for kept in self._kept if kept.moved]
-        copies = [t.detach().clone() for _, t in outside if t is not None] if self._over else []
+        copies = [copy_of(t) for _, t in outside if t is not None] if self._over else []
         with torch.no_grad():
             for kept, _ in outside:
                 kept.put_back()

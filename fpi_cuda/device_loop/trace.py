@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fpi_cuda.device_loop.graphs import Refused
 from fpi_cuda.dispatch_modes import EagerMode
 from fpi_cuda.implicit import FlatMap
+from fpi_cuda.tensor_version import version_of
 
 Call = tuple[Any, ...]
 """(op, tokens of its arguments): equal for two calls that compute the same from the same."""
@@ -223,11 +224,6 @@ class Recorder(EagerMode):
             for t in value if isinstance(value, (list, tuple)) else (value,):
                 if isinstance(t, Tensor) and not self.knows(t):
                     self._refuse("g changes a tensor of its own in place")
-
-
-def version_of(t: Tensor) -> int:
-    """How often t was changed in place; 0 where that is not counted."""
-    return 0 if t.is_inference() else t._version
 
 
 def described(t: Tensor) -> str:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit.replica import called_with
-from fpi_cuda.implicit.untouched import Untouched, parts_of, version_of
+from fpi_cuda.implicit.untouched import Untouched, parts_of
 from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
 from fpi_cuda.shortcuts import why_not_hoisted
 from fpi_cuda.state import Layout
+from fpi_cuda.tensor_version import version_of
 
 Watch = Callable[[Tensor, Tensor], None]
 """watch(x, gx): looks at an evaluation that was made."""

@@ -21,7 +21,7 @@ from fpi_cuda.implicit.graph import (
     mark_as_anchor,
 )
 from fpi_cuda.implicit.linearization import OpenLinearization
-from fpi_cuda.implicit.untouched import version_of
+from fpi_cuda.tensor_version import version_of
 from fpi_cuda.weight_cache import laid_aside
 
 # By how many roundings two evaluations of one g at one x may differ, relative to the largest

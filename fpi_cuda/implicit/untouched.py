@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
+from fpi_cuda.tensor_version import version_of
 
 
 class Untouched:
@@ -54,11 +55,6 @@ def same_numbers(a: Tensor, b: Tensor) -> bool:
     """Whether the same bits lie in both, NaN included, whatever transforms they are wrapped for."""
     a, b = transforms.numbers(a), transforms.numbers(b)
     return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
-
-
-def version_of(t: Tensor) -> int:
-    """How often t was changed in place; 0 for inference tensors, which do not count it."""
-    return 0 if t.is_inference() else t._version
 
 
 def parts_of(read: Any) -> Sequence[Any]:

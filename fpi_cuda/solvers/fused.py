@@ -16,6 +16,7 @@ from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.judge import SHARE, evaluations_to_judge, judged
 from fpi_cuda.solvers.loop import empty_result
 from fpi_cuda.solvers.workspace import depth_of
+from fpi_cuda.tensor_version import version_of
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,6 @@ class FusedMap:
     def unchanged(self) -> bool:
         """Whether nobody has written to the sources since."""
         return self.versions == tuple(map(version_of, self.sources))
-
-
-def version_of(t: Tensor) -> int:
-    """How often t was written to; 0 where that is not counted."""
-    return 0 if t.is_inference() else t._version
 
 
 def why_not_served(
