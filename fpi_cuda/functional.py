@@ -201,8 +201,7 @@ def solve_merged(
         return solve_flat(g, x0, z, layout, options)
     if not options.batch_dims:
         options = replace(options, batch_dims=1, rowwise=True)
-    together = layout.together or layout.batch
-    inner = replace(layout_of(merged.x0), together=together)
+    inner = replace(layout_of(merged.x0), together=layout.rows_together)
     solution = solve_merged(merged.g, merged.x0, merged.z, inner, options)
     value = solution.value
     return Solution(
@@ -253,7 +252,7 @@ def solve_flat(
 
 def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling | None:
     """What is known of whether rows depend on one another; None where they cannot."""
-    rows = together(flat_map.layout)
+    rows = flat_map.layout.rows_together
     return None if rows < 2 or rowwise else Coupling(key_of(flat_map, options), rows)
 
 
@@ -324,13 +323,8 @@ def check_of(
 
 def rests_on_a_word(flat_map: FlatMap, rowwise: bool) -> bool:
     """Whether nothing but somebody's word says that rows are independent."""
-    may_depend = together(flat_map.layout) > 1
+    may_depend = flat_map.layout.rows_together > 1
     return rowwise and may_depend and not is_rowwise_by_construction(flat_map.g)
-
-
-def together(layout: Layout) -> int:
-    """How many rows in succession may depend on one another: samples of a vmap do not."""
-    return layout.batch if layout.together is None else layout.together
 
 
 def require_kept_word(

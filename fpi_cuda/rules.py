@@ -156,14 +156,10 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     rejected = {**c, "rejections": rejections, "mixing_scale": c["mixing_scale"] * 0.5}
     c = chosen(finite, judged, rejected)
 
-    of_peak = torch.where(at.norm_gx <= SETTLED * c["peak_norm"], c["peak"], 0.0)
     rounding = rules.epsilon * at.norm_gx
-    fallen = torch.minimum(HALF_FLOOR * rounding, LEAST_FALL * of_peak)
-    fallen = torch.where(rounding <= HIDDEN * of_peak, fallen, 0.0)
-    cap = torch.maximum(CAP * c["scale0"], torch.maximum(FALL * of_peak, fallen))
+    cap, most_hidden = drift_limits(c["scale0"], c["peak"], c["peak_norm"], at.norm_gx, rounding)
     passes = at.residual <= rules.atol + torch.minimum(rules.rtol * at.norm_gx, cap)
-    scale = torch.maximum(c["scale0"], of_peak)
-    hidden = rounding > rules.atol + HIDDEN * scale
+    hidden = rounding > rules.atol + most_hidden
     converged = passes & ~hidden
     reference = torch.maximum(c["first"], FLOOR * rules.epsilon * c["scale0"])
     grows = (c["peak"] > DIVERGENCE * reference) & ~(at.residual < NEAR_PEAK * c["peak"])
@@ -197,6 +193,22 @@ def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Contro
     move = torch.where(status == Status.ACTIVE, move, STOP)
     improved = improved | (status == Status.CONVERGED) | (hopeless & (step == 1))
     return c, Decision(move, status, improved, anchors)
+
+
+def drift_limits(
+    scale0: Tensor, peak: Tensor, peak_norm: Tensor, norm_gx: Tensor, rounding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a residual, and a rounding of g, may be at most: drifting off is no convergence.
+
+    Args:
+        scale0, peak, peak_norm: see fpi_cuda.control.
+        rounding: epsilon ||g||.
+    """
+    of_peak = torch.where(norm_gx <= SETTLED * peak_norm, peak, 0.0)
+    fallen = torch.minimum(HALF_FLOOR * rounding, LEAST_FALL * of_peak)
+    fallen = torch.where(rounding <= HIDDEN * of_peak, fallen, 0.0)
+    cap = torch.maximum(CAP * scale0, torch.maximum(FALL * of_peak, fallen))
+    return cap, HIDDEN * torch.maximum(scale0, of_peak)
 
 
 def least_floor(epsilon: float) -> float:

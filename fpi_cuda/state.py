@@ -48,6 +48,11 @@ class Layout:
         """D."""
         return sum(self.sizes)
 
+    @property
+    def rows_together(self) -> int:
+        """How many samples in succession g may couple: those of a vmap it does not."""
+        return self.batch if self.together is None else self.together
+
     def flatten(self, x: Any) -> Tensor:
         """(n, D) from a state with n samples; a view where that is possible."""
         if not self.is_tuple:

@@ -19,7 +19,7 @@ from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import MOST_STEPS, FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import beyond_rounding, difference_norm, differs, row_norm
-from fpi_cuda.rules import CAP, FALL, HALF_FLOOR, HIDDEN, LEAST_FALL, SETTLED
+from fpi_cuda.rules import drift_limits
 from fpi_cuda.solvers.noise import EVERY, noise_of
 from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
 from fpi_cuda.solvers.workspace import Workspace, allocate, depth_of
@@ -98,7 +98,7 @@ class RowWatch:
         """Solve jointly from here; arguments as in `found`, which was true."""
         self._coupling.depends()
         work.forget()
-        scale = together(column(work.control, "scale0"), self._system).norm(dim=1)
+        scale = group_norm(column(work.control, "scale0"), self._system)
         if self._first is not None:
             # Nothing is lost: the second point is that of the joint solve too.
             return joint_solve(self._system, self._x0, self._first, 1, scale, known=(x, gx))
@@ -132,7 +132,7 @@ class RowWatch:
         number = int(result.num_steps.max())
         if number >= system.max_steps or bool((told.status == Status.CONVERGED).all()):
             return told
-        scale = together(column(work.control, "scale0"), self._system).norm(dim=1)
+        scale = group_norm(column(work.control, "scale0"), self._system)
         return joint_solve(system, result.x, gx, number, scale)
 
     def _num_moved(self, result: SolveResult, gx: Tensor) -> int:
@@ -203,13 +203,13 @@ def feels(told: SolveResult, result: SolveResult, gx: Tensor) -> bool:
 def solve_jointly(system: System, x0: Tensor) -> SolveResult:
     """Solve all rows that belong together as one sample, from x0 (B, D)."""
     gx = system.value(x0)
-    sizes = torch.stack([together(row_norm(t), system).norm(dim=1) for t in (x0, gx)])
+    sizes = torch.stack([group_norm(row_norm(t), system) for t in (x0, gx)])
     return joint_solve(system, x0, gx, 1, sizes.amax(0))
 
 
-def together(t: Tensor, system: System) -> Tensor:
-    """(B, ...) -> (groups, B / groups, ...): rows that may depend on one another side by side."""
-    return t.reshape(-1, system.together, *t.shape[1:])
+def group_norm(sizes: Tensor, system: System) -> Tensor:
+    """(groups,) the norms of rows that may depend on one another, from those of the rows (B,)."""
+    return sizes.reshape(-1, system.together).norm(dim=1)
 
 
 def joint_solve(
@@ -298,7 +298,7 @@ class JointTest:
         self._system = system
         self._scale = scale
         self._each = torch.zeros(rows, dtype=torch.float64, device=scale.device) + system.atol
-        self._total = together(self._each, system).norm(dim=1)
+        self._total = group_norm(self._each, system)
 
     def __call__(self, x: Tensor, gx: Tensor, control: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) residual, and (B,) whether the row is within its tolerance.
@@ -308,19 +308,15 @@ class JointTest:
         """
         system = self._system
         residual = difference_norm(gx, x)
-        total = together(residual, system).norm(dim=1)
+        total = group_norm(residual, system)
         if system.linear:
             return residual, (total <= self._total).repeat_interleave(system.together)
         size = row_norm(gx)
-        whole = together(size, system).norm(dim=1)
-        settled = whole <= SETTLED * column(control, "peak_norm")
-        peak = torch.where(settled, column(control, "peak"), 0.0)
+        whole = group_norm(size, system)
         rounding = torch.finfo(x.dtype).eps * whole
-        fallen = torch.minimum(HALF_FLOOR * rounding, LEAST_FALL * peak)
-        fallen = torch.where(rounding <= HIDDEN * peak, fallen, 0.0)
-        cap = torch.maximum(torch.maximum(FALL * peak, fallen), CAP * self._scale) + self._total
-        hidden = HIDDEN * torch.maximum(peak, self._scale) + self._total
-        told = (total <= cap) & (rounding <= hidden)
+        peak, peak_norm = column(control, "peak"), column(control, "peak_norm")
+        cap, most_hidden = drift_limits(self._scale, peak, peak_norm, whole, rounding)
+        told = (total <= cap + self._total) & (rounding <= most_hidden + self._total)
         within = residual <= self._each + system.rtol * size
         return residual, within & told.repeat_interleave(system.together)
 
