@@ -1,4 +1,4 @@
-"""The small state that tests of gradients share, and adjoints for it."""
+"""A small state that tests of gradients and of memory share, and adjoints for it."""
 
 from __future__ import annotations
 

@@ -9,21 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from one_state import ADJOINTS, F64, B, D
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
 
-F64 = torch.float64
-B, D = 4, 6
 TIGHT: dict[str, Any] = {"rtol": 1e-10, "max_steps": 300}
-ADJOINTS = [
-    fpi.Implicit(),
-    fpi.Implicit(solver=fpi.GMRES()),
-    fpi.JacobianFree(),
-    fpi.Phantom(k=3),
-    fpi.Neumann(k=5),
-    fpi.Unroll(),
-]
+EVERY_ADJOINT = [*ADJOINTS, fpi.Unroll()]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,7 +90,7 @@ def twice(held: Any) -> None:
 
 
 @pytest.mark.parametrize("use", [nothing, backward, twice])
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("adjoint", EVERY_ADJOINT, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [Held, HeldModule])
 def test_a_holder_of_its_own_fixed_point_is_collected(
@@ -162,7 +154,7 @@ def test_one_tensor_of_a_tuple_is_enough_for_every_derivative(kind: str) -> None
 
 
 @pytest.mark.parametrize("mode", ["grad", "no_grad", "inference"])
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("adjoint", EVERY_ADJOINT, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_place_operations_on_what_comes_back(kind: str, adjoint: Any, mode: str) -> None:
     a = torch.randn(B, D, dtype=F64, requires_grad=mode == "grad")
@@ -200,7 +192,7 @@ def test_a_weight_in_an_in_place_operation_on_a_constant_value(kind: str) -> Non
     assert w.grad is not None
 
 
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
+@pytest.mark.parametrize("adjoint", EVERY_ADJOINT, ids=str)
 def test_a_g_that_changes_its_tuple_in_place(adjoint: Any) -> None:
     a = torch.randn(B, D, dtype=F64, requires_grad=True)
     zero = torch.zeros(B, D, dtype=F64)
