@@ -43,26 +43,15 @@ def notice_cut(flat_map: FlatMap, x: Tensor, columns: Sequence[slice]) -> None:
     A path that is cut beside one that is not cannot be told in this way.
     """
     once = flat_map.damped(1, 1.0)
-
-    def evaluate(x: Tensor) -> Tensor:
-        # Autocast would cache weights without their graph.
-        with torch.no_grad(), flat_map.replay.solving():
-            return once(x)
-
-    _notice(flat_map, evaluate, x.detach(), columns, lambda: line_of(once, x))
+    _notice(flat_map, once, x.detach(), columns, lambda: line_of(once, x))
 
 
 def notice_cut_inside(flat_map: FlatMap, x: Tensor, frame: Frame, probe: Probe) -> None:
     """The same in torch.func transforms, where g was evaluated at plain x (N, D)."""
-
-    def evaluate(x: Tensor) -> Tensor:
-        with torch.no_grad(), flat_map.replay.solving():
-            return frame.lower(flat_map(frame.raised(x)))
-
     seen = probe.lowest()
     columns = [] if seen is None else unreached(*seen, flat_map.layout.sizes)
     if columns:
-        _notice(flat_map, evaluate, x, columns, str)
+        _notice(flat_map, lambda x: frame.lower(flat_map(frame.raised(x))), x, columns, str)
 
 
 def notice_cut_apart(flat_map: FlatMap, x: Tensor, frame: Frame) -> None:
@@ -92,8 +81,14 @@ def _notice(
     columns: Sequence[slice],
     locate: Callable[[], str],
 ) -> None:
-    sizes, left = flat_map.layout.sizes, looks_left(flat_map.g)
-    if left and any(moves(evaluate, x, flat_map.arithmetic, part, sizes) for part in columns):
+    left = looks_left(flat_map.g)
+    if not left:
+        return
+    # Autocast would cache weights without their graph.
+    with torch.no_grad(), flat_map.replay.solving():
+        gx = evaluate(x)
+        moved = any(moves(evaluate, x, gx, flat_map, part) for part in columns)
+    if moved:
         looks_left(flat_map.g, used=left)
         line = locate()
         where = f" at {line}" if line else ""
@@ -158,25 +153,29 @@ def reads(node: Any, x: Tensor) -> bool:
 def moves(
     evaluate: Callable[[Tensor], Tensor],
     x: Tensor,
-    arithmetic: torch.dtype,
+    gx: Tensor,
+    flat_map: FlatMap,
     columns: slice,
-    sizes: Sequence[int],
 ) -> bool:
     """Whether g changes with the columns of x as something that has a slope does.
 
+    Each part of the state is judged in each row by its own size, and most of those that change must
+    do so evenly, for some jumps happen to.
+
     Args:
-        sizes: of the parts of the state. Each part of each row is judged by its own size, and most
-            of those that change must do so evenly, for some jumps happen to.
+        gx: evaluate(x).
+        flat_map: what is evaluated, for its arithmetic and the parts of its state.
     """
     if x.numel() == 0:
         return False
-    eps = torch.finfo(arithmetic).eps
+    kind = torch.finfo(flat_map.arithmetic)
+    eps, sizes = kind.eps, list(flat_map.layout.sizes)
     part = x[:, columns].double()
     size = part.abs().amax(1, keepdim=True)
     uneven = torch.arange(1, part.numel() + 1, dtype=torch.float64, device=x.device).sin().abs()
     step = max(eps**0.5, LEAST_STEP * eps) * (part.abs() + torch.where(size > 0, size, 1.0))
     step = step * (0.5 + uneven.reshape(part.shape))
-    gx = evaluate(x).double()
+    gx = gx.double()
 
     def change(share: float) -> Tensor:
         there = x.clone()
@@ -185,7 +184,7 @@ def moves(
 
     def norms(t: Tensor) -> Tensor:
         """(B, parts)"""
-        return torch.stack([t.norm(dim=1) for t in t.split(list(sizes), 1)], 1)
+        return torch.stack([t.norm(dim=1) for t in t.split(sizes, 1)], 1)
 
     whole = change(1.0)
     moved = norms(whole)
@@ -193,8 +192,8 @@ def moves(
     if not bool(beyond.any()):
         return False
     # In 16 bits the whole step is so large that counts of jumps grow evenly with it.
-    parts = 8 if torch.finfo(arithmetic).bits == 16 else 2
-    even = beyond & (norms(whole - parts * change(1 / parts)) <= UNEVEN * moved)
+    pieces = 8 if kind.bits == 16 else 2
+    even = beyond & (norms(whole - pieces * change(1 / pieces)) <= UNEVEN * moved)
     return bool(2 * even.sum() >= beyond.sum())
 
 
