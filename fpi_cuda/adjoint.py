@@ -55,6 +55,13 @@ def differentiated_map(flat_map: FlatMap, adjoint: Adjoint) -> FlatMap:
     return flat_map
 
 
+def truncation_of(adjoint: Adjoint) -> int | None:
+    """Terms of the series that stands for the solution of the adjoint system; None: none does."""
+    if isinstance(adjoint, Neumann):
+        return adjoint.k
+    return None if isinstance(adjoint, Implicit) else 0
+
+
 def strategy_for(
     options: Options,
     engine: Backend,

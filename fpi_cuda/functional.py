@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import backends, transforms
-from fpi_cuda.adjoint import differentiated_map, strategy_for, with_forward_accuracy
+from fpi_cuda.adjoint import (
+    differentiated_map,
+    strategy_for,
+    truncation_of,
+    with_forward_accuracy,
+)
 from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
 from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
@@ -29,7 +35,18 @@ from fpi_cuda.implicit import (
     sequence_number,
     watching,
 )
-from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Picard, Unroll
+from fpi_cuda.implicit.fixed_point import FixedPoint
+from fpi_cuda.implicit.lifted import LiftedEquation
+from fpi_cuda.implicit.strategy import Strategy
+from fpi_cuda.options import (
+    Adjoint,
+    Anderson,
+    FixedPointSolver,
+    Implicit,
+    Phantom,
+    Picard,
+    Unroll,
+)
 from fpi_cuda.request import (
     Options,
     require_arity,
@@ -49,6 +66,8 @@ from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
 from fpi_cuda.tracing import require_numbers, untraced
 from fpi_cuda.unconverged import notice_here
+
+USE_FUNCTIONS = os.environ.get("FPI_CUDA_FUNCTIONS", "1") == "1"
 
 BATCHED_UNROLL = (
     "fixed_point: adjoint=Unroll() inside torch.func.vmap needs all batched tensors as x0 or z, "
@@ -196,7 +215,9 @@ def solve_merged(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout, options: Options
 ) -> Solution:
     """Solve with the innermost torch.func.vmap, if there is one, made part of the batch."""
-    merged = merge_innermost(g, x0, z, layout) if transforms.active() else None
+    by_steps = isinstance(options.adjoint, Unroll)
+    merging = transforms.active() and (by_steps or not USE_FUNCTIONS)
+    merged = merge_innermost(g, x0, z, layout) if merging else None
     if merged is None:
         return solve_flat(g, x0, z, layout, options)
     if not options.batch_dims:
@@ -233,7 +254,8 @@ def solve_flat(
         )
     elif transforms.active():
         require_host_allowed(options, "the solve", IN_TRANSFORM)
-        value, result = solved_live(
+        inside = solved_lifted if USE_FUNCTIONS else solved_live
+        value, result = inside(
             flat_map, start, options, engine, record, coupling, rowwise=rowwise
         )
     else:
@@ -393,6 +415,48 @@ def solved_live(
     differentiated = differentiated_map(flat_map, options.adjoint)
     value = attach_live(differentiated, result.x, strategy, frame)
     return flat_map.layout.unflatten(value, writable=True), SolveResult(*map(frame.raised, result))
+
+
+def solved_lifted(
+    flat_map: FlatMap,
+    start: Tensor,
+    options: Options,
+    engine: Backend,
+    record: AdjointRecord,
+    coupling: Coupling | None,
+    *,
+    rowwise: bool,
+) -> tuple[Any, SolveResult]:
+    """The same inside torch.func transforms."""
+
+    def run(evaluate: Any, x0: Tensor) -> SolveResult:
+        result = solve(
+            evaluate,
+            x0,
+            options.solver,
+            rtol=options.rtol,
+            atol=options.atol,
+            max_steps=options.max_steps,
+            backend=engine,
+            coupling=coupling,
+            arithmetic=flat_map.arithmetic,
+        )
+        if rests_on_a_word(flat_map, rowwise):
+            check = check_of(result, flat_map, options, coupling, rowwise, engine.num_moved)
+            check(result.x, evaluate(result.x, None))
+            result = check.result
+        return result
+
+    def strategy(status: Tensor, x: Tensor) -> Strategy:
+        account = Account(status, record, coupling)
+        chosen = strategy_for(options, engine, account, flat_map)
+        return with_forward_accuracy(chosen, options, x)
+
+    adjoint = options.adjoint
+    damping = (adjoint.k, adjoint.tau) if isinstance(adjoint, Phantom) else (1, 1.0)
+    equation = LiftedEquation(flat_map, start, run, strategy, truncation_of(adjoint), damping)
+    x, _, *told = FixedPoint.apply(equation, start, *equation.inputs)
+    return flat_map.layout.unflatten(x.clone(), writable=True), SolveResult(x, *told)
 
 
 def unrolled(

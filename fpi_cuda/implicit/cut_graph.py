@@ -37,6 +37,13 @@ _looked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """How often each g has been looked at; a function counts by its code."""
 
 
+def notice_cut_lifted(
+    flat_map: FlatMap, evaluate: Callable[[Tensor], Tensor], x: Tensor, columns: Sequence[slice]
+) -> None:
+    """The same of g as torch.func transforms see it."""
+    _notice(flat_map, evaluate, x, columns, str)
+
+
 def notice_cut(flat_map: FlatMap, x: Tensor, columns: Sequence[slice]) -> None:
     """Warn once of a g whose graph does not lead to these columns of x (B, D), if it moves with x.
 

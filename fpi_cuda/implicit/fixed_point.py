@@ -1,0 +1,84 @@
+"""The fixed point of a map, as a function of all that the map depends on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpi_cuda import transforms
+from fpi_cuda.implicit.graft import MaybeTensor
+from fpi_cuda.implicit.linear import (
+    Equation,
+    Inputs,
+    as_lower_levels_see,
+    primal,
+    side_by_side,
+    solution,
+)
+from fpi_cuda.result import Status
+
+
+class FixedPoint(torch.autograd.Function):
+    """x of x = g(x, *inputs), g(x), and status, num_steps and residual of the solve.
+
+    Autograd, forward mode and torch.func meet the solution here, each of their levels in turn,
+    and no step of the solver. A first derivative in plain autograd is `attach`'s.
+    """
+
+    @staticmethod
+    def forward(equation: Equation, x0: Tensor, *inputs: Tensor) -> Inputs:
+        return equation.solved(x0, inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, args: tuple[Any, ...], outputs: Inputs) -> None:
+        transforms.require_working()
+        ctx.equation, _, *inputs = args
+        x, gx, status, *_ = outputs
+        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, gx, status, *inputs)
+        ctx.save_for_forward(x, gx, status, *inputs)
+        if any(ctx.needs_input_grad):
+            ctx.equation.look()
+
+    @staticmethod
+    def backward(ctx: Any, v: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
+        x, gx, status, *inputs = ctx.saved_tensors
+        if v is None:
+            return (None,) * (2 + len(inputs))
+        return (None, None, *pulled(ctx.equation, v, status, x, gx, tuple(inputs)))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        equation = ctx.equation
+        with as_lower_levels_see():
+            x, gx, status, *inputs = map(primal, ctx.saved_tensors)
+            equation.look()
+            opened = equation.opened(x, gx, tuple(inputs))
+            t = opened.pushed([None, *tangents])
+            y, _ = solution(equation, opened, t, status, x, gx, tuple(inputs), transpose=False)
+        return y, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, equation: Equation, x0: Tensor, *inputs: Tensor) -> Any:
+        merged = equation.merged(info.batch_size, dims[2:], info.randomness)
+        return side_by_side(
+            lambda x0: FixedPoint.apply(merged, x0, *inputs), info.batch_size, [x0], dims[1:2]
+        )
+
+
+def pulled(
+    equation: Equation, v: Tensor, status: Tensor, x: Tensor, gx: Tensor, inputs: Inputs
+) -> list[MaybeTensor]:
+    """The derivative of <v, x> in each input, as a function of v, x and the inputs."""
+    opened = equation.opened(x, gx, inputs)
+    c, bad = solution(equation, opened, v, status, x, gx, inputs, transpose=True)
+    if equation.sees(bad):
+        if bool(bad.all()):
+            return [torch.zeros_like(t) for t in inputs]
+        opened = equation.opened(x, gx, inputs, bad)
+        status = torch.where(bad, int(Status.NONFINITE), status).to(status.dtype)
+        c, _ = solution(equation, opened, v, status, x, gx, inputs, transpose=True)
+    return opened.pulled(c)[1:]

@@ -1,0 +1,211 @@
+"""Linear systems with the Jacobian of a map, solved, as functions of all that they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fpi_cuda.implicit.graft import MaybeTensor
+from fpi_cuda.implicit.linearization import Jacobian
+from fpi_cuda.implicit.strategy import Strategy, dropped, failed, finite_rows, series, zero_rows
+from fpi_cuda.result import Status
+
+Inputs = tuple[Tensor, ...]
+
+
+class Opened(Jacobian, Protocol):
+    """A map at a point; its products are functions of x, of the inputs and of what they take.
+
+    A list that is returned or taken begins with what belongs to x; the inputs follow.
+    """
+
+    def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
+        """J^T y or J y."""
+
+    def pulled(self, c: Tensor) -> list[MaybeTensor]:
+        """The derivative of <c, g>."""
+
+    def pulled_product(self, left: Tensor, right: Tensor) -> list[MaybeTensor]:
+        """The derivative of <left, J right>."""
+
+    def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
+        """The derivative of g along tangents."""
+
+    def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
+        """The derivative of J^T y or J y, y held, along tangents."""
+
+
+class Equation(Protocol):
+    """x = g(x, *inputs): how it is solved, and linear systems with the Jacobian of g.
+
+    Attributes:
+        truncation: that of the strategy.
+    """
+
+    truncation: int | None
+
+    def solved(self, x0: Tensor, inputs: Inputs) -> Inputs:
+        """x (B, D), g(x) (B, D), and status, num_steps, residual (B,), of plain numbers."""
+
+    def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs) -> Jacobian:
+        """The Jacobian at plain numbers.
+
+        Args:
+            gx: g(x) when the equation was solved.
+        Raises:
+            RuntimeError: g is another map by now.
+        """
+
+    def strategy(self, status: Tensor, x: Tensor) -> Strategy:
+        """How systems are solved for samples whose solve ended so, at plain numbers."""
+
+    def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
+        """g at x, as the levels that are active see it.
+
+        Args:
+            bad: (B,) bool, samples to evaluate where another one is.
+        """
+
+    def at(self, opened: Opened) -> Equation:
+        """This equation, for whatever asks for g at that point."""
+
+    def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> Equation:
+        """The equation of the samples of a vmap side by side.
+
+        Args:
+            dims: the dimension of the vmap in each input.
+        """
+
+    def look(self) -> None:
+        """Somebody asks for derivatives of the solution: see whether they are whole."""
+
+
+class Linear(torch.autograd.Function):
+    """y of y = M y + b, M = J^T or J, and which samples failed. With truncation, its series.
+
+    The derivatives of a solution are solutions of such systems again. Those of a series are taken
+    of its terms; here only of the first one.
+    """
+
+    @staticmethod
+    def forward(
+        equation: Equation, transpose: bool, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
+        *inputs: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        strategy = equation.strategy(status, x)
+        y, bad = strategy.solve(b, equation.matrix(x, gx, inputs), transpose=transpose)
+        return y.clone(), torch.zeros_like(status, dtype=torch.bool) if bad is None else bad
+
+    @staticmethod
+    def setup_context(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        ctx.equation, ctx.transpose, _, status, *point = args
+        y, bad = outputs
+        ctx.mark_non_differentiable(bad)
+        ctx.set_materialize_grads(False)
+        status = torch.where(bad, int(Status.NONFINITE), status).to(status.dtype)
+        ctx.save_for_backward(y, status, *point)
+        ctx.save_for_forward(y, status, *point)
+
+    @staticmethod
+    def backward(ctx: Any, v: MaybeTensor, _: None) -> tuple[MaybeTensor, ...]:
+        equation, transpose = ctx.equation, ctx.transpose
+        y, status, x, gx, *inputs = ctx.saved_tensors
+        nothing = (None,) * len(inputs)
+        if v is None:
+            return (None,) * 6 + nothing
+        v = without_failed(v, status)
+        if equation.truncation == 0:
+            return (None, None, v, None, None, None, *nothing)
+        opened = equation.opened(x, gx, tuple(inputs))
+        s, _ = Linear.apply(equation.at(opened), not transpose, v, status, x, gx, *inputs)
+        left, right = (y, s) if transpose else (s, y)
+        of_x, *of_inputs = opened.pulled_product(left, right)
+        return (None, None, s, None, of_x, None, *of_inputs)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, _: None, __: None, tb: MaybeTensor, ___: None, tx: MaybeTensor, ____: None,
+        *ti: MaybeTensor,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        equation, transpose = ctx.equation, ctx.transpose
+        with as_lower_levels_see():
+            y, status, x, gx, *inputs = map(primal, ctx.saved_tensors)
+            if equation.truncation == 0:
+                return (torch.zeros_like(y) if tb is None else without_failed(tb, status)), None
+            opened = equation.opened(x, gx, tuple(inputs))
+            t = opened.pushed_product(y, [tx, *ti], transpose=transpose)
+            t = without_failed(t if tb is None else t + tb, status)
+            return Linear.apply(equation.at(opened), transpose, t, status, x, gx, *inputs)[0], None
+
+    @staticmethod
+    def vmap(
+        info: Any, dims: Any, equation: Equation, transpose: bool, *args: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        # Of one point with several right-hand sides all see the same random numbers.
+        randomness = "same" if dims[4] is None else info.randomness
+        merged = equation.merged(info.batch_size, dims[6:], randomness)
+        return side_by_side(
+            lambda *rows: Linear.apply(merged, transpose, *rows, *args[4:]),
+            info.batch_size, args[:4], dims[2:6],
+        )  # fmt: skip
+
+
+def solution(
+    equation: Equation, opened: Opened, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
+    inputs: Inputs, *, transpose: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y of y = M y + b or what stands for it, as a function of b, x and the inputs.
+
+    Args:
+        opened: g at x.
+    Returns:
+        y, and (B,) bool: the sample failed.
+    """
+    b = without_failed(b, status)
+    k = equation.truncation
+    if not k:
+        return Linear.apply(equation.at(opened), transpose, b, status, x, gx, *inputs)  # type: ignore[no-any-return]
+    y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
+    plain = [t.detach() for t in (b, status, x, gx, *inputs)]
+    _, bad = Linear.apply(equation.at(opened), transpose, *plain)
+    return zero_rows(y, bad & finite_rows(b)), bad
+
+
+def without_failed(v: Tensor, status: Tensor) -> Tensor:
+    """v (B, D) with zeros for samples that failed, but where it is itself not finite."""
+    return dropped(v, failed(status))
+
+
+def side_by_side(
+    function: Any, size: int, rows: Sequence[Tensor], dims: Sequence[int | None]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The outputs (V, B, ...) of a function of rows, for all samples of a vmap at once.
+
+    Args:
+        function: of tensors (V B, ...), to such.
+        rows: tensors (B, ...) with the dimension of the vmap somewhere, or without it.
+    """
+    first = [
+        t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(rows, dims, strict=True)
+    ]
+    outputs = function(*(t.flatten(0, 1) for t in first))
+    apart = tuple(t.reshape(first[0].shape[:2] + t.shape[1:]) for t in outputs)
+    return apart, (0,) * len(apart)
+
+
+def primal(t: Tensor) -> Tensor:
+    """t without its tangent."""
+    return forward_ad.unpack_dual(t).primal if t.is_floating_point() else t
+
+
+@contextlib.contextmanager
+def as_lower_levels_see() -> Iterator[None]:
+    """What a derivative rule computes shall itself be differentiable, to those outside of it."""
+    with forward_ad._set_fwd_grad_enabled(True), torch.enable_grad():
+        yield
