@@ -255,9 +255,7 @@ def solve_flat(
     elif transforms.active():
         require_host_allowed(options, "the solve", IN_TRANSFORM)
         inside = solved_lifted if USE_FUNCTIONS else solved_live
-        value, result = inside(
-            flat_map, start, options, engine, record, coupling, rowwise=rowwise
-        )
+        value, result = inside(flat_map, start, options, engine, record, coupling, rowwise=rowwise)
     else:
         course = Course(flat_map, options, engine, record, coupling, rowwise)
         value, result = solved(

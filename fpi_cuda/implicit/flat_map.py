@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
-from fpi_cuda.implicit.replica import called_with, with_tensors
+from fpi_cuda.implicit.replica import called_with
 from fpi_cuda.implicit.untouched import Untouched, parts_of
 from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
 from fpi_cuda.shortcuts import why_not_hoisted
@@ -184,17 +184,11 @@ class FlatMap:
             z = self._mended_inputs(z, *self._mend)
         return self._iterated(x, call, z)
 
-    def bound(self, z: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> FlatMap:
-        """This map with other tensors in the place of z, and of parameters and buffers of g.
-
-        Args:
-            tensors: by name, for a module g.
-        """
+    def bound(self, z: Sequence[Tensor]) -> FlatMap:
+        """This map with other tensors in the place of z."""
         other = copy.copy(self)
         other._selection = (None, None)
         other.z = other.source_z = tuple(z)
-        if tensors:
-            other.g = with_tensors(self.g, tensors)
         if self.hoisted:
             other._prepared = other._prepare(other.z)
         return other

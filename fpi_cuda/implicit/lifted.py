@@ -17,7 +17,13 @@ from fpi_cuda.implicit.attach import tensors_saved_as_they_are
 from fpi_cuda.implicit.cut_graph import looks_left, notice_cut_lifted, unreached
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import MaybeTensor, has_tangent
-from fpi_cuda.implicit.graph import Substitution, depends_beyond, mark_as_anchor
+from fpi_cuda.implicit.graph import (
+    Substitution,
+    edge_of,
+    frontier_of,
+    mark_as_anchor,
+    sequence_number,
+)
 from fpi_cuda.implicit.inputs import require_same_value
 from fpi_cuda.implicit.linear import Inputs, Opened
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
@@ -32,6 +38,8 @@ Evaluate = Callable[[Tensor], Tensor]
 
 Solve = Callable[[Callable[[Tensor, "Tensor | None"], Tensor], Tensor], SolveResult]
 """solve(evaluate, x0): numbers from numbers."""
+
+Pull = Callable[[Tensor], tuple[Tensor, ...]]
 
 HIDDEN = (
     "fixed_point: inside torch.func transforms g depends on a tensor that it closes over and that "
@@ -100,14 +108,14 @@ class LiftedEquation:
         self.strategy = strategy
         self.truncation = truncation
         self._damping = damping
-        named = {name: t for name, t in flat_map.tensors().items() if matters(t)}
-        given = [*flat_map.source_z, *named.values()]
-        watch = Watch([start, *given])
-        with torch.no_grad(), laid_aside(covers=True), watch:
-            flat_map(start)
-        self._names = list(named)
+        born_after = sequence_number()
+        watch = Watch([start, *flat_map.source_z])
+        with laid_aside(covers=True), watch:
+            gx = flat_map.bound(flat_map.source_z)(start.detach())
         self._captured = [t for t in watch.captured() if matters(t)]
-        self.inputs: Inputs = (*given, *self._captured)
+        seen = (*flat_map.source_z, *self._captured)
+        self._hidden = hidden_leaves(gx, seen, born_after)
+        self.inputs: Inputs = (*seen, *self._hidden)
         # Where modules hold some of them: functional_call has put others there by backward.
         self._places = places_of(self._captured, flat_map.g)
         self._functions = watch.functions
@@ -144,7 +152,17 @@ class LiftedEquation:
 
     def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
         """See Equation."""
-        return Transformed(self.evaluate, x, inputs)
+        more = functools.partial(self._pulled_to_hidden, x, inputs)
+        return Transformed(self.evaluate, x, inputs, more)
+
+    def _pulled_to_hidden(self, x: Tensor, inputs: Inputs, c: Tensor) -> list[MaybeTensor]:
+        """The derivative of <c, g> in leaves that nothing can stand in for: of first order only."""
+        if not self._hidden or transforms.active():
+            return [None] * len(self._hidden)
+        if torch.is_grad_enabled():
+            raise RuntimeError(HIDDEN)
+        gx = self._recorded(x.detach(), inputs)
+        return list(torch.autograd.grad(gx, self._hidden, c, allow_unused=True))
 
     def at(self, opened: Opened) -> LiftedEquation:
         """See Equation."""
@@ -154,9 +172,7 @@ class LiftedEquation:
         """See Equation."""
         return False
 
-    def merged(
-        self, size: int, dims: Sequence[int | None], randomness: str
-    ) -> LiftedEquation:
+    def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> LiftedEquation:
         """See Equation."""
         return MergedEquation(self, size, dims, randomness)
 
@@ -175,8 +191,6 @@ class LiftedEquation:
         if leaf is None:
             return self.evaluate(x, *inputs)
         gx = self._recorded(leaf, inputs)
-        if depends_beyond(gx):
-            raise RuntimeError(HIDDEN)
         once, step = self.bound(inputs, damped=False), gx
         if self._damping[0] > 1 and looks_left(flat_map.g, used=0):
             with torch.enable_grad():
@@ -219,18 +233,16 @@ class LiftedEquation:
             gx: Tensor = within(lambda: flat_map(x))
             return gx
 
-        if self._functions and not transforms.active():
-            # Only there can their arguments be exchanged.
+        inside = self._functions or flat_map.replay.stochastic
+        if inside and not transforms.active():
+            # Only there can the arguments of a Function be exchanged, and dropout draws otherwise.
             return lambda x: torch.func.vjp(evaluate, x)[0]  # type: ignore[no-any-return]
         return evaluate
 
-    def _with(
-        self, inputs: Sequence[Tensor]
-    ) -> tuple[FlatMap, Callable[[Callable[[], Any]], Any]]:
+    def _with(self, inputs: Sequence[Tensor]) -> tuple[FlatMap, Callable[[Callable[[], Any]], Any]]:
         """g with these inputs, and what has to surround its evaluations."""
-        num_z, num_named = len(self._flat_map.source_z), len(self._names)
-        z, named = inputs[:num_z], dict(zip(self._names, inputs[num_z:], strict=False))
-        captured = inputs[num_z + num_named :]
+        num_z = len(self._flat_map.source_z)
+        z, captured = inputs[:num_z], inputs[num_z : num_z + len(self._captured)]
         pairs = list(zip(self._captured, captured, strict=True))
         pairs += [(held[name], captured[i]) for i, held, name in self._places if name in held]
 
@@ -238,7 +250,7 @@ class LiftedEquation:
             with laid_aside(covers=True), Substitution(pairs):
                 return call()
 
-        return within(lambda: self._flat_map.bound(z, named)), within
+        return within(lambda: self._flat_map.bound(z)), within
 
 
 class MergedEquation(LiftedEquation):
@@ -297,52 +309,90 @@ def matters(t: Tensor) -> bool:
     return t.requires_grad or transforms.numbers(t) is not t or has_tangent(t)
 
 
+def hidden_leaves(gx: Tensor, seen: Sequence[Tensor], born_after: int) -> list[Tensor]:
+    """Leaves that plain autograd finds behind g, though no function of torch was given them.
+
+    Raises:
+        RuntimeError: it finds what is no leaf.
+    """
+    plain = [transforms.numbers(t) for t in seen]
+    edges = [edge for t in plain if (edge := edge_of(t)) is not None]
+    frontier = frontier_of(transforms.numbers(gx), edges, born_after)
+    if set(frontier.edges).difference(edges):
+        raise RuntimeError(HIDDEN)
+    known = {id(t) for t in plain}
+    return [t for t in frontier.leaves if id(t) not in known]
+
+
 def places_of(tensors: Sequence[Tensor], g: object) -> list[tuple[int, dict[str, Any], str]]:
     """(which of the tensors, what holds it, its name there), where it is held by modules of g."""
     by_id = {id(t): i for i, t in enumerate(tensors)}
     holders = [h for m in (modules_of(g) if by_id else ()) for h in (m._parameters, m._buffers)]
     return [
-        (by_id[id(t)], held, name)
-        for held in holders
-        for name, t in held.items()
-        if id(t) in by_id
+        (by_id[id(t)], held, name) for held in holders for name, t in held.items() if id(t) in by_id
     ]
 
 
 class Transformed:
-    """g at a point as torch.func sees it: its products are functions of all that is wrapped.
+    """g at a point as torch.func sees it: its products are functions of x and of its inputs.
 
     Args:
         evaluate: g(x, *inputs).
+        pull_more: c -> the derivative of <c, g> in the last inputs, which nothing stands in for.
     """
 
-    def __init__(self, evaluate: Callable[..., Tensor], x: Tensor, inputs: Inputs) -> None:
-        self._point = (x, *inputs)
-        self._moving = [i for i, t in enumerate(self._point) if t.is_floating_point()]
+    def __init__(
+        self,
+        evaluate: Callable[..., Tensor],
+        x: Tensor,
+        inputs: Inputs,
+        pull_more: Callable[[Tensor], list[MaybeTensor]] = lambda c: [],
+    ) -> None:
         self._evaluate = evaluate
-        self._pull = self._vjp()
+        self._point = (x, *inputs)
+        self._pull_more = pull_more
+        self._places = [i for i, t in enumerate(self._point) if t.is_floating_point()]
+        self._pull = self._pull_through(evaluate)
 
-    def _of_moving(self, *moving: Tensor) -> Tensor:
-        given = list(self._point)
-        for i, t in zip(self._moving, moving, strict=True):
-            given[i] = t
-        return self._evaluate(*given)
+    def _pull_through(self, function: Callable[..., Tensor]) -> Pull:
+        """v -> the derivative of <v, function> in what is floating, at the point."""
 
-    def _vjp(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        _, pull = torch.func.vjp(self._of_moving, *(self._point[i] for i in self._moving))
+        def of_floating(*floating: Tensor) -> Tensor:
+            given = dict(zip(self._places, floating, strict=True))
+            return function(*(given.get(i, t) for i, t in enumerate(self._point)))
+
+        pull: Pull
+        _, pull = torch.func.vjp(of_floating, *(self._point[i] for i in self._places))
         return pull
 
-    def _spread(self, found: Sequence[Tensor]) -> list[MaybeTensor]:
-        by_place = dict(zip(self._moving, found, strict=True))
-        return [by_place.get(i) for i in range(len(self._point))]
+    def _pull_through_product(self, y: Tensor, *, transpose: bool) -> Pull:
+        """The same of J^T y or J y."""
+
+        def product(x: Tensor, *inputs: Tensor) -> Tensor:
+            there = Transformed(self._evaluate, x, inputs)
+            return there.differentiable(y, transpose=transpose)
+
+        return self._pull_through(product)
+
+    def _by_place(self, found: Sequence[Tensor]) -> list[MaybeTensor]:
+        known = dict(zip(self._places, found, strict=True))
+        return [known.get(i) for i in range(len(self._point))]
+
+    def _along(self, pull: Pull, tangents: Sequence[MaybeTensor]) -> Tensor:
+        """The derivative along tangents of what `pull` pulls back through: `pull` is linear."""
+        filled = (
+            torch.zeros_like(self._point[i]) if tangents[i] is None else tangents[i]
+            for i in self._places
+        )
+        return along(pull, torch.zeros_like(self._point[0]), tuple(filled))
 
     def transposed(self, c: Tensor) -> Tensor:
         """J^T c."""
         return self._pull(c)[0]
 
     def product(self, t: Tensor) -> Tensor:
-        """J t: the derivative of J^T w in w, along t."""
-        return torch.func.vjp(lambda w: self._pull(w)[0], torch.zeros_like(t))[1](t)[0]
+        """J t."""
+        return along(lambda w: self._pull(w)[0], torch.zeros_like(t), t)
 
     def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
         """See Opened."""
@@ -350,44 +400,23 @@ class Transformed:
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
         """See Opened."""
-        return self._spread(self._pull(c))
+        found, more = self._by_place(self._pull(c)), self._pull_more(c)
+        return [*found[: len(found) - len(more)], *more]
 
     def pulled_product(self, left: Tensor, right: Tensor) -> list[MaybeTensor]:
         """See Opened."""
-        return self._spread(self._derivative(True, left)[1](right))
+        return self._by_place(self._pull_through_product(left, transpose=True)(right))
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
         """See Opened."""
-        return along(self._pull, torch.zeros_like(self._point[0]), self._filled(tangents))
+        return self._along(self._pull, tangents)
 
     def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
         """See Opened."""
-        value, pull = self._derivative(transpose, y)
-        return along(pull, torch.zeros_like(value), self._filled(tangents))
-
-    def _derivative(
-        self, transpose: bool, y: Tensor
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-        """J^T y or J y, and how to pull back through it to whatever moves."""
-
-        def product(*moving: Tensor) -> Tensor:
-            given = list(self._point)
-            for i, t in zip(self._moving, moving, strict=True):
-                given[i] = t
-            x, *inputs = given
-            return Transformed(self._evaluate, x, tuple(inputs)).differentiable(
-                y, transpose=transpose
-            )
-
-        return torch.func.vjp(product, *(self._point[i] for i in self._moving))
-
-    def _filled(self, tangents: list[MaybeTensor]) -> tuple[Tensor, ...]:
-        pairs = ((tangents[i], self._point[i]) for i in self._moving)
-        return tuple(torch.zeros_like(p) if t is None else t for t, p in pairs)
+        return self._along(self._pull_through_product(y, transpose=transpose), tangents)
 
 
-def along(
-    pull: Callable[[Tensor], tuple[Tensor, ...]], nothing: Tensor, tangents: tuple[Tensor, ...]
-) -> Tensor:
-    """The derivative along tangents of what `pull` pulls back through, for it is linear."""
-    return torch.func.vjp(pull, nothing)[1](tangents)[0]
+def along(pull: Callable[[Tensor], Any], nothing: Tensor, tangents: Any) -> Tensor:
+    """The derivative along tangents of what `pull` pulls back through, at any argument of it."""
+    found: Tensor = torch.func.vjp(pull, nothing)[1](tangents)[0]
+    return found

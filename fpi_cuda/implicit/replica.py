@@ -15,16 +15,11 @@ from torch import Tensor, nn
 
 def called_with(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
     """module(*args) with tensors in the place of the parameters and buffers of these names."""
-    return with_tensors(module, tensors)(*args)
-
-
-def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
-    """The module as a function, with tensors in the place of parameters and buffers."""
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
-        return lambda *args: torch.func.functional_call(module, dict(tensors), args)
+        return torch.func.functional_call(module, dict(tensors), args)
     named = dict(module.named_parameters()) | dict(module.named_buffers())
     other = {id(named[name]): t for name, t in tensors.items()}
-    return replica(module, other, {})
+    return replica(module, other, {})(*args)
 
 
 def replica(module: nn.Module, other: dict[int, Tensor], made: dict[int, nn.Module]) -> nn.Module:
