@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,12 +37,28 @@ def recomputations_use(start: Callable[[], Start]) -> None:
     Args:
         start: gives the place.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = hooks_on_saved_tensors()
     if hooks is None:
         return
     for around in (segment_of(hooks[0]), *segments_around()):
         if around is not None and not hasattr(around, GIVEN):
             give(around, start())
+
+
+def hooks_on_saved_tensors() -> tuple[Any, Any] | None:
+    """What packs and unpacks the tensors that autograd saves now, if anything does."""
+    hooks: tuple[Any, Any] | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks
+
+
+def tensors_saved_as_they_are() -> AbstractContextManager[Any]:
+    """Keep hooks on saved tensors away from the one graph that every adjoint step runs through.
+
+    Activation checkpointing would repeat the whole solve for each step, offloading the transfer.
+    """
+    if hooks_on_saved_tensors() is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def give(segment: Any, start: Start) -> None:

@@ -33,6 +33,9 @@ g jumps, as what counts or compares does, it differs by all of it or more."""
 MOST_LOOKS = 3
 """Looks at one g that find nothing; whoever leaves x unread on purpose does so every time."""
 
+PASSED = ("CloneBackward", "ViewBackward")
+"""Nodes between x and those that take it apart: copies, and the samples of a vmap."""
+
 _looked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """How often each g has been looked at; a function counts by its code."""
 
@@ -131,12 +134,12 @@ def unreached(
         node, number = edge
         if not reads(node, x):
             continue
-        name = type(node).__name__.rstrip("0123456789")
+        name = name_of(node)
         if name == "SplitWithSizesBackward":
             reached.add(number)
         elif name == "SliceBackward":
             reached |= {i for i, start in enumerate(starts) if start == node._saved_start}
-        elif name != "CloneBackward":
+        elif name not in PASSED:
             return []
     return [
         slice(start, start + size)
@@ -145,14 +148,16 @@ def unreached(
     ]
 
 
+def name_of(node: Any) -> str:
+    """Its kind, such as MulBackward."""
+    return type(node).__name__.rstrip("0123456789")
+
+
 def reads(node: Any, x: Tensor) -> bool:
-    """Whether a node is given x, or a copy of it."""
+    """Whether a node is given x, or what is like it."""
     return any(
         before[0] is not None
-        and (
-            is_edge_of(before, x)
-            or (type(before[0]).__name__.startswith("CloneBackward") and reads(before[0], x))
-        )
+        and (is_edge_of(before, x) or (name_of(before[0]) in PASSED and reads(before[0], x)))
         for before in node.next_functions
     )
 

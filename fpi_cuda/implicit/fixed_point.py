@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
+from fpi_cuda.implicit.equation import Equation
 from fpi_cuda.implicit.graft import MaybeTensor
 from fpi_cuda.implicit.linear import (
-    Equation,
     Inputs,
+    Opened,
     as_lower_levels_see,
     primal,
     side_by_side,
@@ -40,15 +41,20 @@ class FixedPoint(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gx, status, *inputs)
         ctx.save_for_forward(x, gx, status, *inputs)
+        ctx.opened = None
         if any(ctx.needs_input_grad):
             ctx.equation.look()
+            if ctx.equation.once_only and transforms.active():
+                with torch.enable_grad():
+                    ctx.opened = ctx.equation.opened(x, gx, tuple(inputs))
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
         x, gx, status, *inputs = ctx.saved_tensors
         if v is None:
             return (None,) * (2 + len(inputs))
-        return (None, None, *pulled(ctx.equation, v, status, x, gx, tuple(inputs)))
+        opened = ctx.opened or ctx.equation.opened(x, gx, tuple(inputs))
+        return (None, None, *pulled(ctx.equation, opened, v, status, x, gx, tuple(inputs)))
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
@@ -70,10 +76,10 @@ class FixedPoint(torch.autograd.Function):
 
 
 def pulled(
-    equation: Equation, v: Tensor, status: Tensor, x: Tensor, gx: Tensor, inputs: Inputs
-) -> list[MaybeTensor]:
+    equation: Equation, opened: Opened, v: Tensor, status: Tensor, x: Tensor, gx: Tensor,
+    inputs: Inputs,
+) -> list[MaybeTensor]:  # fmt: skip
     """The derivative of <v, x> in each input, as a function of v, x and the inputs."""
-    opened = equation.opened(x, gx, inputs)
     c, bad = solution(equation, opened, v, status, x, gx, inputs, transpose=True)
     if equation.sees(bad):
         if bool(bad.all()):

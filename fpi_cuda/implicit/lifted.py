@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,38 +12,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.attach import tensors_saved_as_they_are
 from fpi_cuda.implicit.cut_graph import looks_left, notice_cut_lifted, unreached
+from fpi_cuda.implicit.equation import HIDDEN, Equation, Evaluate, leaf_at
 from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graft import MaybeTensor, has_tangent
-from fpi_cuda.implicit.graph import (
-    Substitution,
-    edge_of,
-    frontier_of,
-    mark_as_anchor,
-    sequence_number,
-)
-from fpi_cuda.implicit.inputs import require_same_value
-from fpi_cuda.implicit.linear import Inputs, Opened
-from fpi_cuda.implicit.linearization import Jacobian, Linearization
+from fpi_cuda.implicit.graft import has_tangent
+from fpi_cuda.implicit.graph import Substitution, edge_of, frontier_of, sequence_number
+from fpi_cuda.implicit.linear import Inputs
 from fpi_cuda.implicit.mending import mended_if_batchwise
 from fpi_cuda.implicit.strategy import Strategy, failed
 from fpi_cuda.moving_buffers import modules_of
 from fpi_cuda.result import SolveResult
 from fpi_cuda.weight_cache import laid_aside
 
-Evaluate = Callable[[Tensor], Tensor]
-"""x (B, D) -> g(x) (B, D), all else being bound."""
-
 Solve = Callable[[Callable[[Tensor, "Tensor | None"], Tensor], Tensor], SolveResult]
 """solve(evaluate, x0): numbers from numbers."""
-
-Pull = Callable[[Tensor], tuple[Tensor, ...]]
-
-HIDDEN = (
-    "fixed_point: inside torch.func transforms g depends on a tensor that it closes over and that "
-    "cannot be followed (TorchScript, numpy, compiled code). Pass it to g as a z"
-)
 
 
 class Watch(TorchFunctionMode):
@@ -81,7 +62,7 @@ class Watch(TorchFunctionMode):
         return [t for used in self._used if (t := used()) is not None]
 
 
-class LiftedEquation:
+class LiftedEquation(Equation):
     """x = g(x) inside of torch.func transforms, where g closes over nothing but its inputs.
 
     Args:
@@ -105,7 +86,8 @@ class LiftedEquation:
     ) -> None:
         self._flat_map = flat_map
         self._solve = solve
-        self.strategy = strategy
+        self.strategy = strategy  # type: ignore[method-assign]
+        self.arithmetic = flat_map.arithmetic
         self.truncation = truncation
         self._damping = damping
         born_after = sequence_number()
@@ -114,19 +96,20 @@ class LiftedEquation:
             gx = flat_map.bound(flat_map.source_z)(start.detach())
         self._captured = [t for t in watch.captured() if matters(t)]
         seen = (*flat_map.source_z, *self._captured)
-        self._hidden = hidden_leaves(gx, seen, born_after)
-        self.inputs: Inputs = (*seen, *self._hidden)
+        hidden = hidden_leaves(gx, seen, born_after)
+        self.hidden = len(hidden)
+        self.inputs: Inputs = (*seen, *hidden)
         # Where modules hold some of them: functional_call has put others there by backward.
         self._places = places_of(self._captured, flat_map.g)
-        self._functions = watch.functions
+        # Of random numbers, the vmap of a jacrev wants to hear nothing.
+        self.once_only = flat_map.replay.stochastic
+        self._inside = self.once_only or watch.functions
         self._bad: Tensor | None = None
         self._notices: list[Callable[[], None]] = []
 
-    # ---- as Linear and FixedPoint see it ----
-
-    def solved(self, x0: Tensor, inputs: Inputs) -> Inputs:
+    def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
-        evaluate = self.bound(inputs, damped=False)
+        evaluate = whole.bound(inputs, damped=False)
 
         def plain(x: Tensor, rows: Tensor | None) -> Tensor:
             gx = evaluate(x)
@@ -136,62 +119,21 @@ class LiftedEquation:
 
         with torch.no_grad(), self._flat_map.replay.solving():
             result = self._solve(plain, x0.detach())
-        gx = self._seen_at(result, inputs)
-        return (result.x, gx, *result[1:])
-
-    def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs) -> Jacobian:
-        """See Equation."""
-        if len(x) == 0:
-            return Linearization(x, x)
-        leaf = leaf_at(x)
-        if leaf is None:
-            return Transformed(self.evaluate, x, inputs)
-        value = self._recorded(leaf, inputs)
-        require_same_value(value, gx, self._flat_map.arithmetic)
-        return Linearization(leaf, value)
-
-    def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
-        """See Equation."""
-        more = functools.partial(self._pulled_to_hidden, x, inputs)
-        return Transformed(self.evaluate, x, inputs, more)
-
-    def _pulled_to_hidden(self, x: Tensor, inputs: Inputs, c: Tensor) -> list[MaybeTensor]:
-        """The derivative of <c, g> in leaves that nothing can stand in for: of first order only."""
-        if not self._hidden or transforms.active():
-            return [None] * len(self._hidden)
-        if torch.is_grad_enabled():
-            raise RuntimeError(HIDDEN)
-        gx = self._recorded(x.detach(), inputs)
-        return list(torch.autograd.grad(gx, self._hidden, c, allow_unused=True))
-
-    def at(self, opened: Opened) -> LiftedEquation:
-        """See Equation."""
-        return self
-
-    def sees(self, bad: Tensor) -> bool:
-        """See Equation."""
-        return False
-
-    def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> LiftedEquation:
-        """See Equation."""
-        return MergedEquation(self, size, dims, randomness)
+        if whole is self:
+            self._mend(result, inputs)
+        return (result.x, self._differentiated_at(result.x, whole, inputs), *result[1:])
 
     def look(self) -> None:
         """See Equation."""
         while self._notices:
             self._notices.pop()()
 
-    def _seen_at(self, result: SolveResult, inputs: Inputs) -> Tensor:
-        """What is differentiated, at the solution."""
-        x, flat_map = result.x, self._flat_map
-        if len(x) == 0:
-            return x.clone()
-        self._mend(result, inputs)
-        leaf = leaf_at(x)
+    def _differentiated_at(self, x: Tensor, whole: Equation, inputs: Inputs) -> Tensor:
+        leaf = leaf_at(x) if len(x) else None
         if leaf is None:
-            return self.evaluate(x, *inputs)
-        gx = self._recorded(leaf, inputs)
-        once, step = self.bound(inputs, damped=False), gx
+            return whole.evaluate(x, *inputs) if len(x) else x.clone()
+        gx = whole.recorded(leaf, inputs)
+        once, step, flat_map = whole.bound(inputs, damped=False), gx, self._flat_map
         if self._damping[0] > 1 and looks_left(flat_map.g, used=0):
             with torch.enable_grad():
                 step = once(leaf)
@@ -202,23 +144,12 @@ class LiftedEquation:
             self._notices.append(lambda: notice_cut_lifted(flat_map, once, x, columns))
         return gx.detach()
 
-    def _recorded(self, leaf: Tensor, inputs: Inputs) -> Tensor:
-        """What is differentiated, at a leaf, with its graph."""
-        with torch.enable_grad(), tensors_saved_as_they_are():
-            return self.evaluate(leaf, *(t.detach() for t in inputs))
-
     def _mend(self, result: SolveResult, inputs: Inputs) -> None:
         bad = failed(result.status)
         if bool(bad.any()) and not bool(bad.all()):
             flat_map, within = self._with(inputs)
             mended = within(lambda: mended_if_batchwise(flat_map, result.x, bad))
             self._bad = bad if mended is not flat_map else None
-
-    # ---- g ----
-
-    def evaluate(self, x: Tensor, *inputs: Tensor) -> Tensor:
-        """What is differentiated: g(x), or a few damped steps of it."""
-        return self.bound(inputs, damped=True)(x)
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """g with these inputs, what does not depend on x done once."""
@@ -233,8 +164,7 @@ class LiftedEquation:
             gx: Tensor = within(lambda: flat_map(x))
             return gx
 
-        inside = self._functions or flat_map.replay.stochastic
-        if inside and not transforms.active():
+        if self._inside and not transforms.active():
             # Only there can the arguments of a Function be exchanged, and dropout draws otherwise.
             return lambda x: torch.func.vjp(evaluate, x)[0]  # type: ignore[no-any-return]
         return evaluate
@@ -251,57 +181,6 @@ class LiftedEquation:
                 return call()
 
         return within(lambda: self._flat_map.bound(z)), within
-
-
-class MergedEquation(LiftedEquation):
-    """The equation of the samples of a vmap side by side.
-
-    Args:
-        inner: that of one of them.
-        size, dims, randomness: of the vmap; see Equation.
-    """
-
-    def __init__(
-        self,
-        inner: LiftedEquation,
-        size: int,
-        dims: Sequence[int | None],
-        randomness: str,
-    ) -> None:
-        self.__dict__.update(inner.__dict__)
-        self._inner = inner
-        self._vmap = functools.partial(
-            torch.func.vmap, in_dims=(0, *dims), randomness=randomness, chunk_size=None
-        )
-        self._size = size
-
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
-        """See LiftedEquation."""
-
-        def one(x: Tensor, *inputs: Tensor) -> Tensor:
-            return self._inner.bound(inputs, damped=damped)(x)
-
-        def evaluate(x: Tensor) -> Tensor:
-            if not self._size:
-                return x.clone()
-            apart = x.reshape(self._size, len(x) // self._size, *x.shape[1:])
-            gx: Tensor = self._vmap(one)(apart, *inputs)
-            return gx.flatten(0, 1)
-
-        return evaluate
-
-    def _mend(self, result: SolveResult, inputs: Inputs) -> None:
-        pass  # which samples failed differs between those of the vmap
-
-
-def leaf_at(x: Tensor) -> Tensor | None:
-    """A leaf with the numbers of x; None where plain autograd would record nothing of it.
-
-    So it is below inference mode, even if torch says that the mode is off.
-    """
-    with torch.enable_grad():
-        leaf = mark_as_anchor(x.detach().requires_grad_())
-        return leaf if leaf.clone().requires_grad else None
 
 
 def matters(t: Tensor) -> bool:
@@ -331,92 +210,3 @@ def places_of(tensors: Sequence[Tensor], g: object) -> list[tuple[int, dict[str,
     return [
         (by_id[id(t)], held, name) for held in holders for name, t in held.items() if id(t) in by_id
     ]
-
-
-class Transformed:
-    """g at a point as torch.func sees it: its products are functions of x and of its inputs.
-
-    Args:
-        evaluate: g(x, *inputs).
-        pull_more: c -> the derivative of <c, g> in the last inputs, which nothing stands in for.
-    """
-
-    def __init__(
-        self,
-        evaluate: Callable[..., Tensor],
-        x: Tensor,
-        inputs: Inputs,
-        pull_more: Callable[[Tensor], list[MaybeTensor]] = lambda c: [],
-    ) -> None:
-        self._evaluate = evaluate
-        self._point = (x, *inputs)
-        self._pull_more = pull_more
-        self._places = [i for i, t in enumerate(self._point) if t.is_floating_point()]
-        self._pull = self._pull_through(evaluate)
-
-    def _pull_through(self, function: Callable[..., Tensor]) -> Pull:
-        """v -> the derivative of <v, function> in what is floating, at the point."""
-
-        def of_floating(*floating: Tensor) -> Tensor:
-            given = dict(zip(self._places, floating, strict=True))
-            return function(*(given.get(i, t) for i, t in enumerate(self._point)))
-
-        pull: Pull
-        _, pull = torch.func.vjp(of_floating, *(self._point[i] for i in self._places))
-        return pull
-
-    def _pull_through_product(self, y: Tensor, *, transpose: bool) -> Pull:
-        """The same of J^T y or J y."""
-
-        def product(x: Tensor, *inputs: Tensor) -> Tensor:
-            there = Transformed(self._evaluate, x, inputs)
-            return there.differentiable(y, transpose=transpose)
-
-        return self._pull_through(product)
-
-    def _by_place(self, found: Sequence[Tensor]) -> list[MaybeTensor]:
-        known = dict(zip(self._places, found, strict=True))
-        return [known.get(i) for i in range(len(self._point))]
-
-    def _along(self, pull: Pull, tangents: Sequence[MaybeTensor]) -> Tensor:
-        """The derivative along tangents of what `pull` pulls back through: `pull` is linear."""
-        filled = (
-            torch.zeros_like(self._point[i]) if tangents[i] is None else tangents[i]
-            for i in self._places
-        )
-        return along(pull, torch.zeros_like(self._point[0]), tuple(filled))
-
-    def transposed(self, c: Tensor) -> Tensor:
-        """J^T c."""
-        return self._pull(c)[0]
-
-    def product(self, t: Tensor) -> Tensor:
-        """J t."""
-        return along(lambda w: self._pull(w)[0], torch.zeros_like(t), t)
-
-    def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
-        """See Opened."""
-        return self.transposed(y) if transpose else self.product(y)
-
-    def pulled(self, c: Tensor) -> list[MaybeTensor]:
-        """See Opened."""
-        found, more = self._by_place(self._pull(c)), self._pull_more(c)
-        return [*found[: len(found) - len(more)], *more]
-
-    def pulled_product(self, left: Tensor, right: Tensor) -> list[MaybeTensor]:
-        """See Opened."""
-        return self._by_place(self._pull_through_product(left, transpose=True)(right))
-
-    def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
-        """See Opened."""
-        return self._along(self._pull, tangents)
-
-    def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
-        """See Opened."""
-        return self._along(self._pull_through_product(y, transpose=transpose), tangents)
-
-
-def along(pull: Callable[[Tensor], Any], nothing: Tensor, tangents: Any) -> Tensor:
-    """The derivative along tangents of what `pull` pulls back through, at any argument of it."""
-    found: Tensor = torch.func.vjp(pull, nothing)[1](tangents)[0]
-    return found

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fpi_cuda import transforms
 from fpi_cuda.implicit.graft import MaybeTensor
 from fpi_cuda.implicit.linearization import Jacobian
-from fpi_cuda.implicit.strategy import Strategy, dropped, failed, finite_rows, series, zero_rows
+from fpi_cuda.implicit.strategy import dropped, failed, finite_rows, series, zero_rows
 from fpi_cuda.result import Status
 
 Inputs = tuple[Tensor, ...]
+
+Pull = Callable[[Tensor], list[MaybeTensor]]
 
 
 class Opened(Jacobian, Protocol):
@@ -30,59 +33,14 @@ class Opened(Jacobian, Protocol):
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
         """The derivative of <c, g>."""
 
-    def pulled_product(self, left: Tensor, right: Tensor) -> list[MaybeTensor]:
-        """The derivative of <left, J right>."""
+    def through_product(self, y: Tensor, *, transpose: bool) -> Pull:
+        """s -> the derivative of <J^T y, s> or <J y, s>, y held."""
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
         """The derivative of g along tangents."""
 
     def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
         """The derivative of J^T y or J y, y held, along tangents."""
-
-
-class Equation(Protocol):
-    """x = g(x, *inputs): how it is solved, and linear systems with the Jacobian of g.
-
-    Attributes:
-        truncation: that of the strategy.
-    """
-
-    truncation: int | None
-
-    def solved(self, x0: Tensor, inputs: Inputs) -> Inputs:
-        """x (B, D), g(x) (B, D), and status, num_steps, residual (B,), of plain numbers."""
-
-    def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs) -> Jacobian:
-        """The Jacobian at plain numbers.
-
-        Args:
-            gx: g(x) when the equation was solved.
-        Raises:
-            RuntimeError: g is another map by now.
-        """
-
-    def strategy(self, status: Tensor, x: Tensor) -> Strategy:
-        """How systems are solved for samples whose solve ended so, at plain numbers."""
-
-    def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
-        """g at x, as the levels that are active see it.
-
-        Args:
-            bad: (B,) bool, samples to evaluate where another one is.
-        """
-
-    def at(self, opened: Opened) -> Equation:
-        """This equation, for whatever asks for g at that point."""
-
-    def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> Equation:
-        """The equation of the samples of a vmap side by side.
-
-        Args:
-            dims: the dimension of the vmap in each input.
-        """
-
-    def look(self) -> None:
-        """Somebody asks for derivatives of the solution: see whether they are whole."""
 
 
 class Linear(torch.autograd.Function):
@@ -94,7 +52,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        equation: Equation, transpose: bool, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
+        equation: Any, transpose: bool, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         strategy = equation.strategy(status, x)
@@ -110,6 +68,11 @@ class Linear(torch.autograd.Function):
         status = torch.where(bad, int(Status.NONFINITE), status).to(status.dtype)
         ctx.save_for_backward(y, status, *point)
         ctx.save_for_forward(y, status, *point)
+        ctx.through = None
+        once_only = ctx.equation.once_only and transforms.active()
+        if once_only and ctx.equation.truncation != 0 and any(ctx.needs_input_grad):
+            with torch.enable_grad():
+                ctx.through = through_product(ctx, y, *point)
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor, _: None) -> tuple[MaybeTensor, ...]:
@@ -121,10 +84,9 @@ class Linear(torch.autograd.Function):
         v = without_failed(v, status)
         if equation.truncation == 0:
             return (None, None, v, None, None, None, *nothing)
-        opened = equation.opened(x, gx, tuple(inputs))
+        opened, through = ctx.through or through_product(ctx, y, x, gx, *inputs)
         s, _ = Linear.apply(equation.at(opened), not transpose, v, status, x, gx, *inputs)
-        left, right = (y, s) if transpose else (s, y)
-        of_x, *of_inputs = opened.pulled_product(left, right)
+        of_x, *of_inputs = through(s)
         return (None, None, s, None, of_x, None, *of_inputs)
 
     @staticmethod
@@ -144,7 +106,7 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, dims: Any, equation: Equation, transpose: bool, *args: Tensor
+        info: Any, dims: Any, equation: Any, transpose: bool, *args: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         # Of one point with several right-hand sides all see the same random numbers.
         randomness = "same" if dims[4] is None else info.randomness
@@ -155,8 +117,16 @@ class Linear(torch.autograd.Function):
         )  # fmt: skip
 
 
+def through_product(
+    ctx: Any, y: Tensor, x: Tensor, gx: Tensor, *inputs: Tensor
+) -> tuple[Opened, Pull]:
+    """g at the point of a linear system, and how to pull back through its product with y."""
+    opened = ctx.equation.opened(x, gx, inputs)
+    return opened, opened.through_product(y, transpose=ctx.transpose)
+
+
 def solution(
-    equation: Equation, opened: Opened, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
+    equation: Any, opened: Opened, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
     inputs: Inputs, *, transpose: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y of y = M y + b or what stands for it, as a function of b, x and the inputs.

@@ -1,0 +1,172 @@
+"""A fixed point as an equation: the map, all that it depends on, and how it is solved with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fpi_cuda import transforms
+from fpi_cuda.implicit.graft import MaybeTensor
+from fpi_cuda.implicit.graph import mark_as_anchor
+from fpi_cuda.implicit.inputs import require_same_value
+from fpi_cuda.implicit.linear import Inputs, Opened
+from fpi_cuda.implicit.linearization import Jacobian, Linearization
+from fpi_cuda.implicit.strategy import Strategy
+from fpi_cuda.implicit.transformed import Transformed
+from fpi_cuda.recomputed import tensors_saved_as_they_are
+
+HIDDEN = (
+    "fixed_point: inside torch.func transforms g depends on a tensor that it closes over and that "
+    "cannot be followed (TorchScript, numpy, compiled code). Pass it to g as a z"
+)
+
+Evaluate = Callable[[Tensor], Tensor]
+"""x (B, D) -> g(x) (B, D), all else being bound."""
+
+
+class Equation:
+    """x = g(x, *inputs), for FixedPoint and Linear; both ask for it at every level of torch.func.
+
+    Attributes:
+        truncation: that of the strategy.
+        arithmetic: what g is evaluated in.
+        once_only: a backward pass may come where g cannot be evaluated.
+        hidden: how many of the last inputs nothing can stand in for.
+    """
+
+    truncation: int | None
+    arithmetic: torch.dtype
+    once_only = False
+    hidden = 0
+
+    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+        """g with these inputs, what does not depend on x done once.
+
+        Args:
+            damped: what is differentiated, which may be a few damped steps of g.
+        """
+        raise NotImplementedError
+
+    def strategy(self, status: Tensor, x: Tensor) -> Strategy:
+        """How linear systems are solved for samples whose solve ended so, at plain numbers."""
+        raise NotImplementedError
+
+    def solved(self, x0: Tensor, inputs: Inputs) -> Inputs:
+        """x (B, D), what is differentiated at x, status (B,), and more of plain numbers."""
+        return self.solved_of(self, x0, inputs)
+
+    def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
+        """The same of an equation that is this one, or that of several like this side by side."""
+        raise NotImplementedError
+
+    def look(self) -> None:
+        """Somebody asks for derivatives of the solution: see whether they are whole."""
+
+    def evaluate(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        """What is differentiated."""
+        return self.bound(inputs, damped=True)(x)
+
+    def recorded(self, leaf: Tensor, inputs: Inputs) -> Tensor:
+        """The same at a leaf, with its graph."""
+        with torch.enable_grad(), tensors_saved_as_they_are():
+            return self.evaluate(leaf, *(t.detach() for t in inputs))
+
+    def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs) -> Jacobian:
+        """The Jacobian at plain numbers.
+
+        Args:
+            gx: what is differentiated, as it was when the equation was solved.
+        Raises:
+            RuntimeError: it is another map by now.
+        """
+        if len(x) == 0:
+            return Linearization(x, x)
+        leaf = leaf_at(x)
+        if leaf is None:
+            return Transformed(self.evaluate, x, inputs)
+        value = self.recorded(leaf, inputs)
+        require_same_value(value, gx, self.arithmetic)
+        return Linearization(leaf, value)
+
+    def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
+        """g at x, as the levels that are active see it.
+
+        Args:
+            bad: (B,) bool, samples to evaluate where another one is.
+        """
+        more = functools.partial(self._pulled_to_hidden, x, inputs)
+        return Transformed(self.evaluate, x, inputs, more)
+
+    def _pulled_to_hidden(self, x: Tensor, inputs: Inputs, c: Tensor) -> list[MaybeTensor]:
+        """The derivative of <c, g> in leaves that nothing can stand in for: of first order only."""
+        if not self.hidden or transforms.active():
+            return [None] * self.hidden
+        if torch.is_grad_enabled():
+            raise RuntimeError(HIDDEN)
+        gx = self.recorded(x.detach(), inputs)
+        return list(torch.autograd.grad(gx, inputs[-self.hidden :], c, allow_unused=True))
+
+    def at(self, opened: Opened) -> Equation:
+        """This equation, for whatever asks for g at that point."""
+        return self
+
+    def sees(self, bad: Tensor) -> bool:
+        """Whether samples failed (B,) that g can be evaluated without."""
+        return False
+
+    def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> Equation:
+        """The equation of the samples of a vmap side by side.
+
+        Args:
+            dims: the dimension of the vmap in each input.
+        """
+        return MergedEquation(self, size, dims, randomness)
+
+
+class MergedEquation(Equation):
+    """See Equation.merged; `one` is the equation of each sample of the vmap."""
+
+    def __init__(
+        self, one: Equation, size: int, dims: Sequence[int | None], randomness: str
+    ) -> None:
+        self._one = one
+        self._size = size
+        self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
+        self.strategy = one.strategy  # type: ignore[method-assign]
+        self.look = one.look  # type: ignore[method-assign]
+        self.truncation = one.truncation
+        self.arithmetic = one.arithmetic
+        self.once_only = one.once_only
+        self.hidden = one.hidden
+
+    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+        """See Equation."""
+
+        def of_one(x: Tensor, *inputs: Tensor) -> Tensor:
+            return self._one.bound(inputs, damped=damped)(x)
+
+        def evaluate(x: Tensor) -> Tensor:
+            if not self._size:
+                return x.clone()
+            apart = x.reshape(self._size, len(x) // self._size, *x.shape[1:])
+            gx: Tensor = self._vmap(of_one)(apart, *inputs)
+            return gx.flatten(0, 1)
+
+        return evaluate
+
+    def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
+        """See Equation."""
+        return self._one.solved_of(whole, x0, inputs)
+
+
+def leaf_at(x: Tensor) -> Tensor | None:
+    """A leaf with the numbers of x; None where plain autograd would record nothing of it.
+
+    So it is below inference mode, even if torch says that the mode is off.
+    """
+    with torch.enable_grad():
+        leaf = mark_as_anchor(x.detach().requires_grad_())
+        return leaf if leaf.clone().requires_grad else None
