@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
@@ -27,10 +26,7 @@ from fpi_cuda.implicit import (
     Account,
     FlatMap,
     attach,
-    attach_live,
     attach_unrolled,
-    live_solve,
-    merge_innermost,
     residual_in,
     sequence_number,
     watching,
@@ -38,6 +34,7 @@ from fpi_cuda.implicit import (
 from fpi_cuda.implicit.fixed_point import FixedPoint
 from fpi_cuda.implicit.lifted import LiftedEquation
 from fpi_cuda.implicit.strategy import Strategy
+from fpi_cuda.implicit.vmap import BATCHED, by_samples_of_vmap
 from fpi_cuda.options import (
     Adjoint,
     Anderson,
@@ -66,13 +63,6 @@ from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
 from fpi_cuda.tracing import require_numbers, untraced
 from fpi_cuda.unconverged import notice_here
-
-USE_FUNCTIONS = os.environ.get("FPI_CUDA_FUNCTIONS", "1") == "1"
-
-BATCHED_UNROLL = (
-    "fixed_point: adjoint=Unroll() inside torch.func.vmap needs all batched tensors as x0 or z, "
-    "and the vmap inside of all torch.func.grad, vjp and jvp. Use adjoint=Implicit()"
-)
 
 
 @untraced
@@ -214,23 +204,26 @@ def require_converged(solution: Solution) -> None:
 def solve_merged(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout, options: Options
 ) -> Solution:
-    """Solve with the innermost torch.func.vmap, if there is one, made part of the batch."""
-    by_steps = isinstance(options.adjoint, Unroll)
-    merging = transforms.active() and (by_steps or not USE_FUNCTIONS)
-    merged = merge_innermost(g, x0, z, layout) if merging else None
-    if merged is None:
+    """Solve with the innermost torch.func.vmap made part of the batch, where steps are followed."""
+    if not (transforms.active() and isinstance(options.adjoint, Unroll)):
         return solve_flat(g, x0, z, layout, options)
-    if not options.batch_dims:
-        options = replace(options, batch_dims=1, rowwise=True)
-    inner = replace(layout_of(merged.x0), together=layout.rows_together)
-    solution = solve_merged(merged.g, merged.x0, merged.z, inner, options)
-    value = solution.value
+    record = None
+
+    def solve(g: Any, x0: Any, z: tuple[Tensor, ...], inner: Layout) -> list[Tensor]:
+        nonlocal record
+        whole = options if options.batch_dims else replace(options, batch_dims=1, rowwise=True)
+        solution = solve_merged(g, x0, z, inner, whole)
+        record = solution.adjoint_record
+        value = solution.value if inner.is_tuple else (solution.value,)
+        return [*value, solution.status, solution.num_steps, solution.residual]
+
+    found = by_samples_of_vmap(g, x0, z, layout, solve)
+    if found is None:
+        return solve_flat(g, x0, z, layout, options)
+    *value, status, num_steps, residual = found
+    assert record is not None
     return Solution(
-        tuple(map(merged.split, value)) if layout.is_tuple else merged.split(value),
-        merged.split(solution.status),
-        merged.split(solution.num_steps),
-        merged.split(solution.residual),
-        solution.adjoint_record,
+        tuple(value) if layout.is_tuple else value[0], status, num_steps, residual, record
     )
 
 
@@ -254,8 +247,9 @@ def solve_flat(
         )
     elif transforms.active():
         require_host_allowed(options, "the solve", IN_TRANSFORM)
-        inside = solved_lifted if USE_FUNCTIONS else solved_live
-        value, result = inside(flat_map, start, options, engine, record, coupling, rowwise=rowwise)
+        value, result = solved_lifted(
+            flat_map, start, options, engine, record, coupling, rowwise=rowwise
+        )
     else:
         course = Course(flat_map, options, engine, record, coupling, rowwise)
         value, result = solved(
@@ -375,46 +369,6 @@ def all_stopped_at_once(result: SolveResult) -> bool:
     return bool((result.num_steps == result.num_steps[0]).all())
 
 
-def solved_live(
-    flat_map: FlatMap,
-    start: Tensor,
-    options: Options,
-    engine: Backend,
-    record: AdjointRecord,
-    coupling: Coupling | None,
-    *,
-    rowwise: bool,
-) -> tuple[Any, SolveResult]:
-    """The same inside torch.func transforms; results are those of the samples seen there."""
-
-    def run(evaluate: Any, x0: Tensor) -> SolveResult:
-        result = solve(
-            evaluate,
-            x0,
-            options.solver,
-            rtol=options.rtol,
-            atol=options.atol,
-            max_steps=options.max_steps,
-            backend=engine,
-            coupling=coupling,
-            arithmetic=flat_map.arithmetic,
-        )
-        if rests_on_a_word(flat_map, rowwise):
-            check = check_of(result, flat_map, options, coupling, rowwise, engine.num_moved)
-            check(result.x, evaluate(result.x, None))
-            result = check.result
-        return result
-
-    with flat_map.replay.solving():
-        result, frame = live_solve(flat_map, start, run)
-    account = Account(result.status, record, coupling)
-    strategy = strategy_for(options, engine, account, flat_map)
-    strategy = with_forward_accuracy(strategy, options, result.x)
-    differentiated = differentiated_map(flat_map, options.adjoint)
-    value = attach_live(differentiated, result.x, strategy, frame)
-    return flat_map.layout.unflatten(value, writable=True), SolveResult(*map(frame.raised, result))
-
-
 def solved_lifted(
     flat_map: FlatMap,
     start: Tensor,
@@ -469,12 +423,6 @@ def unrolled(
 ) -> tuple[Any, SolveResult]:
     """The fixed point with the graph of every step that led to it."""
 
-    if transforms.active():
-        with torch.no_grad():
-            gx = flat_map.evaluate(start.detach(), None)
-        if transforms.frame_of((), gx, start).batch:
-            raise RuntimeError(BATCHED_UNROLL)
-
     def run(flat_map: FlatMap, x0: Tensor) -> SolveResult:
         with flat_map.replay.solving():
             return unroll(
@@ -489,7 +437,12 @@ def unrolled(
                 coupling=coupling,
             )
 
-    result = run(flat_map, start)
+    try:
+        result = run(flat_map, start)
+    except RuntimeError as error:
+        if transforms.active() and "vmap" in str(error):
+            raise RuntimeError(BATCHED) from error
+        raise
     if rests_on_a_word(flat_map, rowwise):
         x = result.x.detach()
         with torch.no_grad(), flat_map.replay.solving():

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,6 +182,11 @@ def is_dead(token: Tensor) -> bool:
     return functorch.unwrap_if_dead(token) is not token
 
 
+def is_batched(t: Tensor) -> bool:
+    """Whether t has a dimension of the vmap that sees it first."""
+    return functorch.is_batchedtensor(t)
+
+
 def is_legacy_batched(t: Tensor) -> bool:
     """Whether t is seen by the older vmap behind torch.autograd.grad(is_grads_batched=True)."""
     return functorch.is_legacy_batchedtensor(t)
@@ -275,3 +281,52 @@ def randomness_of(level: Level) -> str:
         if interpreter.level() == level.number:
             return functorch.CVmapInterpreterPtr(interpreter).randomness().name.lower()
     raise RuntimeError(f"vmap at level {level.number} has ended")
+
+
+_calls: dict[int, Callable[[Tensor], Tensor]] = {}
+_numbers = itertools.count()
+_library = torch.library.Library("fpi_cuda_calls", "FRAGMENT")
+_library.define("call(Tensor v, int number) -> Tensor")
+_library.impl("call", lambda v, number: _calls[number](v), "CompositeExplicitAutograd")
+
+
+def _call_each(info: Any, dims: Any, v: Tensor, number: int) -> tuple[Tensor, int]:
+    if not info.batch_size:
+        return v.movedim(dims[0], 0), 0
+    return torch.stack([torch.ops.fpi_cuda_calls.call(t, number) for t in v.unbind(dims[0])]), 0
+
+
+torch.library.register_vmap("fpi_cuda_calls::call", _call_each)
+
+
+def one_by_one(function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+    """function(v) of numbers alone, for each sample of the vmaps that batch v, of either kind."""
+    number = next(_numbers)
+    _calls[number] = function
+    try:
+        found: Tensor = torch.ops.fpi_cuda_calls.call(v, number)
+        return found
+    finally:
+        del _calls[number]
+
+
+def all_one_by_one(
+    function: Callable[[Tensor], Sequence[Tensor | None]], v: Tensor
+) -> list[Tensor | None]:
+    """The same for a function that returns several tensors, or None in the place of some."""
+    shapes: list[torch.Size | None] = []
+
+    def flat(v: Tensor) -> Tensor:
+        found = function(v)
+        shapes[:] = [None if t is None else t.shape for t in found]
+        return torch.cat([v.new_zeros(0), *(t.flatten() for t in found if t is not None)])
+
+    together, begin = one_by_one(flat, v), 0
+    apart: list[Tensor | None] = []
+    for shape in shapes:
+        if shape is None:
+            apart.append(None)
+            continue
+        apart.append(together.narrow(0, begin, shape.numel()).view(shape))
+        begin += shape.numel()
+    return apart

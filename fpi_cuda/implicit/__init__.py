@@ -7,7 +7,6 @@ from fpi_cuda.implicit.cut_graph import watching
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graph import sequence_number
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
-from fpi_cuda.implicit.live import attach_live, live_solve
 from fpi_cuda.implicit.scaling import Apply, Scaling
 from fpi_cuda.implicit.strategy import (
     Account,
@@ -20,7 +19,6 @@ from fpi_cuda.implicit.strategy import (
     residual_in,
 )
 from fpi_cuda.implicit.unrolled import attach_unrolled
-from fpi_cuda.implicit.vmap import merge_innermost
 
 __all__ = [
     "Account",
@@ -36,10 +34,7 @@ __all__ = [
     "Strategy",
     "Truncated",
     "attach",
-    "attach_live",
     "attach_unrolled",
-    "live_solve",
-    "merge_innermost",
     "residual_in",
     "sequence_number",
     "watching",

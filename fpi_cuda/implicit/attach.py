@@ -1,28 +1,42 @@
-"""Give a fixed point its derivatives, from one evaluation of g at it."""
+"""Give a fixed point its derivatives in plain autograd, from one evaluation of g at it."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fpi_cuda import transforms
 from fpi_cuda.implicit.cut_graph import notice_cut, notice_cut_in_step
+from fpi_cuda.implicit.equation import Equation, Evaluate
+from fpi_cuda.implicit.fixed_point import FixedPoint, pulled
 from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graft import has_tangent
+from fpi_cuda.implicit.graft import MaybeTensor, follows, has_tangent
 from fpi_cuda.implicit.graph import mark_as_anchor
 from fpi_cuda.implicit.inputs import Inputs
-from fpi_cuda.implicit.linearization import Linearization
+from fpi_cuda.implicit.linear import Opened, solution
+from fpi_cuda.implicit.linearization import Jacobian, Linearization
 from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.problem import MapProblem, solved_state
-from fpi_cuda.implicit.strategy import Strategy
+from fpi_cuda.implicit.strategy import Strategy, finite_rows
+from fpi_cuda.recomputed import tensors_saved_as_they_are
+from fpi_cuda.state import Layout
 
 STRIDED_NESTED = (
     "fixed_point: autograd cannot hand a gradient to a nested tensor of layout torch.strided that "
     "g reads. Make it with layout=torch.jagged, or use adjoint=Unroll()"
+)
+LEGACY = (
+    "fixed_point: is_grads_batched together with create_graph is not supported. Use "
+    "torch.func.vmap over torch.func.vjp"
+)
+LEGACY_TANGENT = (
+    "fixed_point: torch.autograd.functional with vectorize=True in forward mode is not supported. "
+    "Use torch.func.jacfwd, or torch.func.hessian"
 )
 
 
@@ -30,6 +44,213 @@ class Check(Protocol):
     """Raises where g(x) is not what the solver was shown, but for ignored samples (B,)."""
 
     def __call__(self, x: Tensor, gx: Tensor, ignored: Tensor | None = None) -> None: ...
+
+
+class SolvedEquation(Equation):
+    """x = g(x) where x is known, and what g depends on was found in the graph of g(x).
+
+    Args:
+        flat_map: g, or what is differentiated in its place.
+        x: (B, D) the solution, plain.
+        gx: (B, D) g(x), with its graph.
+        matrix: the Jacobian of g there.
+        inputs: what g depends on.
+        strategy: how linear systems are solved.
+    """
+
+    def __init__(
+        self, flat_map: FlatMap, x: Tensor, gx: Tensor, matrix: Jacobian, inputs: Inputs,
+        strategy: Strategy,
+    ) -> None:  # fmt: skip
+        self.x = x
+        self.gx = gx
+        self.truncation = strategy.truncation
+        self.arithmetic = flat_map.arithmetic
+        self._flat_map = flat_map
+        self._matrix = matrix
+        self._inputs = inputs
+        self._strategy = strategy
+        self._opened: Any = None
+
+    # ---- as FixedPoint and Linear see it, for whatever is differentiated again ----
+
+    def solved(self, x0: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """See Equation."""
+        return self.x.detach(), self.gx.detach(), self._strategy.account.status.detach()
+
+    def strategy(self, status: Tensor, x: Tensor) -> Strategy:
+        """See Equation."""
+        return self._strategy.over(status)
+
+    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+        """See Equation."""
+        return lambda x: self._inputs.evaluate(self._flat_map, x, inputs)
+
+    def matrix(self, x: Tensor, gx: Tensor, inputs: Sequence[Tensor]) -> Jacobian:
+        """See Equation."""
+        found: Jacobian = self._opened or self._inputs.opened(self._flat_map, x, gx, inputs, None)
+        return found
+
+    def opened(
+        self, x: Tensor, gx: Tensor, inputs: Sequence[Tensor], bad: Tensor | None = None
+    ) -> Opened:
+        """See Equation."""
+        if transforms.active():
+            return super().opened(x, gx, tuple(inputs))
+        if self._opened is not None and bad is None:
+            known: Opened = self._opened
+            return known
+        flat_map = self._flat_map
+        if bad is not None:
+            flat_map = mended_if_batchwise(flat_map, self.x, bad)
+        return self._inputs.opened(flat_map, x, gx, inputs, bad)
+
+    def at(self, opened: Opened) -> SolvedEquation:
+        """See Equation."""
+        if transforms.active():
+            return self
+        other = SolvedEquation.__new__(SolvedEquation)
+        other.__dict__ = self.__dict__ | {"_opened": opened}
+        return other
+
+    def sees(self, bad: Tensor) -> bool:
+        """See Equation."""
+        return not transforms.active() and bool(bad.any())
+
+    # ---- in a backward or forward-mode pass ----
+
+    @functools.cached_property
+    def all_failed(self) -> Tensor | None:
+        """(B,) bool, all True, where no sample was solved; else None."""
+        hopeless = self._strategy.account.hopeless
+        return hopeless if hopeless is not None and bool(hopeless.all()) else None
+
+    def pull(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(I - dg/dx)^-T v without a graph, and the samples that fail, if any."""
+        c, bad = self._strategy.solve(v, self._matrix, transpose=True)
+        return c, bad if self.all_failed is None else self.all_failed
+
+    def push(self, t: Tensor) -> Tensor:
+        """(I - dg/dx)^-1 t without a graph."""
+        return self._strategy.solve(t, self._matrix, transpose=False)[0]
+
+    def pulled(self, v: Tensor, inputs: Sequence[Tensor]) -> list[MaybeTensor]:
+        """The derivative of <v, x> in each input, as a function of v and the inputs."""
+        if self.all_failed is not None:
+            self.pull(v.detach())
+            return self._no_gradient()
+        x, gx, status = FixedPoint.apply(self, self.x, *inputs)
+        opened = self.opened(x, gx, inputs)
+        return pulled(self, opened, v, status, x, gx, tuple(inputs))
+
+    def pulled_without(self, c: Tensor, bad: Tensor) -> list[MaybeTensor] | None:
+        """The same from the solution c, samples `bad` evaluated elsewhere; None: impossible."""
+        if bool(bad.all()):
+            return self._no_gradient()
+        if self._inputs.unnamed:
+            return None
+        return self.opened(self.x, self.gx, self._inputs.originals, bad).pulled(c)[1:]
+
+    def pushed(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The tangent of x, as a function of the inputs, whose tangents g has as well."""
+        # Forward mode is off here, so this one has the graph alone.
+        x, gx, status = FixedPoint.apply(self, self.x, *inputs)
+        with forward_ad._set_fwd_grad_enabled(True):
+            tangent = forward_ad.unpack_dual(self._flat_map(x)).tangent
+        if tangent is None or self.all_failed is not None:
+            return torch.zeros_like(x)
+        opened, given = self.opened(x, gx, inputs), tuple(inputs)
+        return solution(self, opened, tangent, status, x, gx, given, transpose=False)[0]
+
+    def overflow(self, v: Tensor) -> list[Tensor] | None:
+        """What each input gets besides where v is not finite in samples left out; None: nothing."""
+        hopeless = self._strategy.account.hopeless
+        if hopeless is None:
+            return None
+        rows = hopeless & ~finite_rows(v.detach())
+        return [spoiled(t, rows) for t in self._inputs.originals] if bool(rows.any()) else None
+
+    def _no_gradient(self) -> list[MaybeTensor]:
+        return [torch.zeros_like(t) for t in self._inputs.originals]
+
+
+class Attached(torch.autograd.Function):
+    """The state that the user sees, as a function of g at it and of all that g depends on.
+
+    A first derivative goes through the graph of g(x), where the user's closures are. That graph
+    holds x constant, so a second derivative has to go to the inputs directly.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, get: Callable[[], SolvedEquation], layout: Layout, gx: Tensor, *inputs: Tensor
+    ) -> Any:
+        ctx.get, ctx.layout, ctx.num_inputs = get, layout, len(inputs)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+        value = layout.unflatten(get().x)
+        # A copy, so that an in-place op on the value does not reach the x that is linearized at;
+        # and copied last, for views refuse in-place operations.
+        return tuple(map(contiguous_copy, value)) if layout.is_tuple else contiguous_copy(value)
+
+    @staticmethod
+    def backward(ctx: Any, *parts: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        equation, v = ctx.get(), flat(ctx.layout, parts)
+        nothing: list[MaybeTensor] = [None] * ctx.num_inputs
+        if v is None:
+            return (None, None, None, *nothing)
+        legacy = transforms.is_legacy_batched(v)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+            if legacy:
+                raise RuntimeError(LEGACY)
+            # Not read before: it raises where one of them was written to.
+            inputs = ctx.saved_tensors
+            if follows(v, *inputs):
+                more = None if transforms.active() else equation.overflow(v)
+                return (None, None, None, *added(equation.pulled(v, inputs), more))
+        if legacy or transforms.active():
+            c = transforms.one_by_one(lambda v: equation.pull(v)[0], v)
+            return (None, None, c, *nothing)
+        c, bad = equation.pull(v)
+        overflow = equation.overflow(v)
+        if bad is not None:
+            found = equation.pulled_without(c, bad)
+            if found is not None:
+                return (None, None, None, *added(found, overflow))
+        return (None, None, c, *added(nothing, overflow))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, t: MaybeTensor, *___: MaybeTensor) -> Any:
+        equation = ctx.get()
+        if t is None:
+            tangent = torch.zeros_like(equation.x)
+        elif transforms.is_legacy_batched(t):
+            raise RuntimeError(LEGACY_TANGENT)
+        elif torch.is_grad_enabled():
+            tangent = equation.pushed(ctx.saved_tensors)
+        else:
+            tangent = equation.push(t)
+        return ctx.layout.unflatten(tangent)
+
+
+class _Part(torch.autograd.Function):
+    """One tensor of a tuple state, itself. It holds what its tuple only knows of.
+
+    So the cycle through a g that holds its own fixed point is one that Python's collector can
+    see: through the node that belongs to this tensor alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, equation: SolvedEquation, part: Tensor) -> Tensor:
+        ctx.equation = equation
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(part)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, v: MaybeTensor) -> tuple[None, MaybeTensor]:
+        return None, v
 
 
 def attach(
@@ -76,20 +297,56 @@ def attach(
         return layout.taken_apart(x_star)
     if strategy.truncation != 0 and inputs.unreached:
         notice_cut(flat_map, x, inputs.unreached)
-    problem = MapProblem(flat_map, x_star, gx, Linearization(x, gx), inputs, strategy)
-    return solved_state(problem, layout, *inputs.originals)
+    matrix = Linearization(x, gx)
+    equation = SolvedEquation(flat_map, x_star, gx, matrix, inputs, strategy)
+    return state_of(equation, layout, inputs.originals)
 
 
-def tensors_saved_as_they_are() -> contextlib.AbstractContextManager[Any]:
-    """Keep hooks on saved tensors away from the one graph that every adjoint step runs through.
+def state_of(equation: SolvedEquation, layout: Layout, inputs: Sequence[Tensor]) -> Any:
+    """The solution as the user's state, as a function of the inputs.
 
-    Activation checkpointing would repeat the whole solve for each step, offloading the transfer.
+    A g that holds its own fixed point, as self.x = fixed_point(self.step, ...).value does, is a
+    cycle that Python's collector sees only through nodes with one owner: the tensor's own.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    # What changes a tensor in place must change its tangent in place: no parts there.
+    if not layout.is_tuple or forward_ad._current_level >= 0:
+        return Attached.apply(lambda: equation, layout, equation.gx, *inputs)
+    parts = Attached.apply(weakref.ref(equation), layout, equation.gx, *inputs)
+    return tuple(_Part.apply(equation, part) for part in parts)
 
 
 def drop_gradient(x: Tensor) -> None:
     """Forget what was accumulated in x."""
     x.grad = None
+
+
+def contiguous_copy(t: Tensor) -> Tensor:
+    """t, row-major, in memory of its own."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def flat(layout: Layout, v: tuple[MaybeTensor, ...]) -> MaybeTensor:
+    """(B, D) from the gradients of the tensors of a state; None where there are none."""
+    like = next((t for t in v if t is not None), None)
+    if like is None:
+        return None
+    parts = tuple(
+        like.new_zeros((layout.batch, *shape)) if t is None else t
+        for t, shape in zip(v, layout.shapes, strict=True)
+    )
+    return layout.flatten(parts if layout.is_tuple else parts[0])
+
+
+def added(pulled: list[MaybeTensor], more: list[Tensor] | None) -> list[MaybeTensor]:
+    """The sums of two lists of gradients."""
+    if more is None:
+        return pulled
+    return [b if a is None else a + b for a, b in zip(pulled, more, strict=True)]
+
+
+def spoiled(t: Tensor, rows: Tensor) -> Tensor:
+    """A gradient for t that is NaN in rows (B,), or as a whole where t has no such rows."""
+    if t.dim() == 0 or len(t) != len(rows):
+        return torch.full_like(t, torch.nan)
+    mask = rows.reshape(-1, *[1] * (t.dim() - 1))
+    return torch.where(mask, torch.full_like(t, torch.nan), 0.0)

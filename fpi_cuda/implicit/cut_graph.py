@@ -18,8 +18,6 @@ from fpi_cuda import transforms
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
 from fpi_cuda.implicit.graph import Edge, edges_of, is_edge_of, leads_to
-from fpi_cuda.implicit.probe import Probe, all_levels, tracked_levels
-from fpi_cuda.transforms import Frame
 from fpi_cuda.unconverged import FixedPointWarning
 
 NOISE = 8.0
@@ -56,28 +54,21 @@ def notice_cut(flat_map: FlatMap, x: Tensor, columns: Sequence[slice]) -> None:
     _notice(flat_map, once, x.detach(), columns, lambda: line_of(once, x))
 
 
-def notice_cut_inside(flat_map: FlatMap, x: Tensor, frame: Frame, probe: Probe) -> None:
-    """The same in torch.func transforms, where g was evaluated at plain x (N, D)."""
-    seen = probe.lowest()
-    columns = [] if seen is None else unreached(*seen, flat_map.layout.sizes)
-    if columns:
-        _notice(flat_map, lambda x: frame.lower(flat_map(frame.raised(x))), x, columns, str)
-
-
-def notice_cut_apart(flat_map: FlatMap, x: Tensor, frame: Frame) -> None:
-    """The same by one step of g for this purpose alone."""
-    once = flat_map.damped(1, 1.0)
-    probe = Probe(once, frame.spread(x), 0, all_levels(), frame, anchored=True)
-    notice_cut_inside(once, x, frame, probe)
-
-
 def notice_cut_in_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
     """The same of a step gx = g(x) of several, x being made by the one before it."""
     if transforms.active() or has_tangent(x):
-        # A tangent does not say where it came from.
-        if has_tangent(x) or tracked_levels(x):
-            frame = transforms.frame_of(x.shape[:1], gx, x)
-            notice_cut_apart(flat_map, frame.lower(x), frame)
+        if looks_left(flat_map.g, used=0):
+            # A tangent does not say where it came from, nor a graph what other levels have.
+            once, at = flat_map.damped(1, 1.0), x.detach()
+            columns = []
+
+            def seen(x: Tensor) -> Tensor:
+                columns.extend(unreached(gx := once(x), x, flat_map.layout.sizes))
+                return gx
+
+            torch.func.vjp(seen, at)
+            if columns:
+                notice_cut_lifted(flat_map, once, at, columns)
     elif x.requires_grad and torch.is_grad_enabled():
         columns = unreached(gx, x, flat_map.layout.sizes)
         if columns:

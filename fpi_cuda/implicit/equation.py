@@ -11,9 +11,9 @@ from torch import Tensor
 from fpi_cuda import transforms
 from fpi_cuda.implicit.graft import MaybeTensor
 from fpi_cuda.implicit.graph import mark_as_anchor
-from fpi_cuda.implicit.inputs import require_same_value
 from fpi_cuda.implicit.linear import Inputs, Opened
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
+from fpi_cuda.implicit.same_value import require_same_value
 from fpi_cuda.implicit.strategy import Strategy
 from fpi_cuda.implicit.transformed import Transformed
 from fpi_cuda.recomputed import tensors_saved_as_they_are

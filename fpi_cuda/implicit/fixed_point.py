@@ -37,6 +37,7 @@ class FixedPoint(torch.autograd.Function):
         transforms.require_working()
         ctx.equation, _, *inputs = args
         x, gx, status, *_ = outputs
+        ctx.num_told = len(outputs) - 1
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, gx, status, *inputs)
@@ -53,6 +54,8 @@ class FixedPoint(torch.autograd.Function):
         x, gx, status, *inputs = ctx.saved_tensors
         if v is None:
             return (None,) * (2 + len(inputs))
+        if transforms.is_legacy_batched(v):
+            return tuple(transforms.all_one_by_one(lambda v: FixedPoint.backward(ctx, v), v))
         opened = ctx.opened or ctx.equation.opened(x, gx, tuple(inputs))
         return (None, None, *pulled(ctx.equation, opened, v, status, x, gx, tuple(inputs)))
 
@@ -65,7 +68,7 @@ class FixedPoint(torch.autograd.Function):
             opened = equation.opened(x, gx, tuple(inputs))
             t = opened.pushed([None, *tangents])
             y, _ = solution(equation, opened, t, status, x, gx, tuple(inputs), transpose=False)
-        return y, None, None, None, None
+        return (y, *(None,) * ctx.num_told)
 
     @staticmethod
     def vmap(info: Any, dims: Any, equation: Equation, x0: Tensor, *inputs: Tensor) -> Any:

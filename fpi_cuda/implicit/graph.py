@@ -163,12 +163,14 @@ class Substitution(TorchFunctionMode):
 
     Attributes:
         hooks_set: g has set hooks on tensors meanwhile.
+        used: ids of the originals that were met.
     """
 
     def __init__(self, stand_ins: Iterable[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self._pairs = {id(original): (original, other) for original, other in stand_ins}
         self.hooks_set = False
+        self.used: set[int] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -181,7 +183,10 @@ class Substitution(TorchFunctionMode):
 
     def _exchange(self, t: Tensor) -> Tensor:
         pair = self._pairs.get(id(t))
-        return t if pair is None else pair[1]
+        if pair is None:
+            return t
+        self.used.add(id(t))
+        return pair[1]
 
 
 def sequence_number() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -21,18 +20,13 @@ from fpi_cuda.implicit.graph import (
     mark_as_anchor,
 )
 from fpi_cuda.implicit.linearization import OpenLinearization
+from fpi_cuda.implicit.same_value import CHANGED, require_same_value
 from fpi_cuda.tensor_version import version_of
 from fpi_cuda.weight_cache import laid_aside
 
-# By how many roundings two evaluations of one g at one x may differ, relative to the largest
-# number of the sample: sums in another order, which in 16 bits are made in more and rounded once.
-ROUNDINGS = 64
-ROUNDINGS_IN_16_BITS = 2
-
-CHANGED = (
-    "fixed_point: a second derivative evaluates g again in backward, and there {what}. g must be a "
-    "function of x, z and tensors that do not change in between: take the derivative before they "
-    "change, or change a copy"
+UNNAMED = (
+    "fixed_point: a second derivative needs every tensor that g depends on, and g closes over one "
+    "that was computed before the call and could not be found. Pass it to g as a z"
 )
 
 
@@ -81,70 +75,83 @@ class Inputs:
     def __bool__(self) -> bool:
         return bool(self.originals) or self.unnamed
 
-    def linearize(
-        self,
-        flat_map: FlatMap,
-        x: Tensor,
-        expected: Tensor,
-        compared: Tensor | None,
-    ) -> OpenLinearization:
+    def opened(
+        self, flat_map: FlatMap, x: Tensor, expected: Tensor, inputs: Sequence[Tensor],
+        bad: Tensor | None,
+    ) -> OpenLinearization:  # fmt: skip
         """Evaluate g once more, on stand-ins for x and for all that it depends on.
 
         Args:
             x: (B, D) with the graph that the derivative shall follow.
             expected: (B, D) the value of g when it was evaluated first.
-            compared: (B,) bool, the samples that must have that value again; None: all.
+            inputs: like `originals`, likewise.
+            bad: (B,) bool, samples that need not have that value again; None: all must.
         Raises:
             RuntimeError: g can no longer be evaluated as it was then.
         """
+        self._require_usable()
+        # Autograd runs the hooks of what it is asked about, and will run them again later.
+        aside = [stand_in(t) if self._exchanges(t) else t for t in self.originals]
+        x_leaf = mark_as_anchor(stand_in(x))
+        with torch.enable_grad():
+            gx, exchange = self._evaluated(flat_map, x_leaf, aside)
+        if exchange.hooks_set or watches_gradients(flat_map.g):
+            own = [t for t, given in zip(self.originals, aside, strict=True) if given is t]
+            moving = [t for t in aside if not any(t is other for other in own)]
+
+            def evaluate(given: Sequence[Tensor]) -> Tensor:
+                rest = iter(given[1:])
+                again = [t if any(t is o for o in own) else next(rest) for t in aside]
+                return self._evaluated(flat_map, given[0], again)[0]
+
+            require_true_products(evaluate, gx, [x_leaf, *moving], flat_map.arithmetic)
+        if set(leaves_of(gx)) != {id(leaf) for leaf in aside}:
+            # An energy makes a leaf of an x that does not require grad, to differentiate in it.
+            with torch.enable_grad():
+                again = [gx, *(self._evaluated(flat_map, x.detach(), aside)[0] for _ in range(2))]
+            self._require_made_inside(again, aside)
+        rows = slice(None) if bad is None else ~bad
+        sizes = list(flat_map.layout.sizes)
+        for now, then in zip(gx[rows].split(sizes, 1), expected[rows].split(sizes, 1), strict=True):
+            require_same_value(now, then, flat_map.arithmetic)
+        return OpenLinearization(x_leaf, gx, aside, x, inputs)
+
+    def evaluate(self, flat_map: FlatMap, x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """g(x) with others in the place of `originals`, for torch.func.
+
+        Raises:
+            RuntimeError: one of them is out of reach.
+        """
+        self._require_usable()
+        gx, exchange = self._evaluated(flat_map, x, inputs)
+        if not exchange.used.issuperset(id(t) for t in self._leaves):
+            raise RuntimeError(UNNAMED)
+        return gx
+
+    def _exchanges(self, t: Tensor) -> bool:
+        """Whether something stands in for an original: a leaf can do so itself."""
+        return bool(t._backward_hooks) or not any(t is leaf for leaf in self._leaves)
+
+    def _evaluated(
+        self, flat_map: FlatMap, x: Tensor, given: Sequence[Tensor]
+    ) -> tuple[Tensor, Substitution]:
+        now = {id(t): other for t, other in zip(self.originals, given, strict=True)}
+        z = [now.get(id(t), t.detach()) for t in self._z]
+        named = {name: now[id(t)] for name, t in self._named.items()}
+        # What g is given as z, or holds as a module, it may close over as well.
+        exchange = Substitution((t, now[id(t)]) for t in self.originals if now[id(t)] is not t)
+        with laid_aside(covers=True), exchange:
+            return flat_map.with_inputs(x, z, named), exchange
+
+    def _require_usable(self) -> None:
         if self.unnamed:
-            raise RuntimeError(
-                "fixed_point: a second derivative needs every tensor that g depends on, and g "
-                "closes over one that was computed before the call and could not be found. Pass "
-                "it to g as a z"
-            )
+            raise RuntimeError(UNNAMED)
         if torch.is_grad_enabled() and any(hasattr(t, "full_tensor") for t in self.originals):
             raise RuntimeError(
                 "fixed_point: a second derivative cannot go through a DTensor that g reads. Hand g "
                 "its .full_tensor() or .to_local(), computed before the call"
             )
-        # Autograd runs the hooks of what it is asked about, and will run them again later.
-        hooked = [t for t in self._leaves if t._backward_hooks]
-        exchanged = (*self._exchanged, *hooked)
-        other = {id(t): stand_in(t) for t in exchanged}
         self._require_unchanged()
-        x_leaf = mark_as_anchor(stand_in(x))
-        watched = watches_gradients(flat_map.g)
-
-        def evaluate(given: Sequence[Tensor]) -> Tensor:
-            nonlocal watched
-            state, *stand_ins = given
-            now = dict(zip(other, stand_ins, strict=True))
-            z = [now.get(id(t), t.detach()) for t in self._z]
-            named = {name: now[id(t)] for name, t in self._named.items()}
-            # What g is given as z, or holds as a module, it may close over as well.
-            exchange = Substitution([(t, now[id(t)]) for t in exchanged])
-            with laid_aside(covers=True), exchange if now else contextlib.nullcontext():
-                gx = flat_map.with_inputs(state, z, named)
-            watched = watched or exchange.hooks_set
-            return gx
-
-        with torch.enable_grad():
-            gx = evaluate([x_leaf, *other.values()])
-        if watched:
-            require_true_products(evaluate, gx, [x_leaf, *other.values()], flat_map.arithmetic)
-        leaves = [other.get(id(t), t) for t in self.originals]
-        if set(leaves_of(gx)) != {id(leaf) for leaf in leaves}:
-            # An energy makes a leaf of an x that does not require grad, to differentiate in it.
-            given = [x.detach(), *other.values()]
-            with torch.enable_grad():
-                again = [gx, evaluate(given), evaluate(given)]
-            self._require_made_inside(again, leaves)
-        rows = slice(None) if compared is None else compared
-        sizes = list(flat_map.layout.sizes)
-        for now, then in zip(gx[rows].split(sizes, 1), expected[rows].split(sizes, 1), strict=True):
-            require_same_value(now, then, flat_map.arithmetic)
-        return OpenLinearization(x_leaf, gx, leaves, x, self.originals)
 
     def _require_unchanged(self) -> None:
         """Raise where z, or a tensor with a derivative, was written to since g was evaluated."""
@@ -193,21 +200,3 @@ def find_captured(flat_map: FlatMap, x: Tensor, edges: set[Edge]) -> list[Tensor
 def place_in(t: Tensor, z: Sequence[object]) -> int | None:
     """Which of z is t; None if none is."""
     return next((i for i, other in enumerate(z) if other is t), None)
-
-
-def rounding_of(arithmetic: torch.dtype) -> float:
-    """By what share two evaluations of one g in this arithmetic may differ."""
-    bits = torch.finfo(arithmetic).bits
-    return torch.finfo(arithmetic).eps * (ROUNDINGS if bits > 16 else ROUNDINGS_IN_16_BITS)
-
-
-def require_same_value(gx: Tensor, expected: Tensor, arithmetic: torch.dtype) -> None:
-    """Raise if g, evaluated again, is another function than to rounding."""
-    gx, expected = gx.detach(), expected.detach()
-    if gx.numel() == 0 or torch.equal(gx, expected):
-        return
-    largest = torch.maximum(gx.abs(), expected.abs()).nan_to_num(0.0, 0.0).amax(1, keepdim=True)
-    rounding = rounding_of(arithmetic) * largest.to(torch.promote_types(gx.dtype, torch.float32))
-    same = (gx == expected) | ((gx - expected).abs() <= rounding) | (gx.isnan() & expected.isnan())
-    if not bool(same.all()):
-        raise RuntimeError(CHANGED.format(what="it had another value than in the forward pass"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +81,8 @@ class Linear(torch.autograd.Function):
         nothing = (None,) * len(inputs)
         if v is None:
             return (None,) * 6 + nothing
+        if transforms.is_legacy_batched(v):
+            return tuple(transforms.all_one_by_one(lambda v: Linear.backward(ctx, v, None), v))
         v = without_failed(v, status)
         if equation.truncation == 0:
             return (None, None, v, None, None, None, *nothing)
@@ -174,8 +176,11 @@ def primal(t: Tensor) -> Tensor:
     return forward_ad.unpack_dual(t).primal if t.is_floating_point() else t
 
 
-@contextlib.contextmanager
-def as_lower_levels_see() -> Iterator[None]:
-    """What a derivative rule computes shall itself be differentiable, to those outside of it."""
-    with forward_ad._set_fwd_grad_enabled(True), torch.enable_grad():
-        yield
+def as_lower_levels_see() -> contextlib.AbstractContextManager[Any]:
+    """Let what a tangent is computed from be differentiated at the levels of torch.func below."""
+    if not transforms.active():
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    stack.enter_context(torch.enable_grad())
+    return stack

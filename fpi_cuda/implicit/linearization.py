@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,9 @@ from fpi_cuda.implicit.graft import ONCE, MaybeTensor, Tape, graft, stand_in
 
 # <J^T w, J^T w> and <w, J J^T w> may differ by rounding, in g too (autocast), not by this share.
 SAME_MATRIX = 0.1
+
+
+Pull = Callable[[Tensor], list[MaybeTensor]]
 
 
 class Jacobian(Protocol):
@@ -121,31 +124,28 @@ class OpenLinearization(Linearization):
         """J^T y or J y as a function of y, x and the inputs."""
         given = stand_in(y)
         with torch.enable_grad():
-            if not self.tape.outputs:
-                result: MaybeTensor = None
-            elif transpose:
-                result = self.tape.pull([given], create_graph=True)[0]
-            else:
-                rest: list[MaybeTensor] = [None] * (len(self.leaves) - 1)
-                result = self.tape.push([given, *rest])[0]
+            result = self._product(given, transpose=transpose)
         (grown,) = graft([result], [*self.leaves, given], [*self.originals, y])
         return torch.zeros_like(y) if grown is None else grown
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
-        """The derivative of <c, g> in each input, x excepted, as a function of c, x, inputs."""
+        """See Opened."""
         given = stand_in(c)
         with torch.enable_grad():
             weights: list[MaybeTensor] = [given] * len(self.tape.outputs)
             pulled = self.tape.pull(weights, create_graph=True)
-        return graft(pulled[1:], [*self.leaves, given], [*self.originals, c])
+        return graft(pulled, [*self.leaves, given], [*self.originals, c])
 
-    def pulled_product(self, left: Tensor, right: Tensor) -> list[MaybeTensor]:
-        """The derivative of <left, J right> in x and each input, as a function of them all."""
+    def through_product(self, y: Tensor, *, transpose: bool) -> Pull:
+        """See Opened."""
+        return lambda s: self._pulled_product(*((y, s) if transpose else (s, y)))
+
+    def _pulled_product(self, left: Tensor, right: Tensor) -> list[MaybeTensor]:
+        """The derivative of <left, J right> in x and each input."""
         left_given, right_given = stand_in(left), stand_in(right)
         pulled: list[MaybeTensor] = [None] * len(self.leaves)
         with torch.enable_grad():
-            weights: list[MaybeTensor] = [left_given] * len(self.tape.outputs)
-            slope = self.tape.pull(weights, create_graph=True)[0]
+            slope = self._product(left_given, transpose=True)
             if slope is not None and slope.requires_grad:
                 pulled = Tape([slope], self.leaves).pull([right_given], create_graph=True)
         return graft(
@@ -153,3 +153,36 @@ class OpenLinearization(Linearization):
             [*self.leaves, left_given, right_given],
             [*self.originals, left, right],
         )
+
+    def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
+        """See Opened."""
+        return self._pushed(self.tape.outputs, tangents, [], [])
+
+    def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
+        """See Opened."""
+        given = stand_in(y)
+        with torch.enable_grad():
+            product = self._product(given, transpose=transpose)
+        moving = [] if product is None or not product.requires_grad else [product]
+        return self._pushed(moving, tangents, [given], [y])
+
+    def _pushed(
+        self, outputs: list[Tensor], tangents: list[MaybeTensor], more: list[Tensor],
+        originals: list[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """The derivative of the output, if there is one, along tangents of the leaves."""
+        given = [None if t is None else stand_in(t) for t in tangents]
+        with torch.enable_grad():
+            pushed = Tape(outputs, self.leaves).push(given)
+        leaves = [*self.leaves, *more, *(t for t in given if t is not None)]
+        there = [*self.originals, *originals, *(t for t in tangents if t is not None)]
+        (found,) = graft(pushed or [None], leaves, there)
+        return torch.zeros_like(self.gx) if found is None else found
+
+    def _product(self, y: Tensor, *, transpose: bool) -> MaybeTensor:
+        """J^T y or J y as a function of y and of the leaves; None: zero."""
+        if not self.tape.outputs:
+            return None
+        if transpose:
+            return self.tape.pull([y], create_graph=True)[0]
+        return self.tape.push([y, *[None] * (len(self.leaves) - 1)])[0]

@@ -198,12 +198,11 @@ class Strategy(abc.ABC):
         Without a graph. Samples are independent only if g is row-wise.
         """
 
-    def over(self, status: Tensor, rows: Apply | None = None) -> Strategy:
+    def over(self, status: Tensor) -> Strategy:
         """The same choice, for samples whose forward solve ended so.
 
         Args:
-            rows: which of the samples these are, where they are not the same: it takes what
-                there is one of for each sample.
+            status: (n B,) int8, for the B samples n times over.
         """
         return dataclasses.replace(self, account=self.account.over(status))
 
@@ -221,9 +220,11 @@ class Exact(Strategy):
     rtol: float | Tensor = dataclasses.field(kw_only=True)
     on_device: DeviceSolve | None = None
 
-    def over(self, status: Tensor, rows: Apply | None = None) -> Strategy:
+    def over(self, status: Tensor) -> Strategy:
         """See Strategy."""
-        rtol = rows(self.rtol) if rows is not None and isinstance(self.rtol, Tensor) else self.rtol
+        rtol = self.rtol
+        if isinstance(rtol, Tensor) and len(rtol) != len(status):
+            rtol = rtol.repeat(len(status) // len(rtol))
         return dataclasses.replace(self, account=self.account.over(status), rtol=rtol)
 
     def solve(

@@ -1,86 +1,97 @@
-"""The innermost torch.func.vmap of a solve, made part of its batch."""
+"""Solves that autograd follows step by step, for all samples of a torch.func.vmap at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.faithful import rehearsal
-from fpi_cuda.state import Layout
-from fpi_cuda.transforms import Level
+from fpi_cuda.implicit.graph import Substitution
+from fpi_cuda.implicit.lifted import Watch, matters
+from fpi_cuda.implicit.linear import side_by_side
+from fpi_cuda.state import Layout, layout_of
+
+BATCHED = (
+    "fixed_point: adjoint=Unroll() inside torch.func.vmap needs the vmap inside of all "
+    "torch.func.grad, vjp and jvp. Use adjoint=Implicit()"
+)
+
+Solve = Callable[[Callable[..., Any], Any, tuple[Tensor, ...], Layout], Sequence[Tensor]]
+"""solve(g, x0, z, layout): tensors with dim 0 for the samples."""
 
 
-class Merged(NamedTuple):
-    """The same solve with the V samples of a vmap and the B of the batch side by side.
+class SideBySide(torch.autograd.Function):
+    """What a solve returns, where a vmap batches some of the tensors that it is given."""
 
-    Attributes:
-        g: the map of V B samples.
-        x0: state of V B samples.
-        z: inputs of that g.
-        level: the vmap.
-        batch: B; None where the whole state is one sample, as it stays, V of them by now.
-    """
+    @staticmethod
+    def forward(solve: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(BATCHED)
 
-    g: Callable[..., Any]
-    x0: Any
-    z: tuple[Tensor, ...]
-    level: Level
-    batch: int | None
+    @staticmethod
+    def setup_context(ctx: Any, args: tuple[Any, ...], outputs: Any) -> None:
+        # Here a level of derivatives is inside of the vmap.
+        raise RuntimeError(BATCHED)
 
-    def split(self, t: Tensor) -> Tensor:
-        """(V B, ...) -> (B, ...) as the vmap sees it."""
-        if self.batch is not None:
-            t = t.reshape(self.level.size, self.batch, *t.shape[1:])
-        return transforms.lift(t, [self.level])
+    @staticmethod
+    def vmap(info: Any, dims: Any, solve: Callable[..., Any], *tensors: Tensor) -> Any:
+        return solve(info, dims[1:], tensors)
 
 
-def merge_innermost(
-    g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout
-) -> Merged | None:
-    """The merged solve; None without a vmap, or where g closes over a tensor that it batches.
-
-    After the vmap has ended a backward pass can evaluate this g, which the user's own g inside
-    of the vmap would not allow.
-    """
+def by_samples_of_vmap(
+    g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout, solve: Solve
+) -> Sequence[Tensor] | None:
+    """What `solve` returns for a g that a vmap batches; None where the innermost level is none."""
     parts = x0 if layout.is_tuple else (x0,)
-    level = transforms.innermost_vmap([*parts, *z])
-    if level is None:
+    watch = Watch([*parts, *z])
+    with torch.no_grad(), rehearsal(layout.device), watch:
+        g(x0, *z)
+    captured = [t for t in watch.captured() if matters(t)]
+    if not any(map(transforms.is_batched, (*parts, *z, *captured))):
         return None
-    size, batch = level.size, layout.batch
-    starts = [with_batch_first(part, level) for part in parts]
-    if layout.batch_dims:
-        starts = [start.flatten(0, 1) for start in starts]
-    taken = [transforms.take_batch(t, level) for t in z]
-    in_dims = (0, *(dim for _, dim in taken))
-    batched = torch.func.vmap(g, in_dims=in_dims, randomness=transforms.randomness_of(level))
+    if not layout.batch_dims:
+        parts = tuple(t[None] for t in parts)
 
-    def on_parts(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-        return tuple(map(change, x)) if layout.is_tuple else change(x)
+    def lifted(x: Any, *inputs: Tensor) -> Any:
+        with Substitution(zip(captured, inputs[len(z) :], strict=True)):
+            return g(x, *inputs[: len(z)])
 
-    def merged(x: Any, *z: Tensor) -> Any:
-        if not layout.batch_dims:
-            return batched(x, *z)
-        split = on_parts(x, lambda t: t.reshape(size, batch, *t.shape[1:]))
-        gx = batched(split, *z)
-        # Whatever has another shape is left for the check of g to complain about.
-        return on_parts(gx, lambda t: t.flatten(0, 1)) if like(gx, split) else gx
+    def solve_merged(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> Any:
+        rows, inputs = tensors[: len(parts)], tuple(tensors[len(parts) :])
+        batched = torch.func.vmap(
+            lifted, in_dims=(0, *dims[len(parts) :]), randomness=info.randomness
+        )
 
-    merged.__wrapped__ = g  # type: ignore[attr-defined]
-    whole = tuple(starts) if layout.is_tuple else starts[0]
-    inputs = tuple(t for t, _ in taken)
-    if closes_over(level, merged, whole, inputs, layout):
-        return None
-    return Merged(merged, whole, inputs, level, batch if layout.batch_dims else None)
+        def merged(x: Any, *inputs: Tensor) -> Any:
+            if not layout.batch_dims:
+                return batched(x, *inputs)
+            gx = batched(on_parts(x, apart), *inputs)
+            # Whatever has another shape is left for the check of g to complain about.
+            return on_parts(gx, lambda t: t.flatten(0, 1)) if like(gx, on_parts(x, apart)) else gx
+
+        merged.__wrapped__ = g  # type: ignore[attr-defined]
+
+        def apart(t: Tensor) -> Tensor:
+            return t.reshape(info.batch_size, layout.batch, *t.shape[1:])
+
+        def solved(*rows: Tensor) -> Sequence[Tensor]:
+            start = rows if layout.is_tuple else rows[0]
+            inner = dataclasses.replace(layout_of(start), together=layout.rows_together)
+            return solve(merged, start, inputs, inner)
+
+        return side_by_side(solved, info.batch_size, rows, dims[: len(parts)])
+
+    found = SideBySide.apply(solve_merged, *parts, *z, *captured)
+    return found if layout.batch_dims else [t[0] for t in found]
 
 
-def with_batch_first(t: Tensor, level: Level) -> Tensor:
-    """(V, ...) from a tensor that the vmap batches, or that it does not."""
-    t, dim = transforms.take_batch(t, level)
-    return t.expand(level.size, *t.shape) if dim is None else t.movedim(dim, 0)
+def on_parts(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A state with each of its tensors changed."""
+    return tuple(map(change, x)) if isinstance(x, (tuple, list)) else change(x)
 
 
 def like(gx: Any, x: Any) -> bool:
@@ -88,17 +99,3 @@ def like(gx: Any, x: Any) -> bool:
     if isinstance(x, tuple):
         return isinstance(gx, (tuple, list)) and len(gx) == len(x) and all(map(like, gx, x))
     return isinstance(gx, Tensor) and gx.shape == x.shape
-
-
-def closes_over(
-    level: Level, g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout
-) -> bool:
-    """Whether g itself holds tensors that the vmap, or one inside it, batches."""
-    with torch.no_grad(), rehearsal(layout.device):
-        gx = g(x0, *z)
-    parts = gx if isinstance(gx, (tuple, list)) else (gx,)
-    return any(
-        isinstance(part, Tensor)
-        and any(number >= level.number for number in transforms.batch_levels_of(part))
-        for part in parts
-    )
