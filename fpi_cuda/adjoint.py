@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.device_loop import Method, Refused
 from fpi_cuda.implicit import (
@@ -114,7 +113,7 @@ def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) 
     asked = isinstance(adjoint, Implicit) and adjoint.rtol is None and options.atol > 0
     if not asked or not isinstance(strategy, Exact):
         return strategy
-    with torch.no_grad(), transforms.truncated(0):
+    with torch.no_grad():
         most = max(options.rtol, LOOSEST_BY_ATOL)
         # NaN, of samples that failed, asks for nothing either.
         share = (options.rtol + options.atol / row_norm(x_star)).nan_to_num(most)

@@ -169,7 +169,6 @@ def solve_as_told(
     if options.batch_dims:
         require_batch(g, x0)
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
-    transforms.require_working()
     try:
         solution = solve_merged(g, x0, z, layout, options)
     except (RuntimeError, TypeError) as error:
@@ -177,36 +176,38 @@ def solve_as_told(
             require_arity(g, z)
         require_g_reads(z, error)
         raise
-    if options.throw:
-        require_converged(solution)
-    else:
-        options.notice.look(solution, options.rtol, options.atol)
     return solution
 
 
-def require_converged(solution: Solution) -> None:
-    """Raise ConvergenceError unless all samples have converged, those of all vmaps included."""
+def report(solution: Solution, options: Options) -> Solution:
+    """Raise or warn of samples that have not converged, as was asked for.
+
+    Raises:
+        ConvergenceError: those of all vmaps are numbered, those of the outermost first.
+    """
+    told = solution
     if transforms.active():
         value = solution.value if isinstance(solution.value, tuple) else (solution.value,)
-        frame = transforms.frame_of(solution.status.shape, *value)
-        plain = tuple(map(frame.lower, value))
-        solution = Solution(
-            plain if isinstance(solution.value, tuple) else plain[0],
-            frame.lower(solution.status),
-            frame.lower(solution.num_steps),
-            frame.lower(solution.residual),
-            solution.adjoint_record,
+        status, num_steps, residual, *parts = map(
+            transforms.numbers, (solution.status, solution.num_steps, solution.residual, *value)
         )
-    if not bool(solution.converged.all()):
-        raise ConvergenceError(detached(solution))
+        told = Solution(tuple(parts), status, num_steps, residual, solution.adjoint_record)
+    if not options.throw:
+        options.notice.look(told, options.rtol, options.atol)
+    elif not bool(told.converged.all()):
+        raise ConvergenceError(detached(told))
+    return solution
 
 
 def solve_merged(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout, options: Options
 ) -> Solution:
     """Solve with the innermost torch.func.vmap made part of the batch, where steps are followed."""
-    if not (transforms.active() and isinstance(options.adjoint, Unroll)):
-        return solve_flat(g, x0, z, layout, options)
+    if not transforms.active():
+        return report(solve_flat(g, x0, z, layout, options), options)
+    if not isinstance(options.adjoint, Unroll):
+        return solve_flat(g, x0, z, layout, options)  # and the numbers are told where they are
+    transforms.require_working()
     record = None
 
     def solve(g: Any, x0: Any, z: tuple[Tensor, ...], inner: Layout) -> list[Tensor]:
@@ -219,7 +220,7 @@ def solve_merged(
 
     found = by_samples_of_vmap(g, x0, z, layout, solve)
     if found is None:
-        return solve_flat(g, x0, z, layout, options)
+        return report(solve_flat(g, x0, z, layout, options), options)
     *value, status, num_steps, residual = found
     assert record is not None
     return Solution(
@@ -397,6 +398,10 @@ def solved_lifted(
             check = check_of(result, flat_map, options, coupling, rowwise, engine.num_moved)
             check(result.x, evaluate(result.x, None))
             result = check.result
+        layout = replace(flat_map.layout, batch=len(result.x))
+        whole = layout if layout.batch_dims else replace(layout, batch_dims=1)
+        told = Solution(whole.unflatten(result.x), *result[1:], record)
+        report(told, options)
         return result
 
     def strategy(status: Tensor, x: Tensor) -> Strategy:

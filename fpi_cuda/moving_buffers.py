@@ -91,23 +91,16 @@ class Kept:
         overwrite(self.t, self.numbers)
 
 
-def below_transforms(t: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Out of the torch.func transforms that t is none of: a buffer is no matter of derivatives."""
-    if not transforms.active():
-        return contextlib.nullcontext()
-    return transforms.truncated(transforms.level_of(t))
-
-
 def copy_of(t: Tensor) -> Tensor:
-    """The numbers of t."""
-    with below_transforms(t):
-        return t.detach().clone()
+    """The numbers of t: a buffer is no matter of derivatives."""
+    with torch._C._DisableFuncTorch():
+        return transforms.numbers(t).detach().clone()
 
 
 def overwrite(t: Tensor, numbers: Tensor) -> None:
     """Write to t, as if nothing had happened to it."""
-    with below_transforms(t):
-        t.data.copy_(numbers)
+    with torch._C._DisableFuncTorch():
+        transforms.numbers(t).data.copy_(numbers)
 
 
 class MovingBuffers:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
 from fpi_cuda.capturing import being_captured
 from fpi_cuda.late import Late
 from fpi_cuda.result import AdjointRecord, Status
@@ -94,7 +93,7 @@ class Notice:
         looks again.
 
         Args:
-            solution: a Solution, inside of whatever transforms are active.
+            solution: a Solution, of plain numbers.
             rtol, atol: of the solve.
         """
         if self._said and self._has_said("forward"):
@@ -105,10 +104,7 @@ class Notice:
             if not being_captured(status.device):
                 self._look_later(solution, rtol, atol)
             return
-        if record.worst is not None:
-            worst = record.worst.value()
-        else:
-            worst = worst_of_cpu(transforms.numbers(status) if transforms.active() else status)
+        worst = worst_of_cpu(status) if record.worst is None else record.worst.value()
         if worst > CONVERGED:
             self.say_forward(outcome_of(solution), rtol, atol)
 
@@ -117,9 +113,9 @@ class Notice:
         look_at_waiting(self, solution)
         if self._in_flight or self._has_said("forward"):
             return
-        record, status = solution.adjoint_record, transforms.numbers(solution.status)
+        record, status = solution.adjoint_record, solution.status
         worst = record.worst or Late(worst_of(status))
-        outcome = Outcome(status, transforms.numbers(solution.residual).detach(), None)
+        outcome = Outcome(status, solution.residual.detach(), None)
         self._in_flight = True
         waiting.append(Waiting(self, worst, outcome, rtol, atol))
 
@@ -294,14 +290,10 @@ def worst_of_cpu(status: Tensor) -> float:
 
 
 def outcome_of(solution: Any) -> Outcome:
-    """How a solve ended, for all samples of all vmaps."""
+    """How a solve ended."""
     parts = solution.value if isinstance(solution.value, tuple) else (solution.value,)
     status, residual = solution.status, solution.residual
-    if transforms.active():
-        frame = transforms.frame_of(status.shape, *parts)
-        parts = tuple(map(frame.lower, parts))
-        status, residual = frame.lower(status), frame.lower(residual)
-    with torch.no_grad(), transforms.truncated(0):
+    with torch.no_grad():
         count = status.numel()
         norms = [row_norm(part.detach().reshape(count, -1)) for part in parts]
         return Outcome(
@@ -311,7 +303,7 @@ def outcome_of(solution: Any) -> Outcome:
 
 def counted(outcome: Outcome, failing: str) -> str:
     """How many samples are `failing`, by status, and the worst residual among them."""
-    with torch.no_grad(), transforms.truncated(0):
+    with torch.no_grad():
         status = outcome.status
         lost = status != Status.CONVERGED
         counts = torch.bincount(status[lost].long(), minlength=len(Status)).tolist()
@@ -331,6 +323,5 @@ def counted(outcome: Outcome, failing: str) -> str:
 
 def remedies_of(status: Tensor) -> str:
     """What to try."""
-    with transforms.truncated(0):
-        codes = status.unique().tolist()
+    codes = status.unique().tolist()
     return "; ".join(Status(code).remedy for code in codes if code != Status.CONVERGED)

@@ -64,6 +64,7 @@ class SolvedEquation(Equation):
     ) -> None:  # fmt: skip
         self.x = x
         self.gx = gx
+        self.strategy = lambda status, x: strategy.over(status)
         self.truncation = strategy.truncation
         self.arithmetic = flat_map.arithmetic
         self._flat_map = flat_map
@@ -77,10 +78,6 @@ class SolvedEquation(Equation):
     def solved(self, x0: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """See Equation."""
         return self.x.detach(), self.gx.detach(), self._strategy.account.status.detach()
-
-    def strategy(self, status: Tensor, x: Tensor) -> Strategy:
-        """See Equation."""
-        return self._strategy.over(status)
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """See Equation."""

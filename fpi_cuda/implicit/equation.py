@@ -31,12 +31,15 @@ class Equation:
     """x = g(x, *inputs), for FixedPoint and Linear; both ask for it at every level of torch.func.
 
     Attributes:
+        strategy: strategy(status, x): how linear systems are solved for samples whose solve ended
+            so, at plain numbers.
         truncation: that of the strategy.
         arithmetic: what g is evaluated in.
         once_only: a backward pass may come where g cannot be evaluated.
         hidden: how many of the last inputs nothing can stand in for.
     """
 
+    strategy: Callable[[Tensor, Tensor], Strategy]
     truncation: int | None
     arithmetic: torch.dtype
     once_only = False
@@ -48,10 +51,6 @@ class Equation:
         Args:
             damped: what is differentiated, which may be a few damped steps of g.
         """
-        raise NotImplementedError
-
-    def strategy(self, status: Tensor, x: Tensor) -> Strategy:
-        """How linear systems are solved for samples whose solve ended so, at plain numbers."""
         raise NotImplementedError
 
     def solved(self, x0: Tensor, inputs: Inputs) -> Inputs:
@@ -135,7 +134,7 @@ class MergedEquation(Equation):
         self._one = one
         self._size = size
         self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
-        self.strategy = one.strategy  # type: ignore[method-assign]
+        self.strategy = one.strategy
         self.look = one.look  # type: ignore[method-assign]
         self.truncation = one.truncation
         self.arithmetic = one.arithmetic

@@ -60,10 +60,10 @@ class FixedPoint(torch.autograd.Function):
         return (None, None, *pulled(ctx.equation, opened, v, status, x, gx, tuple(inputs)))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
+    def jvp(ctx: Any, _: None, __: None, *tangents: MaybeTensor) -> tuple[Any, ...]:
         equation = ctx.equation
         with as_lower_levels_see():
-            x, gx, status, *inputs = map(primal, ctx.saved_tensors)
+            x, gx, status, *inputs = [primal(t) for t in ctx.saved_tensors]
             equation.look()
             opened = equation.opened(x, gx, tuple(inputs))
             t = opened.pushed([None, *tangents])

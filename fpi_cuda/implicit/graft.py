@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpi_cuda import transforms
 from fpi_cuda.implicit.graph import is_differentiable_once
 
 MaybeTensor = Tensor | None
@@ -130,11 +129,6 @@ class _Graft(torch.autograd.Function):
     def backward(ctx: Any, *weights: MaybeTensor) -> tuple[MaybeTensor, ...]:
         tape = ctx.tape
         originals = ctx.saved_tensors
-        if transforms.active() and torch.is_grad_enabled():
-            raise RuntimeError(
-                "fixed_point: torch.autograd was asked for a third derivative of a fixed point "
-                "inside a torch.func transform. Nest torch.func.grad, vjp or jvp instead"
-            )
         if not follows(*weights, *originals):
             return (None, *tape.pull(list(weights), create_graph=False))
         given = [None if w is None else stand_in(w) for w in weights]

@@ -86,7 +86,7 @@ class LiftedEquation(Equation):
     ) -> None:
         self._flat_map = flat_map
         self._solve = solve
-        self.strategy = strategy  # type: ignore[method-assign]
+        self.strategy = strategy
         self.arithmetic = flat_map.arithmetic
         self.truncation = truncation
         self._damping = damping
@@ -166,7 +166,7 @@ class LiftedEquation(Equation):
 
         if self._inside and not transforms.active():
             # Only there can the arguments of a Function be exchanged, and dropout draws otherwise.
-            return lambda x: torch.func.vjp(evaluate, x)[0]  # type: ignore[no-any-return]
+            return lambda x: torch.func.vjp(evaluate, x)[0]
         return evaluate
 
     def _with(self, inputs: Sequence[Tensor]) -> tuple[FlatMap, Callable[[Callable[[], Any]], Any]]:

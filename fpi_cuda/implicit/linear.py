@@ -141,7 +141,7 @@ def solution(
     b = without_failed(b, status)
     k = equation.truncation
     if not k:
-        return Linear.apply(equation.at(opened), transpose, b, status, x, gx, *inputs)  # type: ignore[no-any-return]
+        return Linear.apply(equation.at(opened), transpose, b, status, x, gx, *inputs)
     y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
     plain = [t.detach() for t in (b, status, x, gx, *inputs)]
     _, bad = Linear.apply(equation.at(opened), transpose, *plain)

@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
 from fpi_cuda.implicit.graft import ONCE, MaybeTensor, Tape, graft, stand_in
 
 # <J^T w, J^T w> and <w, J J^T w> may differ by rounding, in g too (autocast), not by this share.
@@ -53,7 +52,7 @@ class Linearization:
     def product(self, t: Tensor) -> Tensor:
         """J t: the derivative of J^T w in w, along t."""
         if self._weight is None:
-            with transforms.truncated(0), torch.enable_grad():
+            with torch.enable_grad():
                 self._weight = torch.zeros_like(self.gx).requires_grad_()
                 tape = Tape([self.gx] if self.gx.requires_grad else [], [self.x])
                 weights: list[MaybeTensor] = [self._weight] * len(tape.outputs)

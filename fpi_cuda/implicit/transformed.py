@@ -42,8 +42,7 @@ class Transformed:
             given = dict(zip(self._places, floating, strict=True))
             return function(*(given.get(i, t) for i, t in enumerate(self._point)))
 
-        pull: Pull
-        _, pull = torch.func.vjp(of_floating, *(self._point[i] for i in self._places))
+        pull: Pull = torch.func.vjp(of_floating, *(self._point[i] for i in self._places))[1]
         return pull
 
     def _pull_through_product(self, y: Tensor, *, transpose: bool) -> Pull:
