@@ -47,7 +47,7 @@ class FixedPoint(torch.autograd.Function):
             ctx.equation.look()
             if ctx.equation.once_only and transforms.active():
                 with torch.enable_grad():
-                    ctx.opened = ctx.equation.opened(x, gx, tuple(inputs))
+                    ctx.opened = ctx.equation.opened(x, gx, tuple(inputs)).evaluated()
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
@@ -60,14 +60,14 @@ class FixedPoint(torch.autograd.Function):
         return (None, None, *pulled(ctx.equation, opened, v, status, x, gx, tuple(inputs)))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *tangents: MaybeTensor) -> tuple[Any, ...]:
+    def jvp(ctx: Any, _: None, __: None, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
         equation = ctx.equation
         with as_lower_levels_see():
             x, gx, status, *inputs = [primal(t) for t in ctx.saved_tensors]
             equation.look()
             opened = equation.opened(x, gx, tuple(inputs))
             t = opened.pushed([None, *tangents])
-            y, _ = solution(equation, opened, t, status, x, gx, tuple(inputs), transpose=False)
+            y = solution(equation, opened, t, status, x, gx, tuple(inputs), transpose=False)[0]
         return (y, *(None,) * ctx.num_told)
 
     @staticmethod

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,46 +33,60 @@ class Transformed:
         self._point = (x, *inputs)
         self._pull_more = pull_more
         self._places = [i for i, t in enumerate(self._point) if t.is_floating_point()]
-        self._pull = self._pull_through(evaluate)
 
-    def _pull_through(self, function: Callable[..., Tensor]) -> Pull:
-        """v -> the derivative of <v, function> in what is floating, at the point."""
+    @functools.cached_property
+    def pull(self) -> Pull:
+        """c -> the derivative of <c, g> in what is floating, by the graph of one evaluation."""
+        pull: Pull = torch.func.vjp(self._of_floating(self._evaluate), *self._floating())[1]
+        return pull
+
+    def evaluated(self) -> Transformed:
+        """This, with a graph that is there."""
+        assert self.pull is not None
+        return self
+
+    def _floating(self) -> tuple[Tensor, ...]:
+        return tuple(self._point[i] for i in self._places)
+
+    def _of_floating(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function of the point, as one of what is floating in it."""
 
         def of_floating(*floating: Tensor) -> Tensor:
             given = dict(zip(self._places, floating, strict=True))
             return function(*(given.get(i, t) for i, t in enumerate(self._point)))
 
-        pull: Pull = torch.func.vjp(of_floating, *(self._point[i] for i in self._places))[1]
-        return pull
+        return of_floating
 
-    def _pull_through_product(self, y: Tensor, *, transpose: bool) -> Pull:
-        """The same of J^T y or J y."""
+    def _product_at(self, y: Tensor, *, transpose: bool) -> Callable[..., Tensor]:
+        """J^T y or J y as a function of the point."""
 
         def product(x: Tensor, *inputs: Tensor) -> Tensor:
             there = Transformed(self._evaluate, x, inputs)
             return there.differentiable(y, transpose=transpose)
 
-        return self._pull_through(product)
+        return product
 
     def _by_place(self, found: Sequence[Tensor]) -> list[MaybeTensor]:
         known = dict(zip(self._places, found, strict=True))
         return [known.get(i) for i in range(len(self._point))]
 
-    def _along(self, pull: Pull, tangents: Sequence[MaybeTensor]) -> Tensor:
-        """The derivative along tangents of what `pull` pulls back through: `pull` is linear."""
+    def _along(self, function: Callable[..., Tensor], tangents: Sequence[MaybeTensor]) -> Tensor:
+        """The derivative of a function of the point along tangents."""
         filled = (
-            torch.zeros_like(self._point[i]) if tangents[i] is None else tangents[i]
+            torch.zeros_like(self._point[i]) if (t := tangents[i]) is None else t
             for i in self._places
         )
-        return along(pull, torch.zeros_like(self._point[0]), tuple(filled))
+        given = self._of_floating(function)
+        pushed: Tensor = torch.func.jvp(given, self._floating(), tuple(filled))[1]
+        return pushed
 
     def transposed(self, c: Tensor) -> Tensor:
         """J^T c."""
-        return self._pull(c)[0]
+        return self.pull(c)[0]
 
     def product(self, t: Tensor) -> Tensor:
-        """J t."""
-        return along(lambda w: self._pull(w)[0], torch.zeros_like(t), t)
+        """J t; forward mode runs no backward hook, nor needs it a graph."""
+        return self._along(self._evaluate, [t, *[None] * (len(self._point) - 1)])
 
     def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
         """See Opened."""
@@ -80,26 +94,21 @@ class Transformed:
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
         """See Opened."""
-        found, more = self._by_place(self._pull(c)), self._pull_more(c)
+        found, more = self._by_place(self.pull(c)), self._pull_more(c)
         return [*found[: len(found) - len(more)], *more]
 
     def through_product(
         self, y: Tensor, *, transpose: bool
     ) -> Callable[[Tensor], list[MaybeTensor]]:
         """See Opened."""
-        pull = self._pull_through_product(y, transpose=transpose)
+        product = self._of_floating(self._product_at(y, transpose=transpose))
+        pull: Pull = torch.func.vjp(product, *self._floating())[1]
         return lambda s: self._by_place(pull(s))
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
         """See Opened."""
-        return self._along(self._pull, tangents)
+        return self._along(self._evaluate, tangents)
 
     def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
         """See Opened."""
-        return self._along(self._pull_through_product(y, transpose=transpose), tangents)
-
-
-def along(pull: Callable[[Tensor], Any], nothing: Tensor, tangents: Any) -> Tensor:
-    """The derivative along tangents of what `pull` pulls back through, at any argument of it."""
-    found: Tensor = torch.func.vjp(pull, nothing)[1](tangents)[0]
-    return found
+        return self._along(self._product_at(y, transpose=transpose), tangents)
