@@ -56,12 +56,12 @@ class Layout:
     def flatten(self, x: Any) -> Tensor:
         """(n, D) from a state with n samples; a view where that is possible."""
         if not self.is_tuple:
-            single: Tensor = x.reshape(x.shape[0] if self.batch_dims else 1, self.dim)
+            dim = math.prod(self.shapes[0])
+            single: Tensor = x.reshape(x.shape[0] if self.batch_dims else 1, dim)
             return single
-        parts = x if self.is_tuple else (x,)
         flat = [
             part.reshape(part.shape[0] if self.batch_dims else 1, size)
-            for part, size in zip(parts, self.sizes, strict=True)
+            for part, size in zip(x, self.sizes, strict=True)
         ]
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
@@ -103,16 +103,6 @@ class Layout:
             TypeError: not a tensor, or not a tuple of as many tensors.
             ValueError: another shape, layout, dtype or device.
         """
-        if (
-            type(gx) is Tensor
-            and not self.is_tuple
-            and gx.dtype == self.dtype
-            and gx.layout == torch.strided
-            and not gx.is_nested
-            and gx.shape == (num_samples,)[: self.batch_dims] + self.shapes[0]
-            and gx.device == self.device
-        ):
-            return  # as most are
         parts = gx if self.is_tuple else (gx,)
         if not isinstance(parts, (tuple, list)) or len(parts) != len(self.shapes):
             given = len(parts) if isinstance(parts, (tuple, list)) else type(gx).__name__
