@@ -38,6 +38,7 @@ from fpi_cuda.request import (
     require_inputs,
     require_known,
     require_map,
+    require_numbers,
 )
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult, Status
 from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
@@ -47,7 +48,7 @@ from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
-from fpi_cuda.tracing import require_numbers, untraced
+from fpi_cuda.tracing import untraced
 from fpi_cuda.unconverged import notice_here
 
 BATCHED_UNROLL = (
@@ -146,23 +147,25 @@ def fixed_point(
         solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision,
         batch_dims, notice=notice_here(),
     )  # fmt: skip
+    options.require_sensible("fixed_point")
     return solve_as_told(g, x0, z, options)
 
 
-@untraced
 def solve_as_told(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], options: Options
 ) -> Solution:
-    """fixed_point, with all of its options in one."""
-    options.require_sensible("fixed_point")
+    """fixed_point, with all of its options in one, which are sensible."""
     layout = layout_of(x0, options.batch_dims)
     require_inputs(z)
     if options.batch_dims:
         require_batch(g, x0)
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
-    transforms.require_working()
+    inside = transforms.active()
+    if inside:
+        transforms.require_working()
     try:
-        solution = solve_merged(g, x0, z, layout, options)
+        run = solve_merged if inside else solve_flat
+        solution = run(g, x0, z, layout, options)
     except (RuntimeError, TypeError) as error:
         if isinstance(error, TypeError):
             require_arity(g, z)
@@ -173,6 +176,10 @@ def solve_as_told(
     else:
         options.notice.look(solution, options.rtol, options.atol)
     return solution
+
+
+solve_untraced = untraced(solve_as_told)
+"""For calls that torch.compile looks into."""
 
 
 def require_converged(solution: Solution) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.dense import why_not_dense
+from fpi_cuda.dense import NAMES, why_not_dense
 
 STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -160,12 +160,16 @@ def layout_of(x0: object, batch_dims: int = 1) -> Layout:
     for part in parts:
         require_floating_tensor(part)
     first = parts[0]
+    shapes = []
     for part in parts:
         if part.dim() < batch_dims:
             raise ValueError(
                 "fixed_point: dim 0 of x0 is the batch, got a scalar. Use batch_dims=0, or "
                 "x0.reshape(1) for one sample of one number"
             )
+        shapes.append(part.shape[batch_dims:])
+        if part is first:
+            continue
         shared: list[tuple[str, Any, Any]] = [
             ("one dtype", part.dtype, first.dtype),
             ("one device", part.device, first.device),
@@ -178,7 +182,7 @@ def layout_of(x0: object, batch_dims: int = 1) -> Layout:
                     f"fixed_point: the tensors of x0 must share {rule}, got {expected} and {given}"
                 )
     return Layout(
-        shapes=tuple(part.shape[batch_dims:] for part in parts),
+        shapes=tuple(shapes),
         is_tuple=isinstance(x0, tuple),
         batch=first.shape[0] if batch_dims else 1,
         dtype=first.dtype,
@@ -189,6 +193,10 @@ def layout_of(x0: object, batch_dims: int = 1) -> Layout:
 
 def require_floating_tensor(part: object) -> None:
     """Raise unless `part` can be (part of) a state."""
+    if type(part) is Tensor and part.dtype in STATE_DTYPES and part.layout == torch.strided:
+        asked: Any = part
+        if not (part.is_nested or (NAMES and asked.has_names())):
+            return  # as most are
     if not isinstance(part, Tensor):
         remedy = "convert it with torch.as_tensor" if not isinstance(part, list) else "use a tuple"
         raise TypeError(

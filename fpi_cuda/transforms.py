@@ -37,9 +37,8 @@ class Level(NamedTuple):
     size: int
 
 
-def active() -> bool:
-    """Whether any transform is active."""
-    return torch._C._are_functorch_transforms_active()
+active = torch._C._are_functorch_transforms_active
+"""Whether any transform is active."""
 
 
 def require_working() -> None:

@@ -79,6 +79,7 @@ def solve(
             if watch is not None and watch.looks_early:
                 all_active = num_active is None or num_active == len(x)
                 if watch.found(x, gx, work, number, all_active=all_active):
+                    del arrays  # their memory, for the joint solve
                     return watch.go_on(x, gx, work, number)
             op(x, gx, rows, *arrays, **numbers)
             number += 1
@@ -99,6 +100,7 @@ def solve(
             if noise is not None and num_active is not None and number % EVERY == 0:
                 noise.after_step(evaluate, x, rows, work)
             del gx  # its memory, for the next evaluation
+        del arrays  # their memory, should the rows have to be solved jointly
         result = SolveResult(work.best, work.status, work.num_steps, work.residual)
         return result if watch is None else watch.settled(result, gx, work)
 
