@@ -309,11 +309,9 @@ def generator_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-@contextlib.contextmanager
-def counting_changes() -> Iterator[None]:
-    """no_grad, and not inference mode: what is made inside counts how often it is changed."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+counting_changes = functools.partial(torch.inference_mode, False)
+"""A context outside of inference mode: what is made inside counts how often it is changed. Grad
+mode is on in it, as it is where inference mode never was."""
 
 
 @contextlib.contextmanager

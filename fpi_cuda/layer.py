@@ -218,7 +218,10 @@ class FPILayer(nn.Module):
         return z.dtype if parameter is None else torch.promote_types(z.dtype, parameter.dtype)
 
     def _floating_parameter(self) -> Tensor | None:
-        return next((p for p in self.parameters() if p.is_floating_point()), None)
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                return parameter
+        return None
 
 
 def checked_shape(shape: object) -> tuple[Any, ...]:

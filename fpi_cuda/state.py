@@ -46,7 +46,7 @@ class Layout:
     @functools.cached_property
     def dim(self) -> int:
         """D."""
-        return sum(self.sizes)
+        return sum(self.sizes) if self.is_tuple else math.prod(self.shapes[0])
 
     @property
     def rows_together(self) -> int:
@@ -56,8 +56,7 @@ class Layout:
     def flatten(self, x: Any) -> Tensor:
         """(n, D) from a state with n samples; a view where that is possible."""
         if not self.is_tuple:
-            dim = math.prod(self.shapes[0])
-            single: Tensor = x.reshape(x.shape[0] if self.batch_dims else 1, dim)
+            single: Tensor = x.reshape(x.shape[0] if self.batch_dims else 1, self.dim)
             return single
         flat = [
             part.reshape(part.shape[0] if self.batch_dims else 1, size)

@@ -79,14 +79,16 @@ class FlatMap:
         self.arithmetic = replay.autocast_dtype or layout.dtype
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
+        if self.hoisted:
+            self._prepare_replay = Replay(layout.device, g, "prepare")
         self._buffers, self._prepare_buffers = moving_buffers(g)
         self._untouched = Untouched("z", z)
         self.read: Any = z
         if self.hoisted:
-            self._prepare_replay = Replay(layout.device, g, "prepare")
-            versions, copies = self._untouched.versions(), self._untouched.copies()
+            untouched = self._untouched
+            versions, copies = untouched.versions(), untouched.copies()
             self.read = self._prepare(z)
-            self._untouched.require(versions, copies)
+            untouched.require(versions, copies)
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
         self._mend: tuple[Tensor, int] | None = None
@@ -227,8 +229,11 @@ class FlatMap:
                 buffers.over()
 
     def _prepare(self, z: Sequence[Tensor]) -> Any:
-        with one_evaluation(self._prepare_buffers):
-            return self._prepare_replay(lambda: self.g.prepare(*z))
+        prepare = functools.partial(self.g.prepare, *z)
+        if self._prepare_buffers is None:
+            return self._prepare_replay(prepare)
+        with self._prepare_buffers.one_evaluation():
+            return self._prepare_replay(prepare)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, as they are now; empty unless g is a module.
@@ -271,12 +276,10 @@ class FlatMap:
         if untouched.read is not read:
             name = "what prepare returned" if self.hoisted else "z"
             untouched = self._untouched = Untouched(name, read)
-        layout = self.layout
         if (
             self._habit.changes_x is not False
             or self._buffers is not None
             or untouched.uncounted
-            or layout.is_tuple
             or not self.replay.is_plain
             or x.is_inference()
             or type(parametrize._cache) is not WeightCache
@@ -284,7 +287,7 @@ class FlatMap:
         ):
             return self._looked_after(x, call, untouched)
         version, versions = counted_version(x), [*map(counted_version, untouched.counted)]
-        gx = call(x.reshape(x.shape[: layout.batch_dims] + layout.shapes[0]))
+        gx = call(self._state_in(x, writable=False))
         if [*map(counted_version, untouched.counted)] != versions:
             untouched.require(versions)
         if counted_version(x) != version:
@@ -293,7 +296,7 @@ class FlatMap:
 
     def _looked_after(self, x: Tensor, call: Callable[[Any], Any], untouched: Untouched) -> Tensor:
         """The same with everything seen to that an evaluation may need besides a call of g."""
-        habit, layout = self._habit, self.layout
+        habit = self._habit
         # Inference tensors do not count how often they were changed.
         copies = habit.changes_x is not False or x.is_inference()
         given = x.clone() if copies else x
@@ -301,10 +304,10 @@ class FlatMap:
         before = [*map(counted_version, counted)]
         # From x = 0 the first evaluation may change nothing.
         kept = untouched.copies() if untouched.uncounted and habit.looked_after < 2 else []
-        evaluation = functools.partial(call, layout.unflatten(given, writable=copies))
+        evaluation = functools.partial(call, self._state_in(given, writable=copies))
 
         def again() -> Any:
-            return call(layout.unflatten(x.clone() if copies else x, writable=copies))
+            return call(self._state_in(x.clone() if copies else x, writable=copies))
 
         if self._buffers is None:
             gx = self.replay(evaluation, again)
@@ -321,6 +324,13 @@ class FlatMap:
             habit.changes_x = changed
         habit.looked_after += 1
         return self._flattened(gx, x)
+
+    def _state_in(self, x: Tensor, *, writable: bool) -> Any:
+        """The user's state that lies in x (n, D)."""
+        layout = self.layout
+        if layout.is_tuple:
+            return layout.unflatten(x, writable=writable)
+        return x.reshape(x.shape[: layout.batch_dims] + layout.shapes[0])
 
     def _flattened(self, gx: Any, x: Tensor) -> Tensor:
         """gx (n, D), if it is like the state in x; what autocast made of its dtype is undone."""

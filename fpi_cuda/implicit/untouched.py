@@ -29,11 +29,13 @@ class Untouched:
     def __init__(self, name: str, read: Any) -> None:
         self._name = name
         self.read = object() if isinstance(read, list) else read
-        self._tensors = [t for t in parts_of(read) if isinstance(t, Tensor)]
-        self.uncounted = [t for t in self._tensors if t.is_inference()]
-        self.counted = self._tensors
-        if self.uncounted:
-            self.counted = [t for t in self._tensors if not t.is_inference()]
+        self._tensors: list[Tensor] = []
+        self.counted: list[Tensor] = []
+        self.uncounted: list[Tensor] = []
+        for t in parts_of(read):
+            if isinstance(t, Tensor):
+                self._tensors.append(t)
+                (self.uncounted if t.is_inference() else self.counted).append(t)
 
     def versions(self) -> list[int]:
         """How often each of `counted` was changed."""
@@ -41,6 +43,8 @@ class Untouched:
 
     def copies(self) -> list[tuple[Tensor, Tensor]]:
         """Dense ones of `uncounted`, each with a copy."""
+        if not self.uncounted:
+            return []
         return [(t, t.clone()) for t in self.uncounted if t.layout == torch.strided]
 
     def require(self, versions: list[int], copies: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
@@ -49,6 +53,8 @@ class Untouched:
         Raises:
             ValueError: one was changed.
         """
+        if not copies and self.versions() == versions:
+            return
         changed = [
             t for t, v in zip(self.counted, versions, strict=True) if counted_version(t) != v
         ] + [t for t, copied in copies if not same_numbers(t, copied)]
