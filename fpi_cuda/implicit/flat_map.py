@@ -351,7 +351,7 @@ class FlatMap:
         ):
             layout.require_like(gx, x.shape[0])
             return layout.flatten(gx)
-        return gx.reshape(x.shape)
+        return gx if gx.shape == x.shape and not gx.requires_grad else gx.reshape(x.shape)
 
     def _widened(self, gx: Tensor, low: torch.dtype) -> Tensor:
         return gx.to(self.layout.dtype) if gx.dtype == low else gx

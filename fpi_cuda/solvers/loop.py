@@ -64,7 +64,7 @@ def solve(
         storage = x.untyped_storage().data_ptr()
         rows: Tensor | None = None
         number = 0
-        num_active: int | None = len(x)
+        num_active: int | None = x.shape[0]
         while True:
             gx = evaluate(x, rows)
             if gx.untyped_storage().data_ptr() == storage or not gx.is_contiguous():
@@ -77,7 +77,7 @@ def solve(
                 exact = arithmetic is None or arithmetic == x0.dtype
                 noise = None if exact else noise_of(arithmetic, x0.dtype, max_steps)
             if watch is not None and watch.looks_early:
-                all_active = num_active is None or num_active == len(x)
+                all_active = num_active is None or num_active == x.shape[0]
                 if watch.found(x, gx, work, number, all_active=all_active):
                     del arrays  # their memory, for the joint solve
                     return watch.go_on(x, gx, work, number)
@@ -87,7 +87,7 @@ def solve(
                 break  # and with it every sample that was left
             status = work.status if rows is None else work.status[rows]
             if at_once:
-                num_active = len(status) - int(torch.count_nonzero(status))
+                num_active = status.shape[0] - int(torch.count_nonzero(status))
             else:
                 num_active = count.after_step(status)
             if num_active == 0:
