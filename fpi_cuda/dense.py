@@ -18,6 +18,7 @@ REMEDIES = {
 
 
 NAMES = hasattr(Tensor, "has_names")
+"""Whether dimensions may have names, which torch 2.13 did away with."""
 
 
 def why_not_dense(t: Tensor, name: str = "") -> tuple[str, str] | None:
@@ -26,7 +27,9 @@ def why_not_dense(t: Tensor, name: str = "") -> tuple[str, str] | None:
     A subclass that only overrides __torch_function__ holds its own numbers, and is dense.
     """
     # Most are; and Dynamo, which looks into a layer's start, knows no more.
-    plain = type(t) is Tensor and not (t.is_nested or t.is_quantized or has_names(t))
+    asked: Any = t
+    plain = type(t) is Tensor and not (t.is_nested or t.is_quantized)
+    plain = plain and not (NAMES and asked.has_names())
     if (plain and t.layout == torch.strided) or torch.compiler.is_dynamo_compiling():
         return None
     found = _found(t)
@@ -48,12 +51,7 @@ def _found(t: Tensor) -> tuple[str, str] | None:
         return str(t.layout), "use {}.to_dense()"
     if t.is_quantized:
         return str(t.dtype), "use {}.dequantize()"
-    if has_names(t):
+    asked: Any = t
+    if NAMES and asked.has_names():
         return "a tensor of dimensions with names", "use {}.rename(None)"
     return None
-
-
-def has_names(t: Tensor) -> bool:
-    """Whether t has dimensions with names, which torch 2.13 did away with."""
-    asked: Any = t  # no attribute of newer ones
-    return NAMES and bool(asked.has_names())

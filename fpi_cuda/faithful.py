@@ -12,13 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fpi_cuda import transforms
 from fpi_cuda.capturing import NoRandomNumbers, being_captured
 from fpi_cuda.drawing_ops import Generators
-from fpi_cuda.random_draws import Draw, Recording, Replaying, depth
-from fpi_cuda.weight_cache import caches_kept_clean, watch_weight_cache
+from fpi_cuda.random_draws import Draw, Recording, Replaying, here
+from fpi_cuda.weight_cache import WeightCache, caches_kept_clean, watch_weight_cache
 
 T = TypeVar("T")
 
@@ -39,26 +40,28 @@ class Replay:
         g, method: whose evaluations they are; "" is its call.
     Attributes:
         stochastic: the first evaluation drew random numbers.
+        is_plain: an evaluation is a call of g, as the first one has shown, for as long as autocast
+            is off on all of device_types and parametrize knows of this thread's layers.
+        device_types: those whose autocast concerns the evaluations.
+        autocast_dtype: what autocast gives to products on the device; None where it is off.
     """
 
     def __init__(self, device: torch.device, g: Any = None, method: str = "") -> None:
         self._device = device
         self._g = g
         self._method = method
-        self._autocast = AutocastState.current(device.type)
+        self._autocast = AutocastState(device.type)
+        self.device_types = self._autocast.device_types
+        self.autocast_dtype = self._autocast.dtypes[device.type]
         self._inference = torch.is_inference_mode_enabled()
         self._first = True
         self._compare = True
         self._draws: Sequence[Draw] = ()
+        self.is_plain = False
 
     @property
     def stochastic(self) -> bool:
         return bool(self._draws)
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype that autocast gives to products on the device; None where it is off."""
-        return self._autocast.dtype_on(self._device.type)
 
     @property
     def autocast_key(self) -> Hashable:
@@ -72,7 +75,8 @@ class Replay:
             again: the same, from fresh copies of what it may have changed; it is called where
                 another thread draws at that time, to see whether g does.
         """
-        watch_weight_cache()
+        if type(parametrize._cache) is not WeightCache:
+            watch_weight_cache()
         inference = self._inference and not torch.is_inference_mode_enabled()
         if not inference and self._autocast.is_current():
             return self._with_random_numbers(evaluation, again or evaluation)
@@ -82,34 +86,36 @@ class Replay:
             stack.enter_context(self._autocast.entered())
             return self._with_random_numbers(evaluation, again or evaluation)
 
-    @contextlib.contextmanager
-    def solving(self) -> Iterator[None]:
+    def solving(self) -> contextlib.AbstractContextManager[None]:
         """Around a whole solve: what it does not leave behind.
 
         The solver's own arithmetic runs without autocast, which would round it.
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(caches_kept_clean())
-            if self._autocast.enabled:
-                stack.enter_context(self._autocast.switched_off())
+        return self._without_autocast() if self._autocast.enabled else caches_kept_clean()
+
+    @contextlib.contextmanager
+    def _without_autocast(self) -> Iterator[None]:
+        with caches_kept_clean(), self._autocast.switched_off():
             yield
 
     def _with_random_numbers(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
-        if self._first and being_captured(self._device):
+        if not self._first:
+            return self._later_evaluation(evaluation, again) if self._draws else evaluation()
+        self._first = False
+        if being_captured(self._device):
             # The generators cannot be asked now.
-            self._first = False
             with NoRandomNumbers():
-                return evaluation()
-        if self._first:
-            self._first = False
-            return self._first_evaluation(evaluation, again)
-        return self._later_evaluation(evaluation, again) if self._draws else evaluation()
+                result = evaluation()
+        else:
+            result = self._first_evaluation(evaluation, again)
+        self.is_plain = not (self._draws or self._inference or self._autocast.enabled)
+        return result
 
     def _first_evaluation(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
         habit = habit_of(self._g, self._method)
         self._g = None
         before = generator_states(self._device)
-        if habit.drew is False and not depth():
+        if habit.drew is False and not here.depth:
             result = evaluation()
             if unmoved(before, self._device):
                 return result
@@ -129,7 +135,7 @@ class Replay:
             result = evaluation()
         self._draws = recording.draws
         habit.drew = bool(recording.draws)
-        if not recording.draws and not depth() and not unmoved(before, self._device):
+        if not recording.draws and not here.depth and not unmoved(before, self._device):
             between = generator_states(self._device)
             self._require_alike(result, again(), between)
         return result
@@ -141,7 +147,7 @@ class Replay:
             replaying.require_all()
         if self._compare:
             self._compare = False
-            if not depth() and not unmoved(before, self._device):
+            if not here.depth and not unmoved(before, self._device):
                 between = generator_states(self._device)
                 with Replaying(self._draws):
                     repeated = again()
@@ -241,24 +247,27 @@ def same_leaf(one: Any, other: Any, share: float) -> bool:
 
 
 class AutocastState:
-    """Autocast as it stands for the CPU and one more device type."""
+    """Autocast as it stands on this thread, for the CPU and one more device type.
 
-    def __init__(self, dtypes: dict[str, torch.dtype | None], cache: bool) -> None:
-        self._dtypes = dtypes
-        self._cache = cache
+    Attributes:
+        device_types: those.
+        dtypes: what products are computed in, by device type; None where autocast is off.
+        enabled: on for any of them.
+    """
 
-    @classmethod
-    def current(cls, device_type: str) -> AutocastState:
-        """The state now, on this thread."""
-        dtypes = {
-            name: torch.get_autocast_dtype(name) if torch.is_autocast_enabled(name) else None
-            for name in {"cpu", device_type}
-        }
-        return cls(dtypes, torch.is_autocast_cache_enabled())
+    def __init__(self, device_type: str) -> None:
+        self.device_types = ("cpu",) if device_type == "cpu" else ("cpu", device_type)
+        self.dtypes: dict[str, torch.dtype | None] = dict.fromkeys(self.device_types)
+        self.enabled = False
+        for name in self.device_types:
+            if torch.is_autocast_enabled(name):
+                self.enabled = True
+                self.dtypes[name] = torch.get_autocast_dtype(name)
+        self._cache = torch.is_autocast_cache_enabled()
 
     def is_current(self) -> bool:
         """Whether it is the state now, on this thread."""
-        for name, dtype in self._dtypes.items():
+        for name, dtype in self.dtypes.items():
             if torch.is_autocast_enabled(name) != (dtype is not None):
                 return False
             if dtype is not None and torch.get_autocast_dtype(name) != dtype:
@@ -268,22 +277,13 @@ class AutocastState:
     @property
     def key(self) -> Hashable:
         """Equal for equal states."""
-        return tuple(sorted(self._dtypes.items(), key=lambda item: item[0]))
-
-    @property
-    def enabled(self) -> bool:
-        """On for any device type."""
-        return any(dtype is not None for dtype in self._dtypes.values())
-
-    def dtype_on(self, device_type: str) -> torch.dtype | None:
-        """What products are computed in there; None where autocast is off."""
-        return self._dtypes[device_type]
+        return tuple(self.dtypes.items())
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Autocast as it was."""
         with contextlib.ExitStack() as stack:
-            for name, dtype in self._dtypes.items():
+            for name, dtype in self.dtypes.items():
                 if dtype is None:
                     stack.enter_context(torch.autocast(name, enabled=False))
                 else:
@@ -294,7 +294,7 @@ class AutocastState:
     def switched_off(self) -> Iterator[None]:
         """No autocast on any of the device types."""
         with contextlib.ExitStack() as stack:
-            for name in self._dtypes:
+            for name in self.dtypes:
                 stack.enter_context(torch.autocast(name, enabled=False))
             yield
 
@@ -309,11 +309,9 @@ def generator_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-@contextlib.contextmanager
-def counting_changes() -> Iterator[None]:
-    """no_grad, and not inference mode: what is made inside counts how often it is changed."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+counting_changes = functools.partial(torch.inference_mode, False)
+"""A context outside of inference mode: what is made inside counts how often it is changed. Grad
+mode is on in it, as it is where inference mode never was."""
 
 
 @contextlib.contextmanager
@@ -334,7 +332,7 @@ def rehearsed(
     """
     habit = habit_of(g, method)
     before = generator_states(device)
-    if habit.drew is False and not depth():
+    if habit.drew is False and not here.depth:
         result = evaluation()
         if unmoved(before, device):
             return result, False

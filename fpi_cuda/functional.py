@@ -52,6 +52,7 @@ from fpi_cuda.request import (
     require_inputs,
     require_known,
     require_map,
+    require_numbers,
 )
 from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult, Status
 from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
@@ -61,7 +62,7 @@ from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.unroll import unroll
 from fpi_cuda.state import Layout, layout_of
-from fpi_cuda.tracing import require_numbers, untraced
+from fpi_cuda.tracing import untraced
 from fpi_cuda.unconverged import notice_here
 
 
@@ -155,28 +156,32 @@ def fixed_point(
         solver, rtol, atol, max_steps, adjoint, backend, rowwise, throw, route, precision,
         batch_dims, notice=notice_here(),
     )  # fmt: skip
+    options.require_sensible("fixed_point")
     return solve_as_told(g, x0, z, options)
 
 
-@untraced
 def solve_as_told(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], options: Options
 ) -> Solution:
-    """fixed_point, with all of its options in one."""
-    options.require_sensible("fixed_point")
+    """fixed_point, with all of its options in one, which are sensible."""
     layout = layout_of(x0, options.batch_dims)
     require_inputs(z)
     if options.batch_dims:
         require_batch(g, x0)
     require_numbers(*(x0 if layout.is_tuple else (x0,)), *z)
     try:
-        solution = solve_merged(g, x0, z, layout, options)
+        if not transforms.active():
+            return report(solve_flat(g, x0, z, layout, options), options)
+        return solve_inside(g, x0, z, layout, options)
     except (RuntimeError, TypeError) as error:
         if isinstance(error, TypeError):
             require_arity(g, z)
         require_g_reads(z, error)
         raise
-    return solution
+
+
+solve_untraced = untraced(solve_as_told)
+"""For calls that torch.compile looks into."""
 
 
 def report(solution: Solution, options: Options) -> Solution:
@@ -199,10 +204,13 @@ def report(solution: Solution, options: Options) -> Solution:
     return solution
 
 
-def solve_merged(
+def solve_inside(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout, options: Options
 ) -> Solution:
-    """Solve with the innermost torch.func.vmap made part of the batch, where steps are followed."""
+    """Solve inside of torch.func transforms.
+
+    Where steps are followed, the innermost vmap is made part of the batch.
+    """
     if not transforms.active():
         return report(solve_flat(g, x0, z, layout, options), options)
     if not isinstance(options.adjoint, Unroll):
@@ -213,7 +221,7 @@ def solve_merged(
     def solve(g: Any, x0: Any, z: tuple[Tensor, ...], inner: Layout) -> list[Tensor]:
         nonlocal record
         whole = options if options.batch_dims else replace(options, batch_dims=1, rowwise=True)
-        solution = solve_merged(g, x0, z, inner, whole)
+        solution = solve_inside(g, x0, z, inner, whole)
         record = solution.adjoint_record
         value = solution.value if inner.is_tuple else (solution.value,)
         return [*value, solution.status, solution.num_steps, solution.residual]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fpi_cuda import transforms
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.explanation import explain
-from fpi_cuda.functional import detached, solve_as_told
+from fpi_cuda.functional import detached, solve_as_told, solve_untraced
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit
 from fpi_cuda.request import Options, require_known, require_map
 from fpi_cuda.result import Solution
-from fpi_cuda.state import STATE_DTYPES, layout_of
+from fpi_cuda.state import STATE_DTYPES
 from fpi_cuda.unconverged import Notice
 
 NOT_ALWAYS_SHOWN = (
@@ -60,6 +60,9 @@ class FPILayer(nn.Module):
         TypeError, ValueError: an option that makes no sense.
     """
 
+    _sensible: Options | None = None
+    """The options that were checked last: somebody may have put others in their place."""
+
     def __init__(
         self,
         g: Callable[..., Any],
@@ -92,6 +95,7 @@ class FPILayer(nn.Module):
             notice=Notice(f"FPILayer({getattr(g, '__name__', type(g).__name__)})"),
         )  # fmt: skip
         self.options.require_sensible("FPILayer")
+        self._sensible = self.options
         self.g = g
         self.init = init
         self.state_shape = None if state_shape is None else checked_shape(state_shape)
@@ -110,9 +114,14 @@ class FPILayer(nn.Module):
     def solve(self, *z: Tensor, x0: Any = None) -> Solution:
         """The fixed point and how it was reached; arguments as in forward."""
         start = self.start(*z) if x0 is None else x0
-        solution = solve_as_told(self.g, start, z, self.options)
-        layout = layout_of(start, self.options.batch_dims)
-        self._last_state = (layout.device, layout.dtype)
+        options = self.options
+        if options is not self._sensible:
+            options.require_sensible("FPILayer")
+            self._sensible = options
+        run = solve_untraced if torch.compiler.is_dynamo_compiling() else solve_as_told
+        solution = run(self.g, start, z, options)
+        first = solution.value[0] if isinstance(solution.value, tuple) else solution.value
+        self._last_state = (first.device, first.dtype)
         self.last_solution = None if transforms.active() else detached(solution)
         return solution
 
@@ -209,7 +218,10 @@ class FPILayer(nn.Module):
         return z.dtype if parameter is None else torch.promote_types(z.dtype, parameter.dtype)
 
     def _floating_parameter(self) -> Tensor | None:
-        return next((p for p in self.parameters() if p.is_floating_point()), None)
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                return parameter
+        return None
 
 
 def checked_shape(shape: object) -> tuple[Any, ...]:

@@ -183,9 +183,10 @@ def modules_of(g: object) -> list[nn.Module]:
             continue
         if isinstance(part, nn.Module):
             new = [module for module in modules_in(part) if id(module) not in found]
-            found.update((id(module), module) for module in new)
-            for module in new[:budget]:
-                pending.extend(held_besides(module))
+            for number, module in enumerate(new):
+                found[id(module)] = module
+                if number < budget:
+                    pending.extend(held_besides(module))
             budget -= min(budget, len(new))
         else:
             seen[id(part)] = part
@@ -216,7 +217,7 @@ def held_by(g: Any) -> list[Any]:
             with contextlib.suppress(ValueError):  # a cell that is not filled yet
                 parts.append(cell.cell_contents)
         if not (g.__module__ or "").startswith("torch."):
-            named = (g.__globals__.get(name) for name in g.__code__.co_names)
+            named = map(g.__globals__.get, g.__code__.co_names)
             # By type, for a proxy may not like to be asked what it is.
             parts += [v for v in named if issubclass(type(v), (nn.Module, types.FunctionType))]
         return parts

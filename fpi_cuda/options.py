@@ -26,10 +26,11 @@ def option(cls: type[T]) -> type[T]:
     cls = dataclasses.dataclass(frozen=True)(cls)
     generated: Callable[..., None] = cls.__init__
     valid = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = frozenset(valid)
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        unknown = [name for name in kwargs if name not in valid]
-        if unknown:
+        if not kwargs.keys() <= known:
+            unknown = [name for name in kwargs if name not in known]
             choices = ", ".join(valid) if valid else "none"
             raise TypeError(
                 f"{cls.__name__}: unknown option {unknown[0]!r}. Valid options: {choices}"

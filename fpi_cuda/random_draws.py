@@ -54,7 +54,18 @@ OUT_OF_REACH = (
 # Looked up at every op.
 NOTHING, NUMBERS = Kind.NOTHING, Kind.NUMBERS
 
-_on_this_thread = threading.local()
+
+class ThisThread(threading.local):
+    """What holds on one thread.
+
+    Attributes:
+        depth: how many of the modes below it is in.
+    """
+
+    depth = 0
+
+
+here = ThisThread()
 
 
 class Draw(NamedTuple):
@@ -77,12 +88,12 @@ class DrawMode(QuietMode):
 
     def __enter__(self) -> Self:
         self._differentiable = torch.is_grad_enabled()
-        _on_this_thread.depth = depth() + 1
+        here.depth += 1
         return super().__enter__()
 
     def __exit__(self, *raised: object) -> None:
         super().__exit__(*raised)
-        _on_this_thread.depth -= 1
+        here.depth -= 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -157,7 +168,7 @@ class Recording(DrawMode):
             return drawn_with(mine, func, args, kwargs), state
         source = default_generator(device) if given is None else given
         before = copied_where_written(func, args)
-        if depth() == 1:
+        if here.depth == 1:
             state = (source.device, source.get_state())
             out = func(*args, **kwargs)
             mine = generator_at(*state)
@@ -219,8 +230,3 @@ class Replaying(DrawMode):
         if left:
             op = self._draws[self._position].op.name()
             raise RuntimeError(OTHERWISE.format(f"{op} and what follows, {left} in all, is left"))
-
-
-def depth() -> int:
-    """How many of these modes this thread is in."""
-    return getattr(_on_this_thread, "depth", 0)

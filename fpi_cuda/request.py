@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
 from fpi_cuda import backends
@@ -30,6 +32,7 @@ from fpi_cuda.shortcuts import why_not_hoisted, why_rows_unknown
 from fpi_cuda.unconverged import Notice
 
 ROUTES = ("host", "device", "fused")
+NO_NUMBERS = "fixed_point: a solve needs the numbers in x0 and z, and {} has none. {}"
 
 
 @dataclass(frozen=True)
@@ -210,3 +213,29 @@ def require_inputs(z: tuple[object, ...]) -> None:
                 f"fixed_point: z[{index}] is an uninitialized parameter; call the module that it "
                 "belongs to first"
             )
+
+
+def require_numbers(*tensors: Tensor) -> None:
+    """Raise where tensors only stand for numbers, as those of tracers do.
+
+    Raises:
+        ValueError: a tensor on the meta device.
+        RuntimeError: fake tensors, or a trace that would hold the steps taken for these data.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "fixed_point: torch.jit.trace would keep the steps that these data need for all "
+            "others. Trace what is around the layer, or call it as it is"
+        )
+    for t in tensors:
+        if isinstance(t, FakeTensor) or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
+            raise RuntimeError(
+                NO_NUMBERS.format("a FakeTensor", "torch.export of a solve is not possible")
+            )
+        if t.is_meta:
+            raise ValueError(NO_NUMBERS.format("device meta", "Pass tensors on a real device"))
+    if _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:
+        raise RuntimeError(
+            "fixed_point: make_fx and torch.func.linearize cannot trace a solve, whose steps "
+            "depend on the data. In the place of linearize use torch.func.jvp"
+        )

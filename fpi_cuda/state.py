@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.dense import why_not_dense
+from fpi_cuda.dense import NAMES, why_not_dense
 
 STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -46,7 +46,7 @@ class Layout:
     @functools.cached_property
     def dim(self) -> int:
         """D."""
-        return sum(self.sizes)
+        return sum(self.sizes) if self.is_tuple else math.prod(self.shapes[0])
 
     @property
     def rows_together(self) -> int:
@@ -58,10 +58,9 @@ class Layout:
         if not self.is_tuple:
             single: Tensor = x.reshape(x.shape[0] if self.batch_dims else 1, self.dim)
             return single
-        parts = x if self.is_tuple else (x,)
         flat = [
             part.reshape(part.shape[0] if self.batch_dims else 1, size)
-            for part, size in zip(parts, self.sizes, strict=True)
+            for part, size in zip(x, self.sizes, strict=True)
         ]
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
@@ -103,16 +102,6 @@ class Layout:
             TypeError: not a tensor, or not a tuple of as many tensors.
             ValueError: another shape, layout, dtype or device.
         """
-        if (
-            type(gx) is Tensor
-            and not self.is_tuple
-            and gx.dtype == self.dtype
-            and gx.layout == torch.strided
-            and not gx.is_nested
-            and gx.shape == (num_samples,)[: self.batch_dims] + self.shapes[0]
-            and gx.device == self.device
-        ):
-            return  # as most are
         parts = gx if self.is_tuple else (gx,)
         if not isinstance(parts, (tuple, list)) or len(parts) != len(self.shapes):
             given = len(parts) if isinstance(parts, (tuple, list)) else type(gx).__name__
@@ -170,12 +159,16 @@ def layout_of(x0: object, batch_dims: int = 1) -> Layout:
     for part in parts:
         require_floating_tensor(part)
     first = parts[0]
+    shapes = []
     for part in parts:
         if part.dim() < batch_dims:
             raise ValueError(
                 "fixed_point: dim 0 of x0 is the batch, got a scalar. Use batch_dims=0, or "
                 "x0.reshape(1) for one sample of one number"
             )
+        shapes.append(part.shape[batch_dims:])
+        if part is first:
+            continue
         shared: list[tuple[str, Any, Any]] = [
             ("one dtype", part.dtype, first.dtype),
             ("one device", part.device, first.device),
@@ -188,7 +181,7 @@ def layout_of(x0: object, batch_dims: int = 1) -> Layout:
                     f"fixed_point: the tensors of x0 must share {rule}, got {expected} and {given}"
                 )
     return Layout(
-        shapes=tuple(part.shape[batch_dims:] for part in parts),
+        shapes=tuple(shapes),
         is_tuple=isinstance(x0, tuple),
         batch=first.shape[0] if batch_dims else 1,
         dtype=first.dtype,
@@ -199,6 +192,10 @@ def layout_of(x0: object, batch_dims: int = 1) -> Layout:
 
 def require_floating_tensor(part: object) -> None:
     """Raise unless `part` can be (part of) a state."""
+    if type(part) is Tensor and part.dtype in STATE_DTYPES and part.layout == torch.strided:
+        asked: Any = part
+        if not (part.is_nested or (NAMES and asked.has_names())):
+            return  # as most are
     if not isinstance(part, Tensor):
         remedy = "convert it with torch.as_tensor" if not isinstance(part, list) else "use a tuple"
         raise TypeError(

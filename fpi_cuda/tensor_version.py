@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import Tensor
+
+counted_version = operator.attrgetter("_version")
+"""How often a tensor was changed in place; raises for inference tensors, which do not count it."""
 
 
 def version_of(t: Tensor) -> int:
-    """How often t was changed in place; 0 for inference tensors, which do not count it."""
-    return 0 if t.is_inference() else t._version
+    """The same, and 0 for inference tensors."""
+    return 0 if t.is_inference() else counted_version(t)

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 
-
-def active() -> bool:
-    """Whether any transform is active."""
-    return torch._C._are_functorch_transforms_active()
+active = torch._C._are_functorch_transforms_active
+"""Whether any transform is active."""
 
 
 def require_working() -> None:

@@ -6,9 +6,7 @@ the parameters, must not be found by another thread, which would silently lose a
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -72,31 +70,35 @@ def watch_weight_cache() -> None:
         parametrize._cache = WeightCache(parametrize._cache)
 
 
-@contextlib.contextmanager
-def laid_aside(*, covers: bool) -> Iterator[None]:
+class laid_aside:
     """Keep what parametrize.cached() computes inside to this thread, and drop it in the end.
 
     Args:
         covers: let it compute its weights anew, from the parameters that it finds now. Those in
             the cache come from other tensors than the stand-ins of this evaluation.
     """
-    watch_weight_cache()
-    _here.layers.append(Layer(covers=covers))
-    try:
-        yield
-    finally:
+
+    def __init__(self, *, covers: bool) -> None:
+        self._covers = covers
+
+    def __enter__(self) -> None:
+        watch_weight_cache()
+        _here.layers.append(Layer(covers=self._covers))
+
+    def __exit__(self, *_: object) -> None:
         _here.layers.pop()
 
 
-@contextlib.contextmanager
-def caches_kept_clean() -> Iterator[None]:
+class caches_kept_clean(laid_aside):
     """Drop what is cached inside: under no_grad it has no graph.
 
     Whoever used it next under grad mode would silently lose a gradient. Autocast caches the
     weights that it casts, parametrize.cached() those that it computes.
     """
-    with laid_aside(covers=False):
-        try:
-            yield
-        finally:
-            torch.clear_autocast_cache()
+
+    def __init__(self) -> None:
+        super().__init__(covers=False)
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        torch.clear_autocast_cache()

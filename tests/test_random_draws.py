@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fpi_cuda as fpi
 from fpi_cuda.drawing_ops import Generators
-from fpi_cuda.random_draws import Recording, Replaying, depth
+from fpi_cuda.random_draws import Recording, Replaying, here
 
 F64 = torch.float64
 B, D = 6, 5
@@ -270,7 +270,7 @@ def test_an_op_whose_numbers_are_out_of_reach_is_refused(
         draws[0] = True
         with pytest.raises(RuntimeError, match=message):
             fpi.fixed_point(g, torch.ones_like(z), z)
-    assert depth() == 0
+    assert here.depth == 0
 
 
 @pytest.mark.parametrize(

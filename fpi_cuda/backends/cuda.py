@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpi_cuda.backends.compiled import anderson_step_ as anderson_step_
+from fpi_cuda.backends.compiled import broyden_step_ as broyden_step_
+from fpi_cuda.backends.compiled import cell_loop_ as cell_loop_
 from fpi_cuda.row_norm import num_moved as num_moved
 
 name = "cuda"
@@ -21,21 +24,6 @@ def scratch(x: Tensor) -> Tensor | None:
     """What a solve from x (B, D) must pass to every step: room where blocks share a sample."""
     size = torch.ops.fpi_cuda.step_scratch_bytes.default(*x.shape, x.dtype)
     return torch.zeros(size, dtype=torch.uint8, device=x.device) if size else None
-
-
-def anderson_step_(*args: Any, **kwargs: Any) -> None:
-    """See fpi_cuda.backends.reference.anderson_step_, its twin."""
-    torch.ops.fpi_cuda.anderson_step_.default(*args, **kwargs)
-
-
-def broyden_step_(*args: Any, **kwargs: Any) -> None:
-    """See fpi_cuda.backends.reference.broyden_step_, its twin."""
-    torch.ops.fpi_cuda.broyden_step_.default(*args, **kwargs)
-
-
-def cell_loop_(*args: Any, **kwargs: Any) -> None:
-    """See fpi_cuda.backends.reference.cell_loop_, its twin."""
-    torch.ops.fpi_cuda.cell_loop_.default(*args, **kwargs)
 
 
 def cell_loop_words(

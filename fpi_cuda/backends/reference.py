@@ -15,6 +15,7 @@ from torch import Tensor
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
 from fpi_cuda.result import Status
 from fpi_cuda.row_norm import num_moved as num_moved
+from fpi_cuda.row_norm import row_norm
 from fpi_cuda.rules import (
     ANCHOR,
     MIX,
@@ -60,14 +61,6 @@ class StepState:
     residual: Tensor
 
 
-def norm(v: Tensor) -> Tensor:
-    """(n,) float64 2-norms over the last dimension, safe against overflow and underflow."""
-    v = v.detach().double()
-    scale = v.abs().amax(dim=-1, keepdim=True) if v.shape[-1] else v.new_zeros((len(v), 1))
-    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, 1.0)
-    return scale.squeeze(-1) * (v / scale).square().sum(-1).sqrt()
-
-
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """<a, b> over the last dimension in float64."""
     return (a.double() * b.double()).sum(-1)
@@ -92,7 +85,8 @@ def judge(s: StepState, gx: Tensor, rules: Rules) -> tuple[StepState, Decision, 
     """Count the evaluation, decide, and write the account; also f = g(x) - x, (n, D)."""
     wide = torch.float64 if gx.dtype == torch.float64 else torch.float32
     f = gx.to(wide) - s.x.to(wide)
-    at = Measured(norm(gx.detach().double() - s.x.detach().double()), norm(gx), norm(s.x))
+    x, at_x = s.x.detach(), gx.detach()
+    at = Measured(row_norm(at_x.double() - x.double()), row_norm(at_x), row_norm(x))
     step = s.num_steps + 1
     control, decision = decide(read_control(s.control), at, rules, step)
     returns_x = (decision.move != STOP) | decision.improved
@@ -140,8 +134,8 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     f_previous, g_previous = previous(s, fresh)
     df = (f - f_previous).to(s.columns_f.dtype)
     dg = (g - g_previous).to(s.columns_g.dtype)
-    size = norm(df)
-    useful = (size > 0.5 * rules.epsilon * norm(gx)) & torch.isfinite(size)
+    size = row_norm(df.detach())
+    useful = (size > 0.5 * rules.epsilon * row_norm(gx.detach())) & torch.isfinite(size)
     admits = differs & goes_on & useful
     # Zeroed where it is not taken: under autograd 0 * NaN would reach the products below.
     df, dg = unless(~admits, df, torch.zeros_like(df)), unless(~admits, dg, torch.zeros_like(dg))
@@ -159,7 +153,7 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     rhs = torch.where(valid, dot(torch.where(valid[:, :, None], columns_f, 0.0), f[:, None]), 0.0)
     gamma = solve_small(torch.where(valid[:, :, None] & valid[:, None, :], gram, 0.0), rhs,
                         count.clamp(max=f.shape[1]), head, ridge)  # fmt: skip
-    mixes = (decision.move == MIX) & worth_mixing(gamma, rhs, norm(f).square())
+    mixes = (decision.move == MIX) & worth_mixing(gamma, rhs, row_norm(f.detach()).square())
     gamma = torch.where(valid & mixes[:, None], gamma, 0.0).to(f.dtype)
     taken = gamma[:, :, None]
     g_mixed = g - torch.where(taken != 0, taken * columns_g.to(f.dtype), 0.0).sum(1)
@@ -249,9 +243,9 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
     fresh_v = fresh_v.to(s.columns_g.dtype).to(f.dtype)
     fresh_u = (step - h_y).to(s.columns_f.dtype).to(f.dtype)
     denominator = dot(fresh_v, y)
-    size = norm(fresh_v) * norm(y)
-    updates = goes_on & differs & torch.isfinite(size) & (norm(step) > 0)
-    updates &= norm(y) > 0.5 * rules.epsilon * norm(gx)
+    size = row_norm(fresh_v.detach()) * row_norm(y.detach())
+    updates = goes_on & differs & torch.isfinite(size) & (row_norm(step.detach()) > 0)
+    updates &= row_norm(y.detach()) > 0.5 * rules.epsilon * row_norm(gx.detach())
     updates &= denominator.detach().abs() > SMALLEST_COSINE * size
     # In float64: the denominator is a product of two differences, beyond a float's range at times.
     fresh_u = fresh_u.double() / torch.where(updates, denominator, 1.0)[:, None]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
@@ -17,7 +19,8 @@ from fpi_cuda.implicit.untouched import Untouched, parts_of
 from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
 from fpi_cuda.shortcuts import why_not_hoisted
 from fpi_cuda.state import Layout
-from fpi_cuda.tensor_version import version_of
+from fpi_cuda.tensor_version import counted_version
+from fpi_cuda.weight_cache import WeightCache
 
 Watch = Callable[[Tensor, Tensor], None]
 """watch(x, gx): looks at an evaluation that was made."""
@@ -26,6 +29,10 @@ Recording = Callable[[Callable[[Any], Any], Any], Any]
 """record(g, state): g(state), written down."""
 
 
+CHANGES_X_AT_TIMES = (
+    "fixed_point: g must not change x in place in some evaluations only. Use out-of-place "
+    "operations on it"
+)
 NOT_ROW_BY_ROW = (
     "fixed_point: with rowwise=True g is evaluated on some of the rows, and fails there: {}. Use "
     "rowwise=None, and rows that depend on one another are solved as one sample; or batch_dims=0, "
@@ -39,11 +46,11 @@ class Habit:
 
     Attributes:
         changes_x: g changes the x it is given, so each evaluation gets a copy; None: unknown.
-        evaluations: how many there were.
+        looked_after: how many of them were made by FlatMap._looked_after.
     """
 
     changes_x: bool | None = None
-    evaluations: int = 0
+    looked_after: int = 0
 
 
 class FlatMap:
@@ -57,6 +64,8 @@ class FlatMap:
         source_z: z, also where a mended map evaluates g on something else.
         hoisted: prepare and step stand for g.
         whole: why they do not, so that g(x, *z) is called in every evaluation; None if they do.
+        read: what g reads besides x: what prepare returned, else z.
+        arithmetic: what products in g are rounded to: autocast's dtype, else that of the state.
     """
 
     def __init__(self, g: Any, layout: Layout, z: tuple[Tensor, ...], replay: Replay) -> None:
@@ -67,14 +76,19 @@ class FlatMap:
         self.replay = replay
         self.whole = why_not_hoisted(g)
         self.hoisted = self.whole is None
+        self.arithmetic = replay.autocast_dtype or layout.dtype
         # Shared by all maps that evaluate this g.
         self._habit = Habit()
-        self._prepare_replay = Replay(layout.device, g, "prepare")
-        self._buffers, self._prepare_buffers = moving_buffers(g)
-        self._prepared: Any = None
         if self.hoisted:
-            with Untouched("z", z, compare=True):
-                self._prepared = self._prepare(z)
+            self._prepare_replay = Replay(layout.device, g, "prepare")
+        self._buffers, self._prepare_buffers = moving_buffers(g)
+        self._untouched = Untouched("z", z)
+        self.read: Any = z
+        if self.hoisted:
+            untouched = self._untouched
+            versions, copies = untouched.versions(), untouched.copies()
+            self.read = self._prepare(z)
+            untouched.require(versions, copies)
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
         self._mend: tuple[Tensor, int] | None = None
@@ -85,16 +99,6 @@ class FlatMap:
         self._recording: Recording | None = None
 
     @property
-    def read(self) -> Any:
-        """What g reads besides x: what prepare returned, else z."""
-        return self._prepared if self.hoisted else self.z
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        """What products in g are rounded to: autocast's dtype, else that of the state."""
-        return self.replay.autocast_dtype or self.layout.dtype
-
-    @property
     def damping(self) -> tuple[int, float]:
         """Steps of g in one evaluation, and how long each is."""
         return self._steps, self._damping
@@ -103,9 +107,8 @@ class FlatMap:
         """This map with other numbers in the place of `read`."""
         other = copy.copy(self)
         other._selection = (None, None)
-        if self.hoisted:
-            other._prepared = read
-        else:
+        other.read = read
+        if not self.hoisted:
             other.z = other.source_z = read
         return other
 
@@ -189,8 +192,7 @@ class FlatMap:
         other = copy.copy(self)
         other._selection = (None, None)
         other.z = other.source_z = tuple(z)
-        if self.hoisted:
-            other._prepared = other._prepare(other.z)
+        other.read = self._prepare(other.z) if self.hoisted else other.z
         return other
 
     def damped(self, steps: int, damping: float) -> FlatMap:
@@ -221,8 +223,7 @@ class FlatMap:
         other = copy.copy(self)
         other._mend = (bad, good)
         other.z = tuple(self._mended_inputs(self.source_z, bad, good))
-        if self.hoisted:
-            other._prepared = self._prepare(other.z)
+        other.read = self._prepare(other.z) if self.hoisted else other.z
         return other
 
     def _mended_inputs(self, z: Sequence[Tensor], bad: Tensor, good: int) -> list[Tensor]:
@@ -236,8 +237,11 @@ class FlatMap:
                 buffers.over()
 
     def _prepare(self, z: Sequence[Tensor]) -> Any:
-        with one_evaluation(self._prepare_buffers):
-            return self._prepare_replay(lambda: self.g.prepare(*z))
+        prepare = functools.partial(self.g.prepare, *z)
+        if self._prepare_buffers is None:
+            return self._prepare_replay(prepare)
+        with self._prepare_buffers.one_evaluation():
+            return self._prepare_replay(prepare)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, as they are now; empty unless g is a module.
@@ -267,53 +271,95 @@ class FlatMap:
 
     def _direct(self, state: Any) -> Any:
         if self.hoisted:
-            return self.g.step(state, self._prepared)
-        return self.g(state, *self.z)
+            return self.g.step(state, self.read)
+        return self.g(state, *self.read)
 
     def _checked(self, x: Tensor, call: Callable[[Any], Any], read: Any) -> Tensor:
-        """`call` on the state in x, laid out flat again; it must not change what it reads."""
+        """`call` on the state in x, laid out flat again; it must not change what it reads.
+
+        A solver comes here at every step. What an evaluation may need besides a call of g is
+        known from the first one, and from the two switches that somebody may have turned since.
+        """
+        untouched = self._untouched
+        if untouched.read is not read:
+            name = "what prepare returned" if self.hoisted else "z"
+            untouched = self._untouched = Untouched(name, read)
+        if (
+            self._habit.changes_x is not False
+            or self._buffers is not None
+            or untouched.uncounted
+            or not self.replay.is_plain
+            or x.is_inference()
+            or type(parametrize._cache) is not WeightCache
+            or any(map(torch.is_autocast_enabled, self.replay.device_types))
+        ):
+            return self._looked_after(x, call, untouched)
+        version, versions = counted_version(x), [*map(counted_version, untouched.counted)]
+        gx = call(self._state_in(x, writable=False))
+        if [*map(counted_version, untouched.counted)] != versions:
+            untouched.require(versions)
+        if counted_version(x) != version:
+            raise ValueError(CHANGES_X_AT_TIMES)
+        return self._flattened(gx, x)
+
+    def _looked_after(self, x: Tensor, call: Callable[[Any], Any], untouched: Untouched) -> Tensor:
+        """The same with everything seen to that an evaluation may need besides a call of g."""
         habit = self._habit
         # Inference tensors do not count how often they were changed.
         copies = habit.changes_x is not False or x.is_inference()
         given = x.clone() if copies else x
-        before = version_of(given)
-        name = "what prepare returned" if self.hoisted else "z"
+        counted = [*untouched.counted] if given.is_inference() else [*untouched.counted, given]
+        before = [*map(counted_version, counted)]
         # From x = 0 the first evaluation may change nothing.
-        with Untouched(name, read, compare=habit.evaluations < 2):
-            state = self.layout.unflatten(given, writable=copies)
+        kept = untouched.copies() if untouched.uncounted and habit.looked_after < 2 else []
+        evaluation = functools.partial(call, self._state_in(given, writable=copies))
 
-            def evaluation() -> Any:
-                return call(state)
+        def again() -> Any:
+            return call(self._state_in(x.clone() if copies else x, writable=copies))
 
-            def again() -> Any:
-                return call(self.layout.unflatten(x.clone() if copies else x, writable=copies))
-
-            if self._buffers is None:
+        if self._buffers is None:
+            gx = self.replay(evaluation, again)
+        else:
+            with self._buffers.one_evaluation():
                 gx = self.replay(evaluation, again)
-            else:
-                with self._buffers.one_evaluation():
-                    gx = self.replay(evaluation, again)
-        changed = before != version_of(given)
+        after = [*map(counted_version, counted)]
+        if kept or after != before:
+            untouched.require(before[: len(untouched.counted)], kept)
+        changed = after != before
         if changed and not copies:
-            raise ValueError(
-                "fixed_point: g must not change x in place in some evaluations only. Use "
-                "out-of-place operations on it"
-            )
+            raise ValueError(CHANGES_X_AT_TIMES)
         if habit.changes_x is None:
             habit.changes_x = changed
-        habit.evaluations += 1
-        return self.layout.flatten(self._like_state(gx, x.shape[0]))
+        habit.looked_after += 1
+        return self._flattened(gx, x)
 
-    def _like_state(self, gx: Any, num_samples: int) -> Any:
-        """gx, checked; what autocast made of the state's dtype is undone."""
-        low = self.replay.autocast_dtype
+    def _state_in(self, x: Tensor, *, writable: bool) -> Any:
+        """The user's state that lies in x (n, D)."""
+        layout = self.layout
+        if layout.is_tuple:
+            return layout.unflatten(x, writable=writable)
+        return x.reshape(x.shape[: layout.batch_dims] + layout.shapes[0])
+
+    def _flattened(self, gx: Any, x: Tensor) -> Tensor:
+        """gx (n, D), if it is like the state in x; what autocast made of its dtype is undone."""
+        layout, low = self.layout, self.replay.autocast_dtype
         if low is not None:
             if isinstance(gx, Tensor):
                 gx = self._widened(gx, low)
             elif isinstance(gx, (tuple, list)):
                 gx = tuple(self._widened(t, low) if isinstance(t, Tensor) else t for t in gx)
-        self.layout.require_like(gx, num_samples)
-        return gx
+        if (
+            type(gx) is not Tensor
+            or layout.is_tuple
+            or gx.layout != torch.strided
+            or gx.is_nested
+            or gx.shape != x.shape[: layout.batch_dims] + layout.shapes[0]
+            or gx.dtype != layout.dtype
+            or gx.device != layout.device
+        ):
+            layout.require_like(gx, x.shape[0])
+            return layout.flatten(gx)
+        return gx if gx.shape == x.shape and not gx.requires_grad else gx.reshape(x.shape)
 
     def _widened(self, gx: Tensor, low: torch.dtype) -> Tensor:
         return gx.to(self.layout.dtype) if gx.dtype == low else gx

@@ -9,45 +9,60 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.tensor_version import version_of
+from fpi_cuda.tensor_version import counted_version
 
 
 class Untouched:
-    """Raises where an evaluation inside changes the tensors that it reads in place.
+    """The tensors that evaluations read, and must not change in place.
 
     Args:
         name: of what is read.
         read: a tensor, or a tuple or list of them; other values are not looked into.
-        compare: with a copy, where a tensor counts no versions (inference mode).
-    Raises:
-        ValueError: one was changed.
+    Attributes:
+        read: as given; nothing that anybody has, for a list, whose tensors may be exchanged.
+        counted: the tensors that count how often they are changed.
+        uncounted: those that do not (inference mode): only a comparison with a copy tells.
     """
 
-    __slots__ = ("_compare", "_copies", "_name", "_parts", "_versions")
+    __slots__ = ("_name", "_tensors", "counted", "read", "uncounted")
 
-    def __init__(self, name: str, read: Any, *, compare: bool) -> None:
+    def __init__(self, name: str, read: Any) -> None:
         self._name = name
-        self._compare = compare
-        self._parts = [t for t in parts_of(read) if isinstance(t, Tensor)]
+        self.read = object() if isinstance(read, list) else read
+        self._tensors: list[Tensor] = []
+        self.counted: list[Tensor] = []
+        self.uncounted: list[Tensor] = []
+        for t in parts_of(read):
+            if isinstance(t, Tensor):
+                self._tensors.append(t)
+                (self.uncounted if t.is_inference() else self.counted).append(t)
 
-    def __enter__(self) -> None:
-        self._versions = [version_of(t) for t in self._parts]
-        self._copies: list[tuple[int, Tensor]] = []
-        if self._compare:
-            for i, t in enumerate(self._parts):
-                if t.is_inference() and t.layout == torch.strided:
-                    self._copies.append((i, t.clone()))
+    def versions(self) -> list[int]:
+        """How often each of `counted` was changed."""
+        return [*map(counted_version, self.counted)]
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """Dense ones of `uncounted`, each with a copy."""
+        if not self.uncounted:
+            return []
+        return [(t, t.clone()) for t in self.uncounted if t.layout == torch.strided]
+
+    def require(self, versions: list[int], copies: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """Raise unless all are what they were when versions and copies were taken.
+
+        Raises:
+            ValueError: one was changed.
+        """
+        if not copies and self.versions() == versions:
             return
-        changed = [i for i, t in enumerate(self._parts) if version_of(t) != self._versions[i]] + [
-            i for i, copied in self._copies if not same_numbers(self._parts[i], copied)
-        ]
+        changed = [
+            t for t, v in zip(self.counted, versions, strict=True) if counted_version(t) != v
+        ] + [t for t, copied in copies if not same_numbers(t, copied)]
         if changed:
+            places = [i for i, t in enumerate(self._tensors) if any(t is c for c in changed)]
             raise ValueError(
-                f"fixed_point: g must not change {self._name} in place, tensor {min(changed)} of "
-                "it was changed. Use out-of-place operations on it"
+                f"fixed_point: g must not change {self._name} in place, tensor {places[0]} of it "
+                "was changed. Use out-of-place operations on it"
             )
 
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fpi_cuda.capturing import being_captured
 from fpi_cuda.control import column
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import MOST_STEPS, FixedPointSolver
@@ -57,20 +56,19 @@ class RowWatch:
     Args:
         x0: (B, D) where it begins, never written to; B > 1.
         coupling: what is known, and will be.
+        blind: the host can read nothing, for the solve is being captured.
+    Attributes:
+        looks_early: whether `found` may find anything.
     """
 
-    def __init__(self, system: System, x0: Tensor, coupling: Coupling) -> None:
+    def __init__(self, system: System, x0: Tensor, coupling: Coupling, *, blind: bool) -> None:
         self._system = system
         self._x0 = x0
         self._coupling = coupling
         self._first: Tensor | None = None
         self._next_look = 1
-        self._blind = being_captured(x0.device)
-
-    @property
-    def looks_early(self) -> bool:
-        """Whether `found` may find anything."""
-        return not (self._blind or self._coupling.independent)
+        self._blind = blind
+        self.looks_early = not (blind or coupling.independent)
 
     def found(
         self, x: Tensor, gx: Tensor, work: Workspace, number: int, *, all_active: bool
@@ -115,13 +113,14 @@ class RowWatch:
         if self._blind:
             gx = system.value(result.x)
             return retold(result, gx, work.atol, system.rtol, by_other_code=True)
-        if not self._num_moved(result, gx):
-            self._coupling.is_independent()
+        if not system.backend.num_moved(result.x, gx, result.status, result.residual):
+            if not self._coupling.independent:
+                self._coupling.is_independent()
             return result
         work.forget()
         if bool((result.status != Status.CONVERGED).any()):
             gx = system.value(result.x)
-            if not self._num_moved(result, gx):
+            if not system.backend.num_moved(result.x, gx, result.status, result.residual):
                 self._coupling.is_independent()
                 return result
         told = retold(result, gx, work.atol, system.rtol)
@@ -134,9 +133,6 @@ class RowWatch:
             return told
         scale = group_norm(column(work.control, "scale0"), self._system)
         return joint_solve(system, result.x, gx, number, scale)
-
-    def _num_moved(self, result: SolveResult, gx: Tensor) -> int:
-        return self._system.backend.num_moved(result.x, gx, result.status, result.residual)
 
     def _moved_out(self, x: Tensor, gx: Tensor, work: Workspace) -> bool:
         """Whether a row that had converged no longer has, because others have moved."""

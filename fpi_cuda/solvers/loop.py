@@ -10,8 +10,9 @@ from fpi_cuda.options import FixedPointSolver
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.solvers.coupled import RowWatch, System, solve_jointly
 from fpi_cuda.solvers.noise import EVERY, noise_of
-from fpi_cuda.solvers.polling import active_count
-from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step
+from fpi_cuda.solvers.polling import CountAtOnce, CountNever, active_count
+from fpi_cuda.solvers.stepping import Backend, FlatMap, apart_from, step_of
+from fpi_cuda.solvers.stepping import step as step
 from fpi_cuda.solvers.workspace import allocate
 
 
@@ -55,39 +56,51 @@ def solve(
             )  # fmt: skip
             if coupling.joint:
                 return solve_jointly(system, x0)
-            watch = RowWatch(system, x0, coupling)
-        x = x0.clone(memory_format=torch.contiguous_format)
-        rows: Tensor | None = None
-        # Before the arrays are there: the first evaluation may need a copy of x besides.
-        gx = apart_from(x, evaluate(x, rows))
-        work = allocate(x0, solver, atol)
-        work.scratch = backend.scratch(x0)
         count = active_count(x0.device)
-        noise = noise_of(arithmetic, x0.dtype, max_steps)
+        at_once = isinstance(count, CountAtOnce)
+        if coupling is not None:
+            watch = RowWatch(system, x0, coupling, blind=isinstance(count, CountNever))
+        x = x0.clone(memory_format=torch.contiguous_format)
+        storage = x.untyped_storage().data_ptr()
+        rows: Tensor | None = None
         number = 0
-        num_active: int | None = len(x)
-        looking = watch is not None and watch.looks_early
+        num_active: int | None = x.shape[0]
         while True:
-            if looking and watch is not None:
-                all_active = num_active is None or num_active == len(x)
+            gx = evaluate(x, rows)
+            if gx.untyped_storage().data_ptr() == storage or not gx.is_contiguous():
+                gx = apart_from(x, gx)
+            if number == 0:
+                # Only now: the first evaluation may need a copy of x besides these arrays.
+                work = allocate(x0, solver, atol)
+                work.scratch = backend.scratch(x0)
+                op, arrays, numbers = step_of(backend, solver, work, rtol, max_steps)
+                exact = arithmetic is None or arithmetic == x0.dtype
+                noise = None if exact else noise_of(arithmetic, x0.dtype, max_steps)
+            if watch is not None and watch.looks_early:
+                all_active = num_active is None or num_active == x.shape[0]
                 if watch.found(x, gx, work, number, all_active=all_active):
+                    del arrays  # their memory, for the joint solve
                     return watch.go_on(x, gx, work, number)
-            step(backend, solver, work, x, gx, rows, rtol, max_steps)
+            op(x, gx, rows, *arrays, **numbers)
             number += 1
             if number == max_steps:
                 break  # and with it every sample that was left
             status = work.status if rows is None else work.status[rows]
-            num_active = count.after_step(status)
+            if at_once:
+                num_active = status.shape[0] - int(torch.count_nonzero(status))
+            else:
+                num_active = count.after_step(status)
             if num_active == 0:
                 break
             if rowwise and num_active is not None and num_active <= count.pays_below * len(x):
                 keep = active_first(status)[:num_active]
                 x = x[keep]
+                storage = x.untyped_storage().data_ptr()
                 rows = keep if rows is None else rows[keep]
             if noise is not None and num_active is not None and number % EVERY == 0:
                 noise.after_step(evaluate, x, rows, work)
             del gx  # its memory, for the next evaluation
-            gx = apart_from(x, evaluate(x, rows))
+        del arrays  # their memory, should the rows have to be solved jointly
         result = SolveResult(work.best, work.status, work.num_steps, work.residual)
         return result if watch is None else watch.settled(result, gx, work)
 

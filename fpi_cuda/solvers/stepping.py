@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -26,6 +26,26 @@ class Backend(Protocol):
     broyden_step_: Callable[..., None]
 
 
+def step_of(
+    backend: Backend, solver: FixedPointSolver, work: Workspace, rtol: float, max_steps: int
+) -> tuple[Callable[..., None], tuple[Tensor, ...], dict[str, Any]]:
+    """The op that takes a step of `solver`, and what it is given after x, gx and rows each time.
+
+    That is op(x, gx, rows, *arrays, **numbers), in place on every active sample of x.
+    """
+    account = (work.control, work.atol, work.status, work.num_steps, work.residual)
+    points = (work.best, work.anchor, work.f_previous, work.partner_previous)
+    history = (*points, work.columns_f, work.columns_g)
+    numbers: dict[str, Any] = {"rtol": rtol, "max_steps": max_steps, "scratch": work.scratch}
+    if isinstance(solver, Broyden):
+        return backend.broyden_step_, (*history, *account), {**numbers, "beta": solver.beta}
+    if isinstance(solver, Anderson):
+        numbers.update(beta=solver.beta, ridge=solver.ridge)
+    else:
+        numbers.update(beta=solver.damping, ridge=0.0)
+    return backend.anderson_step_, (*history, work.gram, *account), numbers
+
+
 def step(
     backend: Backend,
     solver: FixedPointSolver,
@@ -37,23 +57,8 @@ def step(
     max_steps: int,
 ) -> None:
     """One step of `solver` on every active sample of x, in place."""
-    account = (work.control, work.atol, work.status, work.num_steps, work.residual)
-    points = (work.best, work.anchor, work.f_previous, work.partner_previous)
-    history = (*points, work.columns_f, work.columns_g)
-    if isinstance(solver, Broyden):
-        backend.broyden_step_(
-            x, gx, rows, *history, *account,
-            rtol=rtol, max_steps=max_steps, beta=solver.beta, scratch=work.scratch,
-        )  # fmt: skip
-        return
-    beta, ridge = (
-        (solver.beta, solver.ridge) if isinstance(solver, Anderson) else (solver.damping, 0.0)
-    )
-    backend.anderson_step_(
-        x, gx, rows, *history, work.gram, *account,
-        rtol=rtol, max_steps=max_steps,
-        beta=beta, ridge=ridge, scratch=work.scratch,
-    )  # fmt: skip
+    op, arrays, numbers = step_of(backend, solver, work, rtol, max_steps)
+    op(x, gx, rows, *arrays, **numbers)
 
 
 def apart_from(x: Tensor, gx: Tensor) -> Tensor:
