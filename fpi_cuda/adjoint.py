@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.device_loop import Method, Refused
 from fpi_cuda.implicit import (
     Account,
     Apply,
@@ -77,7 +77,7 @@ def strategy_for(
         return Truncated(account, truncation=0)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
     solver_of_system = linear_solve(
-        adjoint_solver(options, adjoint, flat_map.layout.dim),
+        adjoint_solver(options, flat_map.layout.dim),
         adjoint.max_steps or options.max_steps,
         engine,
         flat_map.arithmetic,
@@ -114,34 +114,23 @@ def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) 
         return dataclasses.replace(strategy, rtol=share.clamp(max=most))
 
 
-def adjoint_method(options: Options, engine: Backend, dim: int) -> Method | None:
-    """How the adjoint system is iterated; None where it is not.
-
-    Raises:
-        Refused: by a solver that has no captured form.
-    """
-    adjoint = options.adjoint
-    if not isinstance(adjoint, Implicit):
-        return None
-    solver = adjoint_solver(options, adjoint, dim)
-    if isinstance(solver, (GMRES, ConjugateGradient)):
-        raise Refused(f"{solver} runs on the host")
-    return Method(solver, 0.0, adjoint.max_steps or options.max_steps, engine)
-
-
-def adjoint_solver(
-    options: Options, adjoint: Implicit, dim: int
-) -> FixedPointSolver | LinearSolver:
-    """The solver of the adjoint system."""
-    return adjoint.solver or default_adjoint_solver(options.solver, dim)
+def adjoint_solver(options: Options, dim: int) -> FixedPointSolver | LinearSolver:
+    """The solver of the adjoint system of adjoint=Implicit, for samples of `dim` elements."""
+    assert isinstance(options.adjoint, Implicit)
+    return options.adjoint.solver or default_adjoint_solver(options.solver, dim)
 
 
 def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolver:
     """The forward's solver; for Anderson, as deep as it can be of use, and without a ridge."""
     if not isinstance(solver, Anderson):
         return solver
-    depth = max(solver.m, min(MAX_DEPTH, dim))
-    return Anderson(m=depth, ridge=0.0, history_dtype=solver.history_dtype)
+    return linear_anderson(max(solver.m, min(MAX_DEPTH, dim)), solver.history_dtype)
+
+
+@functools.cache
+def linear_anderson(depth: int, history_dtype: torch.dtype | None) -> Anderson:
+    """Anderson's method for a linear map."""
+    return Anderson(m=depth, ridge=0.0, history_dtype=history_dtype)
 
 
 def linear_solve(

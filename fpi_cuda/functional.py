@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpi_cuda import backends, transforms
+from fpi_cuda import transforms
 from fpi_cuda.adjoint import differentiated_map, strategy_for, with_forward_accuracy
 from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
 from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
+from fpi_cuda.declined import Declined
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit import (
     Account,
@@ -29,6 +30,17 @@ from fpi_cuda.implicit import (
     sequence_number,
     watching,
 )
+from fpi_cuda.loops import (
+    IN_TRANSFORM,
+    UNROLLED,
+    Choice,
+    Plan,
+    Solved,
+    adjoint_of,
+    choose,
+    plan_of,
+    prepare,
+)
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Picard, Unroll
 from fpi_cuda.request import (
     Options,
@@ -39,8 +51,15 @@ from fpi_cuda.request import (
     require_known,
     require_map,
 )
-from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult, Status
-from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
+from fpi_cuda.result import (
+    AdjointRecord,
+    ConvergenceError,
+    Reason,
+    Route,
+    Solution,
+    SolveResult,
+    Status,
+)
 from fpi_cuda.shortcuts import is_rowwise_by_construction
 from fpi_cuda.solution_check import SolutionCheck
 from fpi_cuda.solvers.loop import solve
@@ -217,30 +236,41 @@ def solve_flat(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout, options: Options
 ) -> Solution:
     """Solve on flat states and attach the derivatives."""
-    engine = backends.resolve(options.backend, layout.device, layout.dtype)
-    options = options.storable(engine.name, layout.dtype)
+    only_host = None
+    if isinstance(options.adjoint, Unroll) and differentiates():
+        only_host = UNROLLED
+    elif transforms.active():
+        only_host = IN_TRANSFORM
+    plan = plan_of(g, layout, options, only_host=only_host)
+    options, engine, rowwise = plan.options, plan.engine, plan.rowwise
     replay = Replay(layout.device, g)
     born_after = sequence_number()
-    flat_map = FlatMap(g, layout, z, replay)
+    flat_map = FlatMap(g, layout, z, replay, plan.whole)
     start = layout.flatten(x0)
     record = AdjointRecord(options.notice.look_at_adjoint, layout.batch_dims)
-    rowwise = options.asks_rowwise(g)
     coupling = coupling_of(flat_map, options, rowwise)
-    if isinstance(options.adjoint, Unroll) and differentiates():
-        require_host_allowed(options, "the solve", UNROLLED)
+    choice = choose(plan)
+    if only_host is UNROLLED:
         value, result = unrolled(
             flat_map, start, options, record, coupling, born_after, rowwise=rowwise
         )
-    elif transforms.active():
-        require_host_allowed(options, "the solve", IN_TRANSFORM)
+    elif only_host is IN_TRANSFORM:
         value, result = solved_live(
             flat_map, start, options, engine, record, coupling, rowwise=rowwise
         )
     else:
-        course = Course(flat_map, options, engine, record, coupling, rowwise)
-        value, result = solved(
-            flat_map, start, options, engine, course, born_after, rowwise=rowwise
-        )
+        if differentiates() and being_captured(layout.device):
+            raise RuntimeError(UNDER_GRAD)
+        solved = None
+        with torch.no_grad(), replay.solving():
+            while solved is None:
+                try:
+                    solved = choice.loop.solve(plan, flat_map, start.detach(), coupling)
+                except Declined as reason:
+                    said = Reason(choice.loop.name, str(reason))
+                    choice = choose(plan, (*choice.reasons, said))
+        record.route = Route(choice.loop.name, choice.reasons)
+        value, result = differentiated(plan, choice, flat_map, solved, record, coupling, born_after)
     flat_map.over()
     record.joint = coupling is not None and coupling.joint
     _, status, num_steps, residual = result
@@ -269,41 +299,38 @@ def differentiates() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms.active()
 
 
-def solved(
+def differentiated(
+    plan: Plan,
+    choice: Choice,
     flat_map: FlatMap,
-    start: Tensor,
-    options: Options,
-    engine: Backend,
-    course: Course,
+    solved: Solved,
+    record: AdjointRecord,
+    coupling: Coupling | None,
     born_after: int,
-    *,
-    rowwise: bool,
 ) -> tuple[Any, SolveResult]:
-    """The fixed point, as the user's state, by the solver, then its derivatives.
-
-    Args:
-        rowwise: it was promised that rows are independent.
-    """
-    if differentiates() and being_captured(flat_map.layout.device):
-        raise RuntimeError(UNDER_GRAD)
-    record, coupling = course.record, course.coupling
-    with torch.no_grad(), flat_map.replay.solving():
-        result = course.solve(start.detach())
-    check = check_of(result, flat_map, options, coupling, rowwise, engine.num_moved)
+    """What a loop has solved, as the user's state, with its derivatives."""
+    options, engine, loop, result = plan.options, plan.engine, choice.loop, solved.result
+    check = check_of(result, flat_map, options, coupling, plan.rowwise, engine.num_moved)
     if not differentiates():
-        if not course.compared_with_step and rests_on_a_word(flat_map, rowwise):
-            require_kept_word(flat_map, options, check, course.leaves_the_host_alone)
+        if not loop.sees_all_rows and rests_on_a_word(flat_map, plan.rowwise):
+            require_kept_word(flat_map, options, check, loop.is_late)
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
-            return flat_map.layout.taken_apart(result.x), check.result
-    account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
-    course.plan_fused_adjoint(account)
-    differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
-    strategy = strategy_for(options, engine, account, flat_map, course.on_device)
+            return plan.layout.taken_apart(result.x), check.result
+    account = Account(result.status, record, coupling, late=loop.is_late)
+    adjoint = adjoint_of(choice, plan, flat_map, solved, account, record)
+    strategy = strategy_for(
+        options, engine, account, flat_map, None if adjoint is None else adjoint.solve
+    )
     strategy = with_forward_accuracy(strategy, options, result.x)
-    watch = None if course.leaves_the_host_alone else check
-    value = attach(differentiated, result.x, watch, strategy, born_after)
-    if any(part.requires_grad for part in (value if flat_map.layout.is_tuple else (value,))):
-        course.prepare_adjoint(result.x, account)
+    evaluated = differentiated_map(flat_map, options.adjoint)
+    if adjoint is not None and adjoint.record is not None:
+        evaluated = evaluated.recorded(adjoint.record)
+    watch = None if loop.is_late else check
+    value = attach(evaluated, result.x, watch, strategy, born_after)
+    if adjoint is not None and any(
+        part.requires_grad for part in (value if plan.layout.is_tuple else (value,))
+    ):
+        prepare(adjoint, choice, plan, result.x, account, record)
     return value, check.result
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpi_cuda.declined import Declined
 from fpi_cuda.elementwise import FUNCTIONS, identity
 
 ACTIVATIONS = tuple(FUNCTIONS)
@@ -30,7 +31,7 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     return added_functions[name][1] if name in added_functions else FUNCTIONS[name]
 
 
-class NotLowered(Exception):
+class NotLowered(Declined):
     """Raised by a cell's lower(): why the fused loop cannot run it as it is."""
 
 

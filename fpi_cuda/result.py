@@ -96,16 +96,39 @@ class SolveResult(NamedTuple):
     residual: Tensor
 
 
-class Route(NamedTuple):
-    """Which way a solve went.
+class Reason(NamedTuple):
+    """Why a loop does not run a solve.
 
     Attributes:
-        name: "host", "device" or "fused".
-        reason: why no way ahead of it was taken.
+        name: of the loop.
+        text: why not.
     """
 
     name: str
-    reason: str = ""
+    text: str
+
+
+class Route(NamedTuple):
+    """Which loop ran a solve.
+
+    Attributes:
+        name: "host", "device" or "fused".
+        reasons: why each loop ahead of it did not.
+    """
+
+    name: str
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The reasons in words; one, where it is the same for all."""
+        texts = {reason.text for reason in self.reasons}
+        if len(texts) < 2:
+            return "".join(texts)
+        return "; ".join(f"{NOT_BY[name]}: {text}" for name, text in self.reasons)
+
+
+NOT_BY = {"fused": "not fused", "device": "not on the device"}
 
 
 class AdjointRecord:

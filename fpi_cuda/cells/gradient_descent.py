@@ -117,8 +117,8 @@ class GradientDescent(Cell):
         lower_descent = getattr(self.energy, "lower_descent", None)
         if not self.closed_form or lower_descent is None:
             raise NotLowered(f"{type(self.energy).__name__} has no lower_descent()")
-        for method in (*EVALUATION, "value", "gradient", "_hidden_input"):
-            require_consistent(self.energy, method, "lower_descent")
+        evaluations = (*EVALUATION, "value", "gradient", "_hidden_input")
+        require_consistent(self.energy, evaluations, "lower_descent")
         reason = self.why_not_closed()
         if reason is not None:
             raise NotLowered(reason)

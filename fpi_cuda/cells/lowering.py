@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from fpi_cuda.shortcuts import (
     definition_depth,
     plain_classes,
     why_modes_matter,
-    why_not_hoisted,
     why_parts_matter,
 )
 from fpi_cuda.state import Layout
@@ -37,7 +37,7 @@ def lowered(cell: Any, prepared: object) -> Lowered:
     """A cell as the fused loop runs it.
 
     Args:
-        cell: for which require_lowerable has nothing to say.
+        cell: for which why_not_lowerable has nothing to say.
         prepared: what cell.prepare returned.
     Returns:
         Without a graph.
@@ -85,19 +85,23 @@ def require_types(name: str, result: Any) -> None:
         raise NotLowered(f"it has {len(result.layers)} layers, and the kernels run one or two")
 
 
-def require_lowerable(g: object) -> None:
-    """Raise NotLowered for what can be told of g before it is given inputs."""
+def why_not_lowerable(g: object, whole: str | None) -> str | None:
+    """What speaks against lowering g before it is given inputs; None: nothing.
+
+    Args:
+        whole: why prepare and step do not stand for g; None if they do.
+    """
     name = type(g).__name__
     if not callable(getattr(g, "lower", None)):
-        raise NotLowered(f"{name} has no lower(prepared)")
+        return f"{name} has no lower(prepared)"
     if not isinstance(g, nn.Module):
-        raise NotLowered(f"{name} is not a module")
-    for method in EVALUATION:
-        require_consistent(g, method, "lower")
-    require_unpatched(g, "lower")
-    reason = why_not_hoisted(g) or why_parts_matter(g) or why_modes_matter()
-    if reason is not None:
-        raise NotLowered(reason)
+        return f"{name} is not a module"
+    try:
+        require_consistent(g, EVALUATION, "lower")
+        require_unpatched(g, "lower")
+    except NotLowered as reason:
+        return str(reason)
+    return whole or why_parts_matter(g) or why_modes_matter()
 
 
 def require_unpatched(owner: object, description: str) -> None:
@@ -118,11 +122,13 @@ def replaced_method(kind: type, description: str) -> str | None:
     return None
 
 
-def require_consistent(owner: object, evaluation: str, description: str) -> None:
-    """Raise NotLowered where `evaluation` was redefined below the class of `description`."""
-    if definition_depth(owner, evaluation) < definition_depth(owner, description):
-        name = plain_classes(owner)[0].__name__
-        raise NotLowered(f"{name} redefines {evaluation}() and inherits {description}()")
+def require_consistent(owner: object, evaluations: Iterable[str], description: str) -> None:
+    """Raise NotLowered where an evaluation was redefined below the class of `description`."""
+    described = definition_depth(owner, description)
+    for evaluation in evaluations:
+        if definition_depth(owner, evaluation) < described:
+            name = plain_classes(owner)[0].__name__
+            raise NotLowered(f"{name} redefines {evaluation}() and inherits {description}()")
 
 
 def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:

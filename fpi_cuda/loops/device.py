@@ -1,0 +1,88 @@
+"""The loop on the device: a CUDA graph repeats g and the solver's step, without the host."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fpi_cuda import device_loop
+from fpi_cuda.coupling import Coupling
+from fpi_cuda.device_loop import DeviceAdjoint, Method, Refused
+from fpi_cuda.implicit import Account, FlatMap
+from fpi_cuda.loops.plan import Plan, Request, Solved
+from fpi_cuda.options import GMRES, ConjugateGradient, Implicit
+from fpi_cuda.request import Options
+from fpi_cuda.result import SolveResult
+from fpi_cuda.shortcuts import why_not_captured
+from fpi_cuda.solvers.coupled import feels, retold
+
+name = "device"
+is_late = True
+sees_all_rows = False
+
+COUPLED = (
+    "its rows depend on one another, and the host solves them as one sample (batch_dims=0 makes "
+    "them one from the start)"
+)
+
+
+def why_not(request: Request, *, rehearse: bool) -> str | None:
+    """See Loop."""
+    device = request.layout.device
+    graphs = device_loop.GRAPHS.get(device.type)
+    if graphs is None:
+        return f"the state is on {device.type}, which has no CUDA graphs"
+    unavailable = graphs.why_not() if rehearse else None
+    return unavailable or why_not_captured(request.g)
+
+
+def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) -> Solved:
+    """See Loop."""
+    options = plan.options
+    if coupling is not None and coupling.suspected:
+        raise Refused(COUPLED)
+    graphs = device_loop.GRAPHS[x0.device.type]
+    result = device_loop.solve(
+        flat_map,
+        x0,
+        Method(options.solver, options.rtol, options.max_steps, plan.engine),
+        atol=options.atol,
+        graphs=graphs,
+        cache=device_loop.plans,
+        at_once=options.route == name,
+        rowwise=plan.rowwise and plan.layout.batch > 1 and flat_map.selectable(),
+    )
+    if coupling is not None:
+        result = true_of_all_rows(result, flat_map, options, coupling)
+    return Solved(result, graphs)
+
+
+def true_of_all_rows(
+    result: SolveResult, flat_map: FlatMap, options: Options, coupling: Coupling
+) -> SolveResult:
+    """`result` of rows on their own, told by g of all of them together.
+
+    The host waits for it only where nothing is known of the rows.
+
+    Raises:
+        Refused: they depend on one another.
+    """
+    gx = flat_map.evaluate(result.x, None)
+    told = retold(result, gx, options.atol, options.rtol, by_other_code=True)
+    if coupling.independent:
+        return told
+    if feels(told, result, gx):
+        coupling.depends()
+        raise Refused(COUPLED, passing=True)
+    coupling.is_independent()
+    return told
+
+
+def adjoint(plan: Plan, flat_map: FlatMap, solved: Solved, account: Account) -> DeviceAdjoint:
+    """See Loop."""
+    options, solver = plan.options, plan.adjoint_solver
+    assert isinstance(options.adjoint, Implicit)
+    assert solver is not None
+    if isinstance(solver, (GMRES, ConjugateGradient)):
+        raise Refused(f"{solver} runs on the host")
+    method = Method(solver, 0.0, options.adjoint.max_steps or options.max_steps, plan.engine)
+    return DeviceAdjoint(flat_map, method, solved.kept, device_loop.plans)

@@ -1,0 +1,251 @@
+"""The fused loop: g, the solver and the stop test in one call, for cells that lower to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.capturing import being_captured
+from fpi_cuda.cells.lowering import (
+    difference,
+    is_lowered_here,
+    lowered,
+    require_no_decline,
+    require_same_map,
+    require_shapes,
+    why_not_lowerable,
+)
+from fpi_cuda.coupling import Coupling
+from fpi_cuda.faithful import rehearsed
+from fpi_cuda.fused_evaluation import FusedEvaluation
+from fpi_cuda.implicit import Account, FlatMap, Jacobian, Linearization
+from fpi_cuda.implicit.flat_map import Recording
+from fpi_cuda.loops.plan import Plan, Request, Solved
+from fpi_cuda.lowered import NotLowered, added_functions
+from fpi_cuda.options import FixedPointSolver, Implicit, LinearSolver
+from fpi_cuda.precision import NAMES
+from fpi_cuda.result import SolveResult
+from fpi_cuda.shortcuts import why_rows_unknown
+from fpi_cuda.solvers.coupled import retold
+from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
+from fpi_cuda.solvers.stepping import Backend
+from fpi_cuda.solvers.workspace import depth_of
+
+name = "fused"
+is_late = False
+sees_all_rows = True
+
+BEING_CAPTURED = "the call is itself being captured into a CUDA graph"
+DRAWN = "its weights are drawn at random"
+UNCONFIRMED = "step() is not within the tolerance where lower() was"
+
+
+def why_not(request: Request, *, rehearse: bool) -> str | None:
+    """See Loop."""
+    g, layout, options, engine, rowwise, whole = request
+    reason = why_not_lowerable(g, whole)
+    if reason is None and not rowwise:
+        reason = why_rows_unknown(g) or "rowwise is not True"
+    if reason is None:
+        reason = why_not_served(options.solver, layout.dtype, engine)
+    if reason is None and (layout.is_tuple or len(layout.shapes[0]) != 1):
+        reason = "the state is not one tensor (B, features)"
+    if reason is None and rehearse:
+        reason = why_declined(g, layout.device)
+    return reason
+
+
+def why_declined(g: object, device: torch.device) -> str | None:
+    """Why lower() of a cell that could be fused declines whatever it is given; None if not."""
+    try:
+        _, random = rehearsed(lambda: require_no_decline(g), device, g, "lower")
+    except NotLowered as reason:
+        return str(reason)
+    return DRAWN if random else None
+
+
+def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) -> Solved:
+    """See Loop; what the adjoint starts from is the FusedMap."""
+    options, engine = plan.options, plan.engine
+    fused = fused_map(flat_map, engine)
+    if options.route is None:
+        reason = why_not_worth(fused, engine, options.solver, len(x0), options.precision)
+        if reason is not None:
+            raise NotLowered(reason)
+    result = solve_fused(
+        fused.lowered,
+        x0,
+        options.solver,
+        rtol=options.rtol,
+        atol=options.atol,
+        max_steps=options.max_steps,
+        backend=engine,
+        precision=options.precision,
+    )
+    gx = value_of_step(flat_map, fused, result.x)
+    if gx is not None:
+        # Terms that cancel may hide a difference in their rounding.
+        told = retold(result, gx, options.atol, options.rtol, by_other_code=True)
+        if bool((told.status != result.status).any()):
+            raise NotLowered(UNCONFIRMED)
+        result = told
+    return Solved(result, fused)
+
+
+def adjoint(plan: Plan, flat_map: FlatMap, solved: Solved, account: Account) -> FusedAdjoint:
+    """See Loop."""
+    options, solver, fused = plan.options, plan.adjoint_solver, solved.kept
+    assert isinstance(options.adjoint, Implicit)
+    assert solver is not None
+    if options.adjoint.solver is None:
+        solver = no_deeper(solver, plan.engine)
+    reason = why_not_served(solver, plan.layout.dtype, plan.engine)
+    if reason is None:
+        reason = why_no_adjoint(flat_map, fused, solved.result.x)
+    if reason is not None:
+        raise NotLowered(reason)
+    hopeless = account.hopeless
+    # A map with the failed samples mended is evaluated otherwise.
+    evaluation = FusedEvaluation(flat_map, plan.engine) if hopeless is None else None
+    steps = options.adjoint.max_steps or options.max_steps
+    return FusedAdjoint(fused, solver, steps, plan.engine, options.precision, hopeless, evaluation)
+
+
+def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
+    """g with its inputs bound, as the fused loop runs it; under no_grad.
+
+    Raises:
+        NotLowered: it cannot, and why.
+    """
+    layout = flat_map.layout
+    g: Any = flat_map.g
+    if being_captured(layout.device):
+        raise NotLowered(BEING_CAPTURED)
+    if flat_map.replay.autocast_dtype is not None:
+        raise NotLowered("autocast is on")
+    # Not by the replay: the first evaluation of g is yet to come.
+    result, random = rehearsed(lambda: lowered(g, flat_map.read), layout.device, g, "lower")
+    if random:
+        raise NotLowered(DRAWN)
+    require_shapes(result, layout)
+    for layer in result.layers:
+        if layer.activation in added_functions and not hasattr(engine, "CELL_LOOP_TAKES_ADDED"):
+            raise NotLowered(f"the {engine.name} backend knows no added {layer.activation!r}")
+    return FusedMap.of(result, (*g.parameters(), *g.buffers()))
+
+
+def why_not_worth(
+    fused: FusedMap, engine: Any, solver: FixedPointSolver, batch: int, precision: str
+) -> str | None:
+    """Why another way is expected to be faster for so many samples, or None if none is."""
+    if batch == 0 or not hasattr(engine, "cell_loop_plan"):
+        return None
+    first, *rest = fused.lowered.layers
+    weight = first.weight
+    depth = depth_of(solver, weight.shape[1])
+    _, reason = engine.cell_loop_plan(
+        batch,
+        weight.shape[1],
+        weight.shape[0] if rest else 0,
+        depth,
+        weight.dtype,
+        NAMES.index(precision) if weight.dtype == torch.float32 else 0,
+        weight.device,
+    )
+    return reason
+
+
+def value_of_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> Tensor | None:
+    """step() at x (B, D), where lower() was found to describe it there and near; None: it is ours.
+
+    Raises:
+        ValueError: it does not.
+        NotLowered: step() draws random numbers, which lower() cannot.
+    """
+    if is_lowered_here(flat_map.g):
+        return None
+    # Besides x itself, for where that is zero, or weights are, an error of the other is hidden.
+    size = x.abs().amax(1, keepdim=True)
+    size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+    away = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype, device=x.device)
+    found = []
+    for points in (x, x + size * away):
+        expected = flat_map.evaluate(points.clone(), None)
+        if flat_map.replay.stochastic:
+            raise NotLowered("step() draws random numbers")
+        require_same_map(type(flat_map.g).__name__, fused.lowered, points, expected)
+        found.append(expected)
+    return found[0]
+
+
+def why_no_adjoint(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> str | None:
+    """Why the derivative of a fused map at x (B, D) is not for the fused loop, or None."""
+    if fused.lowered.x_factor is not None:
+        return "the adjoint of a map with an x_factor is none that it runs"
+    if is_lowered_here(flat_map.g) or len(x) == 0:
+        return None
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        gx = flat_map(leaf)
+        v = torch.arange(1, x.numel() + 1, device=x.device).sin().to(x.dtype).reshape(x.shape)
+        found = None
+        if gx.requires_grad:
+            (found,) = torch.autograd.grad(gx, leaf, v, allow_unused=True)
+    expected = torch.zeros_like(x) if found is None else found
+    with torch.no_grad():
+        adjoint = fused.lowered.adjoint(x, torch.zeros_like(x))
+        if not bool(difference(adjoint, v, expected)[1].any()):
+            return None
+    return "step() has another derivative than what lower() describes"
+
+
+@dataclass(frozen=True)
+class FusedAdjoint:
+    """Solves c = J^T c + b in one loop, J being that of a fused map at its fixed point.
+
+    Attributes:
+        fused: the map.
+        solver, max_steps, engine, precision: of the adjoint solve.
+        hopeless: (B,) bool, samples without a fixed point to differentiate; None if there are
+            none.
+        evaluation: what g is evaluated by at the fixed point, if by that.
+    """
+
+    fused: FusedMap
+    solver: FixedPointSolver | LinearSolver
+    max_steps: int
+    engine: Backend
+    precision: str
+    hopeless: Tensor | None
+    evaluation: FusedEvaluation | None
+
+    @property
+    def record(self) -> Recording | None:
+        """See LoopAdjoint."""
+        return None if self.evaluation is None else self.evaluation.record
+
+    def prepare(self, x_star: Tensor, account: Account) -> None:
+        """Nothing: it is ready."""
+
+    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
+        """See LoopAdjoint.
+
+        The host's are a J that is not the linearization at the fixed point but one that is itself
+        differentiated, and weights that were written to: autograd then has to complain.
+        """
+        if type(matrix) is not Linearization or not self.fused.unchanged():
+            return None
+        known = None if self.evaluation is None else self.evaluation.slopes
+        return solve_fused(
+            self.fused.lowered.adjoint(matrix.x.detach(), b, self.hopeless, known),
+            b,
+            self.solver,
+            rtol=0.0,
+            atol=atol,
+            max_steps=self.max_steps,
+            backend=self.engine,
+            precision=self.precision,
+        )
