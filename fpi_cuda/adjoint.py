@@ -61,26 +61,28 @@ def strategy_for(
     account: Account,
     flat_map: FlatMap,
     on_device: DeviceSolve | None = None,
+    solver: FixedPointSolver | LinearSolver | None = None,
 ) -> Strategy:
     """How the adjoint system is dealt with.
 
     Args:
         flat_map: the map of the fixed point.
         on_device: tried before the solver of the host.
+        solver: of the system, where that is known already.
     """
-    adjoint = options.adjoint
+    adjoint, arithmetic = options.adjoint, flat_map.arithmetic
     independent = account.coupling is None
-    scaling = Scaling(coupled=False if independent else None, arithmetic=flat_map.arithmetic)
+    scaling = Scaling(coupled=False if independent else None, arithmetic=arithmetic)
     if isinstance(adjoint, Neumann):
         return Truncated(account, truncation=adjoint.k, scaling=scaling)
     if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
         return Truncated(account, truncation=0)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
     solver_of_system = linear_solve(
-        adjoint_solver(options, flat_map.layout.dim),
+        solver or adjoint_solver(options, flat_map.layout.dim),
         adjoint.max_steps or options.max_steps,
         engine,
-        flat_map.arithmetic,
+        arithmetic,
     )
     return Exact(
         account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device, scaling=scaling

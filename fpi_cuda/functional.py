@@ -236,20 +236,19 @@ def solve_flat(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout, options: Options
 ) -> Solution:
     """Solve on flat states and attach the derivatives."""
-    only_host = None
-    if isinstance(options.adjoint, Unroll) and differentiates():
+    born_after = sequence_number()
+    start = layout.flatten(x0)
+    grad = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    only_host = IN_TRANSFORM if transforms.active() else None
+    if isinstance(options.adjoint, Unroll) and (grad or only_host is not None):
         only_host = UNROLLED
-    elif transforms.active():
-        only_host = IN_TRANSFORM
     plan = plan_of(g, layout, options, only_host=only_host)
+    choice = choose(plan)
     options, engine, rowwise = plan.options, plan.engine, plan.rowwise
     replay = Replay(layout.device, g)
-    born_after = sequence_number()
     flat_map = FlatMap(g, layout, z, replay, plan.whole)
-    start = layout.flatten(x0)
     record = AdjointRecord(options.notice.look_at_adjoint, layout.batch_dims)
     coupling = coupling_of(flat_map, options, rowwise)
-    choice = choose(plan)
     if only_host is UNROLLED:
         value, result = unrolled(
             flat_map, start, options, record, coupling, born_after, rowwise=rowwise
@@ -259,7 +258,7 @@ def solve_flat(
             flat_map, start, options, engine, record, coupling, rowwise=rowwise
         )
     else:
-        if differentiates() and being_captured(layout.device):
+        if grad and being_captured(layout.device):
             raise RuntimeError(UNDER_GRAD)
         solved = None
         with torch.no_grad(), replay.solving():
@@ -270,7 +269,9 @@ def solve_flat(
                     said = Reason(choice.loop.name, str(reason))
                     choice = choose(plan, (*choice.reasons, said))
         record.route = Route(choice.loop.name, choice.reasons)
-        value, result = differentiated(plan, choice, flat_map, solved, record, coupling, born_after)
+        value, result = reported(
+            plan, choice, flat_map, solved, record, coupling, born_after if grad else None
+        )
     flat_map.over()
     record.joint = coupling is not None and coupling.joint
     _, status, num_steps, residual = result
@@ -282,45 +283,46 @@ def solve_flat(
 
 def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling | None:
     """What is known of whether rows depend on one another; None where they cannot."""
+    if rowwise:
+        return None
     rows = flat_map.layout.rows_together
-    return None if rows < 2 or rowwise else Coupling(key_of(flat_map, options), rows)
+    return None if rows < 2 else Coupling(key_of(flat_map, options), rows)
 
 
 def key_of(flat_map: FlatMap, options: Options) -> tuple[Hashable, ...]:
     """Equal for solves of the same map with states of the same shape, by solvers that probe it."""
     layout = flat_map.layout
-    shapes = (layout.batch, layout.shapes, *(None if t.is_nested else t.shape for t in flat_map.z))
+    shapes = (layout.batch, layout.shapes, *[None if t.is_nested else t.shape for t in flat_map.z])
     probed = not isinstance(options.solver, Picard)
     return site_of(flat_map.g), shapes, layout.dtype, layout.device, probed
 
 
-def differentiates() -> bool:
-    """Whether anything may ask for a derivative of what is computed now."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms.active()
-
-
-def differentiated(
+def reported(
     plan: Plan,
     choice: Choice,
     flat_map: FlatMap,
     solved: Solved,
     record: AdjointRecord,
     coupling: Coupling | None,
-    born_after: int,
+    born_after: int | None,
 ) -> tuple[Any, SolveResult]:
-    """What a loop has solved, as the user's state, with its derivatives."""
+    """What a loop has solved, as the user's state, with its derivatives.
+
+    Args:
+        born_after: autograd's sequence number before flat_map was made; None: nobody can ask for
+            a derivative.
+    """
     options, engine, loop, result = plan.options, plan.engine, choice.loop, solved.result
     check = check_of(result, flat_map, options, coupling, plan.rowwise, engine.num_moved)
-    if not differentiates():
+    if born_after is None:
         if not loop.sees_all_rows and rests_on_a_word(flat_map, plan.rowwise):
             require_kept_word(flat_map, options, check, loop.is_late)
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
             return plan.layout.taken_apart(result.x), check.result
     account = Account(result.status, record, coupling, late=loop.is_late)
     adjoint = adjoint_of(choice, plan, flat_map, solved, account, record)
-    strategy = strategy_for(
-        options, engine, account, flat_map, None if adjoint is None else adjoint.solve
-    )
+    by_loop = None if adjoint is None else adjoint.solve
+    strategy = strategy_for(options, engine, account, flat_map, by_loop, plan.adjoint_solver)
     strategy = with_forward_accuracy(strategy, options, result.x)
     evaluated = differentiated_map(flat_map, options.adjoint)
     if adjoint is not None and adjoint.record is not None:

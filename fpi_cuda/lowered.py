@@ -103,26 +103,18 @@ class Lowered:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that it is made of."""
-        parts = [self.x_factor, *(t for layer in self.layers for t in layer.tensors())]
-        return tuple(t for t in parts if t is not None)
+        parts = [self.x_factor]
+        for layer in self.layers:
+            parts += layer.weight, layer.bias, layer.shift, layer.factor
+        return tuple([t for t in parts if t is not None])
 
     def detached(self) -> Lowered:
         """The same without a graph; what has the batch is contiguous."""
-
-        def plain(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.detach().contiguous()
-
-        layers = tuple(
-            dataclasses.replace(
-                layer,
-                weight=layer.weight.detach(),
-                bias=plain(layer.bias),
-                shift=plain(layer.shift),
-                factor=plain(layer.factor),
-            )
+        layers = [
+            Layer(layer.weight.detach(), layer.activation, *map(plain, layer.tensors()[1:]))
             for layer in self.layers
-        )
-        return Lowered(layers, plain(self.x_factor), self.carry)
+        ]
+        return Lowered(tuple(layers), plain(self.x_factor), self.carry)
 
     def rows(self, count: int) -> Lowered:
         """The same for the first samples alone."""
@@ -174,3 +166,8 @@ class Lowered:
         ][::-1]
         backwards[-1] = dataclasses.replace(backwards[-1], shift=v)
         return Lowered(tuple(backwards), slopes[-1], self.carry).detached()
+
+
+def plain(t: Tensor | None) -> Tensor | None:
+    """t without a graph, contiguous."""
+    return None if t is None else t.detach().contiguous()

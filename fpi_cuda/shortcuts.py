@@ -169,6 +169,18 @@ def definition_depth(owner: object, method: str) -> int:
     return depth
 
 
+def redefined_below(owner: object, methods: tuple[str, ...], description: str) -> str | None:
+    """The first of these methods that is defined nearer to `owner` than `description` is."""
+    own = getattr(owner, "__dict__", {})
+    for names in ((*own, *own.get("_modules", ())), *map(vars, plain_classes(owner))):
+        if description in names:
+            break
+        for method in methods:
+            if method in names:
+                return method
+    return None
+
+
 def plain_classes(owner: object) -> tuple[type, ...]:
     """The classes of `owner`, without the one that holds its parametrizations."""
     classes = type(owner).__mro__

@@ -26,9 +26,9 @@ def resolve(name: str | None, device: torch.device, dtype: torch.dtype) -> Modul
             f"fixed_point: unknown backend {name!r}. Valid: None, {', '.join(map(repr, NAMES))}"
         )
     if name is None:
-        return next(
-            (b for b in (native, cuda) if why_not(b.name, device, dtype) is None), reference
-        )
+        if why_not_native(device, dtype) is None:
+            return native
+        return cuda if why_not_cuda(device, dtype) is None else reference
     reason = why_not(name, device, dtype)
     if reason is not None:
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from fpi_cuda.lowered import Layer, Lowered, NotLowered, activation_number
 from fpi_cuda.shortcuts import (
     LINEAR,
-    definition_depth,
     plain_classes,
+    redefined_below,
     why_modes_matter,
     why_parts_matter,
 )
@@ -85,11 +84,12 @@ def require_types(name: str, result: Any) -> None:
         raise NotLowered(f"it has {len(result.layers)} layers, and the kernels run one or two")
 
 
-def why_not_lowerable(g: object, whole: str | None) -> str | None:
+def why_not_lowerable(g: object, whole: str | None, *, rows_known: bool) -> str | None:
     """What speaks against lowering g before it is given inputs; None: nothing.
 
     Args:
         whole: why prepare and step do not stand for g; None if they do.
+        rows_known: why_rows_unknown had nothing to say, which looks at all parts of g.
     """
     name = type(g).__name__
     if not callable(getattr(g, "lower", None)):
@@ -101,7 +101,9 @@ def why_not_lowerable(g: object, whole: str | None) -> str | None:
         require_unpatched(g, "lower")
     except NotLowered as reason:
         return str(reason)
-    return whole or why_parts_matter(g) or why_modes_matter()
+    if whole is None and not rows_known:
+        whole = why_parts_matter(g)
+    return whole or why_modes_matter()
 
 
 def require_unpatched(owner: object, description: str) -> None:
@@ -122,13 +124,12 @@ def replaced_method(kind: type, description: str) -> str | None:
     return None
 
 
-def require_consistent(owner: object, evaluations: Iterable[str], description: str) -> None:
+def require_consistent(owner: object, evaluations: tuple[str, ...], description: str) -> None:
     """Raise NotLowered where an evaluation was redefined below the class of `description`."""
-    described = definition_depth(owner, description)
-    for evaluation in evaluations:
-        if definition_depth(owner, evaluation) < described:
-            name = plain_classes(owner)[0].__name__
-            raise NotLowered(f"{name} redefines {evaluation}() and inherits {description}()")
+    redefined = redefined_below(owner, evaluations, description)
+    if redefined is not None:
+        name = plain_classes(owner)[0].__name__
+        raise NotLowered(f"{name} redefines {redefined}() and inherits {description}()")
 
 
 def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -152,8 +153,12 @@ def without_bias(owner: str, name: str, module: nn.Module) -> Tensor:
     return weight
 
 
-def require_shapes(result: Lowered, layout: Layout) -> None:
-    """Raise NotLowered unless the map takes such states, and is all of their dtype and device."""
+def require_shapes(result: Lowered, tensors: tuple[Tensor, ...], layout: Layout) -> None:
+    """Raise NotLowered unless the map takes such states, and is all of their dtype and device.
+
+    Args:
+        tensors: all that it is made of.
+    """
     batch, features = layout.batch, layout.sizes[0]
     width = features
     for layer in result.layers:
@@ -166,7 +171,7 @@ def require_shapes(result: Lowered, layout: Layout) -> None:
     if width != features:
         raise NotLowered(f"the last weight gives {width} features, x has {features}")
     require_shape(result.x_factor, (batch, features))
-    for t in result.tensors():
+    for t in tensors:
         if type(t) is not Tensor or t.layout != torch.strided:
             raise NotLowered(f"it holds a {type(t).__name__} of layout {t.layout}")
         if t.dtype != layout.dtype or t.device != layout.device:

@@ -65,10 +65,10 @@ def plan_of(
     for loop in LOOPS:
         if route not in (None, loop.name):
             against.append(f'route="{route}" asks for it')
-        elif only_host is not None and loop is not host:
-            against.append(only_host)
+        elif loop.why_not is None:
+            against.append(None)
         else:
-            against.append(loop.why_not(request, rehearse=rehearse))
+            against.append(only_host or loop.why_not(request, rehearse=rehearse))
     adjoint = options.adjoint
     solver = adjoint_solver(options, layout.dim) if isinstance(adjoint, Implicit) else None
     return Plan(layout, options, engine, rowwise, whole, solver, tuple(against))
@@ -104,11 +104,11 @@ def adjoint_of(
     Raises:
         Unavailable: route asks for one that cannot.
     """
-    loop = choice.loop
-    if loop is host or not isinstance(plan.options.adjoint, Implicit):
+    adjoint = choice.loop.adjoint
+    if adjoint is None or not isinstance(plan.options.adjoint, Implicit):
         return None
     try:
-        return loop.adjoint(plan, flat_map, solved, account)
+        return adjoint(plan, flat_map, solved, account)
     except Declined as reason:
         leave_adjoint_to_host(plan, choice, record, str(reason))
         return None

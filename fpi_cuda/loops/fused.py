@@ -24,15 +24,16 @@ from fpi_cuda.fused_evaluation import FusedEvaluation
 from fpi_cuda.implicit import Account, FlatMap, Jacobian, Linearization
 from fpi_cuda.implicit.flat_map import Recording
 from fpi_cuda.loops.plan import Plan, Request, Solved
-from fpi_cuda.lowered import NotLowered, added_functions
+from fpi_cuda.lowered import Lowered, NotLowered, added_functions
 from fpi_cuda.options import FixedPointSolver, Implicit, LinearSolver
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
 from fpi_cuda.shortcuts import why_rows_unknown
 from fpi_cuda.solvers.coupled import retold
-from fpi_cuda.solvers.fused import FusedMap, no_deeper, solve_fused, why_not_served
+from fpi_cuda.solvers.fused import no_deeper, solve_fused, why_not_served
 from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.workspace import depth_of
+from fpi_cuda.tensor_version import version_of
 
 name = "fused"
 is_late = False
@@ -46,7 +47,7 @@ UNCONFIRMED = "step() is not within the tolerance where lower() was"
 def why_not(request: Request, *, rehearse: bool) -> str | None:
     """See Loop."""
     g, layout, options, engine, rowwise, whole = request
-    reason = why_not_lowerable(g, whole)
+    reason = why_not_lowerable(g, whole, rows_known=rowwise and options.rowwise is None)
     if reason is None and not rowwise:
         reason = why_rows_unknown(g) or "rowwise is not True"
     if reason is None:
@@ -100,18 +101,41 @@ def adjoint(plan: Plan, flat_map: FlatMap, solved: Solved, account: Account) -> 
     options, solver, fused = plan.options, plan.adjoint_solver, solved.kept
     assert isinstance(options.adjoint, Implicit)
     assert solver is not None
+    reason = None
     if options.adjoint.solver is None:
-        solver = no_deeper(solver, plan.engine)
-    reason = why_not_served(solver, plan.layout.dtype, plan.engine)
+        solver = no_deeper(solver, plan.engine)  # it is of the forward's kind, which is served
+    else:
+        reason = why_not_served(solver, plan.layout.dtype, plan.engine)
     if reason is None:
         reason = why_no_adjoint(flat_map, fused, solved.result.x)
     if reason is not None:
         raise NotLowered(reason)
-    hopeless = account.hopeless
-    # A map with the failed samples mended is evaluated otherwise.
-    evaluation = FusedEvaluation(flat_map, plan.engine) if hopeless is None else None
+    hopeless, evaluation = account.hopeless, None
+    # A map whose failed samples are replaced is evaluated as it is.
+    if hopeless is None and fused.ours and hasattr(plan.engine, "cell_layer_"):
+        evaluation = FusedEvaluation(flat_map, plan.engine)
     steps = options.adjoint.max_steps or options.max_steps
     return FusedAdjoint(fused, solver, steps, plan.engine, options.precision, hopeless, evaluation)
+
+
+@dataclass(frozen=True)
+class FusedMap:
+    """A lowered map, and whether it still is what it was made from.
+
+    Attributes:
+        lowered: the map.
+        ours: lower() is this package's own, so nobody's word is needed for it.
+        sources, versions: the tensors that it was made from, and how often each was written to.
+    """
+
+    lowered: Lowered
+    ours: bool
+    sources: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    def unchanged(self) -> bool:
+        """Whether nobody has written to the sources since."""
+        return self.versions == tuple(map(version_of, self.sources))
 
 
 def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
@@ -130,11 +154,13 @@ def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
     result, random = rehearsed(lambda: lowered(g, flat_map.read), layout.device, g, "lower")
     if random:
         raise NotLowered(DRAWN)
-    require_shapes(result, layout)
+    tensors = result.tensors()
+    require_shapes(result, tensors, layout)
     for layer in result.layers:
         if layer.activation in added_functions and not hasattr(engine, "CELL_LOOP_TAKES_ADDED"):
             raise NotLowered(f"the {engine.name} backend knows no added {layer.activation!r}")
-    return FusedMap.of(result, (*g.parameters(), *g.buffers()))
+    sources = (*g.parameters(), *g.buffers(), *tensors)
+    return FusedMap(result, is_lowered_here(g), sources, tuple(map(version_of, sources)))
 
 
 def why_not_worth(
@@ -165,7 +191,7 @@ def value_of_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> Tensor | Non
         ValueError: it does not.
         NotLowered: step() draws random numbers, which lower() cannot.
     """
-    if is_lowered_here(flat_map.g):
+    if fused.ours:
         return None
     # Besides x itself, for where that is zero, or weights are, an error of the other is hidden.
     size = x.abs().amax(1, keepdim=True)
@@ -185,7 +211,7 @@ def why_no_adjoint(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> str | None:
     """Why the derivative of a fused map at x (B, D) is not for the fused loop, or None."""
     if fused.lowered.x_factor is not None:
         return "the adjoint of a map with an x_factor is none that it runs"
-    if is_lowered_here(flat_map.g) or len(x) == 0:
+    if fused.ours or len(x) == 0:
         return None
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()

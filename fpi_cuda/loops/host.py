@@ -6,18 +6,15 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.implicit import Account, FlatMap
-from fpi_cuda.loops.plan import LoopAdjoint, Plan, Request, Solved
+from fpi_cuda.implicit import FlatMap
+from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.solvers import loop
 
 name = "host"
 is_late = False
 sees_all_rows = False
-
-
-def why_not(request: Request, *, rehearse: bool) -> str | None:
-    """Nothing: it runs any g."""
-    return None
+why_not = None
+adjoint = None
 
 
 def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) -> Solved:
@@ -37,8 +34,3 @@ def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) 
             arithmetic=flat_map.arithmetic,
         )
     return Solved(result)
-
-
-def adjoint(plan: Plan, flat_map: FlatMap, solved: Solved, account: Account) -> LoopAdjoint | None:
-    """None: the host solves it after any solve that has no way of its own."""
-    return None

@@ -88,6 +88,30 @@ class LoopAdjoint(Protocol):
         """
 
 
+class WhyNot(Protocol):
+    """Why a loop cannot run such solves; None if that is not known."""
+
+    def __call__(self, request: Request, *, rehearse: bool) -> str | None:
+        """The reason.
+
+        Args:
+            rehearse: look too for what a solve finds out by itself.
+        """
+
+
+class AdjointBy(Protocol):
+    """How a loop solves the adjoint of adjoint=Implicit."""
+
+    def __call__(
+        self, plan: Plan, flat_map: FlatMap, solved: Solved, account: Account
+    ) -> LoopAdjoint:
+        """For a solve that it has run.
+
+        Raises:
+            Declined: it cannot.
+        """
+
+
 class Loop(Protocol):
     """One way to run a solve.
 
@@ -103,12 +127,13 @@ class Loop(Protocol):
     is_late: bool
     sees_all_rows: bool
 
-    def why_not(self, request: Request, *, rehearse: bool) -> str | None:
-        """Why it cannot run such solves; None if that is not known.
+    @property
+    def why_not(self) -> WhyNot | None:
+        """None: it runs any g."""
 
-        Args:
-            rehearse: look too for what a solve finds out by itself.
-        """
+    @property
+    def adjoint(self) -> AdjointBy | None:
+        """None: the host solves the adjoint, as it can after any solve."""
 
     def solve(self, plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) -> Solved:
         """The fixed point from x0 (B, D), plain; under no_grad.
@@ -118,15 +143,6 @@ class Loop(Protocol):
             coupling: what is known of whether rows depend on one another; None: they do not.
         Raises:
             Declined: another loop has to.
-        """
-
-    def adjoint(
-        self, plan: Plan, flat_map: FlatMap, solved: Solved, account: Account
-    ) -> LoopAdjoint | None:
-        """How it solves the adjoint of adjoint=Implicit; None: not by itself.
-
-        Raises:
-            Declined: it could have been asked to, and cannot.
         """
 
 
