@@ -33,8 +33,6 @@ from fpi_cuda.implicit import (
 from fpi_cuda.loops import (
     IN_TRANSFORM,
     UNROLLED,
-    Choice,
-    Plan,
     Solved,
     adjoint_of,
     choose,
@@ -263,14 +261,14 @@ def solve_flat(
         solved = None
         with torch.no_grad(), replay.solving():
             while solved is None:
+                loop, reasons = choice
                 try:
-                    solved = choice.loop.solve(plan, flat_map, start.detach(), coupling)
+                    solved = loop.solve(plan, flat_map, start.detach(), coupling)
                 except Declined as reason:
-                    said = Reason(choice.loop.name, str(reason))
-                    choice = choose(plan, (*choice.reasons, said))
-        record.route = Route(choice.loop.name, choice.reasons)
+                    choice = choose(plan, (*reasons, Reason(loop.name, str(reason))))
+        record.route = Route(loop.name, reasons)
         value, result = reported(
-            plan, choice, flat_map, solved, record, coupling, born_after if grad else None
+            Solved(plan, loop, flat_map, *solved), record, coupling, born_after if grad else None
         )
     flat_map.over()
     record.joint = coupling is not None and coupling.joint
@@ -298,13 +296,7 @@ def key_of(flat_map: FlatMap, options: Options) -> tuple[Hashable, ...]:
 
 
 def reported(
-    plan: Plan,
-    choice: Choice,
-    flat_map: FlatMap,
-    solved: Solved,
-    record: AdjointRecord,
-    coupling: Coupling | None,
-    born_after: int | None,
+    solved: Solved, record: AdjointRecord, coupling: Coupling | None, born_after: int | None
 ) -> tuple[Any, SolveResult]:
     """What a loop has solved, as the user's state, with its derivatives.
 
@@ -312,7 +304,8 @@ def reported(
         born_after: autograd's sequence number before flat_map was made; None: nobody can ask for
             a derivative.
     """
-    options, engine, loop, result = plan.options, plan.engine, choice.loop, solved.result
+    plan, loop, flat_map, result, _ = solved
+    options, engine = plan.options, plan.engine
     check = check_of(result, flat_map, options, coupling, plan.rowwise, engine.num_moved)
     if born_after is None:
         if not loop.sees_all_rows and rests_on_a_word(flat_map, plan.rowwise):
@@ -320,7 +313,7 @@ def reported(
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
             return plan.layout.taken_apart(result.x), check.result
     account = Account(result.status, record, coupling, late=loop.is_late)
-    adjoint = adjoint_of(choice, plan, flat_map, solved, account, record)
+    adjoint = adjoint_of(solved, account, record)
     by_loop = None if adjoint is None else adjoint.solve
     strategy = strategy_for(options, engine, account, flat_map, by_loop, plan.adjoint_solver)
     strategy = with_forward_accuracy(strategy, options, result.x)
@@ -329,10 +322,9 @@ def reported(
         evaluated = evaluated.recorded(adjoint.record)
     watch = None if loop.is_late else check
     value = attach(evaluated, result.x, watch, strategy, born_after)
-    if adjoint is not None and any(
-        part.requires_grad for part in (value if plan.layout.is_tuple else (value,))
-    ):
-        prepare(adjoint, choice, plan, result.x, account, record)
+    parts = value if plan.layout.is_tuple else (value,)
+    if adjoint is not None and any(part.requires_grad for part in parts):
+        prepare(adjoint, solved, account, record)
     return value, check.result
 
 

@@ -52,7 +52,7 @@ class Layer:
     shift: Tensor | None = None
     factor: Tensor | None = None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """weight, bias, shift, factor."""
         return self.weight, self.bias, self.shift, self.factor
 
@@ -110,11 +110,13 @@ class Lowered:
 
     def detached(self) -> Lowered:
         """The same without a graph; what has the batch is contiguous."""
-        layers = [
-            Layer(layer.weight.detach(), layer.activation, *map(plain, layer.tensors()[1:]))
-            for layer in self.layers
-        ]
-        return Lowered(tuple(layers), plain(self.x_factor), self.carry)
+        layers = []
+        for layer in self.layers:
+            weight, *others = layer.tensors()
+            plain = [None if t is None else t.detach().contiguous() for t in others]
+            layers.append(Layer(weight.detach(), layer.activation, *plain))
+        factor = None if self.x_factor is None else self.x_factor.detach().contiguous()
+        return Lowered(tuple(layers), factor, self.carry)
 
     def rows(self, count: int) -> Lowered:
         """The same for the first samples alone."""
@@ -166,8 +168,3 @@ class Lowered:
         ][::-1]
         backwards[-1] = dataclasses.replace(backwards[-1], shift=v)
         return Lowered(tuple(backwards), slopes[-1], self.carry).detached()
-
-
-def plain(t: Tensor | None) -> Tensor | None:
-    """t without a graph, contiguous."""
-    return None if t is None else t.detach().contiguous()

@@ -22,6 +22,7 @@ from fpi_cuda.state import Layout
 EVALUATION = ("prepare", "step", "forward", "__call__")
 # A kernel's and torch's rounding of the same numbers, in units of the terms that are summed.
 MOST_UNITS = 256
+WRONG_SHAPE = "a tensor of it has shape {}, not {}"
 
 _described: dict[Any, tuple[type, dict[str, Any]]] = {}
 """By a lower() or lower_descent() of this package: its class, and the methods it stands for."""
@@ -32,14 +33,16 @@ def describes(lower: Any, kind: type, *methods: str) -> None:
     _described[lower] = (kind, {name: getattr(kind, name) for name in methods})
 
 
-def lowered(cell: Any, prepared: object) -> Lowered:
-    """A cell as the fused loop runs it.
+def lowered(
+    cell: Any, prepared: object, layout: Layout, *, ours: bool
+) -> tuple[Lowered, tuple[Tensor, ...]]:
+    """A cell as the fused loop runs it, without a graph, and the tensors that it is made of.
 
     Args:
         cell: for which why_not_lowerable has nothing to say.
         prepared: what cell.prepare returned.
-    Returns:
-        Without a graph.
+        layout: of its states.
+        ours: lower() is this package's own.
     Raises:
         NotLowered: it is none that the kernels can run.
         TypeError: lower() returned something else than it has to.
@@ -47,12 +50,15 @@ def lowered(cell: Any, prepared: object) -> Lowered:
     if not isinstance(prepared, Tensor):
         raise NotLowered("prepare returns more than one tensor")
     result: Lowered = cell.lower(prepared)
-    if not is_lowered_here(cell):
+    if not ours:
         require_types(type(cell).__name__, result)
     for layer in result.layers:
         if activation_number(layer.activation) is None:
             raise NotLowered(f"no kernel knows the activation {layer.activation!r}")
-    return result.detached()
+    result = result.detached()
+    tensors = result.tensors()
+    require_shapes(result, tensors, layout)
+    return result, tensors
 
 
 def require_types(name: str, result: Any) -> None:
@@ -98,19 +104,13 @@ def why_not_lowerable(g: object, whole: str | None, *, rows_known: bool) -> str 
         return f"{name} is not a module"
     try:
         require_consistent(g, EVALUATION, "lower")
-        require_unpatched(g, "lower")
-    except NotLowered as reason:
-        return str(reason)
+    except NotLowered as redefined:
+        return str(redefined)
     if whole is None and not rows_known:
         whole = why_parts_matter(g)
-    return whole or why_modes_matter()
-
-
-def require_unpatched(owner: object, description: str) -> None:
-    """Raise NotLowered where a method that this package's description is of was replaced."""
-    replaced = replaced_method(type(owner), description)
-    if replaced is not None:
-        raise NotLowered(f"{replaced}() was replaced")
+    reason = whole or why_modes_matter()
+    replaced = replaced_method(type(g), "lower") if reason is None else None
+    return reason if replaced is None else f"{replaced}() was replaced"
 
 
 def replaced_method(kind: type, description: str) -> str | None:
@@ -165,12 +165,14 @@ def require_shapes(result: Lowered, tensors: tuple[Tensor, ...], layout: Layout)
         if layer.weight.dim() != 2 or layer.weight.shape[1] != width:
             raise NotLowered(f"a weight is {tuple(layer.weight.shape)}, its input has {width}")
         width = layer.weight.shape[0]
-        require_shape(layer.bias, (width,))
-        require_shape(layer.shift, (batch, width))
-        require_shape(layer.factor, (batch, width))
+        rows = (batch, width)
+        for t, shape in ((layer.bias, (width,)), (layer.shift, rows), (layer.factor, rows)):
+            if t is not None and t.shape != shape:
+                raise NotLowered(WRONG_SHAPE.format(tuple(t.shape), shape))
     if width != features:
         raise NotLowered(f"the last weight gives {width} features, x has {features}")
-    require_shape(result.x_factor, (batch, features))
+    if result.x_factor is not None and result.x_factor.shape != (batch, features):
+        raise NotLowered(WRONG_SHAPE.format(tuple(result.x_factor.shape), (batch, features)))
     for t in tensors:
         if type(t) is not Tensor or t.layout != torch.strided:
             raise NotLowered(f"it holds a {type(t).__name__} of layout {t.layout}")
@@ -178,12 +180,6 @@ def require_shapes(result: Lowered, tensors: tuple[Tensor, ...], layout: Layout)
             raise NotLowered(
                 f"x is {layout.dtype} on {layout.device}, a weight or z {t.dtype} on {t.device}"
             )
-
-
-def require_shape(t: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise NotLowered unless t, if there is one, has this shape."""
-    if t is not None and tuple(t.shape) != shape:
-        raise NotLowered(f"a tensor of it has shape {tuple(t.shape)}, not {shape}")
 
 
 def require_same_map(name: str, result: Lowered, x: Tensor, expected: Tensor) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from fpi_cuda import backends
 from fpi_cuda.adjoint import adjoint_solver
 from fpi_cuda.declined import Declined
-from fpi_cuda.implicit import Account, FlatMap
+from fpi_cuda.implicit import Account
 from fpi_cuda.loops import device, fused, host
 from fpi_cuda.loops.plan import Choice, Loop, LoopAdjoint, Plan, Request, Solved
 from fpi_cuda.options import Implicit
@@ -91,56 +89,43 @@ def choose(plan: Plan, declined: tuple[Reason, ...] = ()) -> Choice:
     raise Unavailable(route, "the solve", next(r.text for r in reasons if r.name == route))
 
 
-def adjoint_of(
-    choice: Choice,
-    plan: Plan,
-    flat_map: FlatMap,
-    solved: Solved,
-    account: Account,
-    record: AdjointRecord,
-) -> LoopAdjoint | None:
+def adjoint_of(solved: Solved, account: Account, record: AdjointRecord) -> LoopAdjoint | None:
     """How the loop that ran solves the adjoint too; None: the host does, as after any solve.
 
     Raises:
         Unavailable: route asks for one that cannot.
     """
-    adjoint = choice.loop.adjoint
-    if adjoint is None or not isinstance(plan.options.adjoint, Implicit):
+    adjoint = solved.loop.adjoint
+    if adjoint is None or not isinstance(solved.plan.options.adjoint, Implicit):
         return None
     try:
-        return adjoint(plan, flat_map, solved, account)
+        return adjoint(solved, account)
     except Declined as reason:
-        leave_adjoint_to_host(plan, choice, record, str(reason))
+        leave_adjoint_to_host(solved, record, str(reason))
         return None
 
 
-def prepare(
-    adjoint: LoopAdjoint,
-    choice: Choice,
-    plan: Plan,
-    x_star: Tensor,
-    account: Account,
-    record: AdjointRecord,
-) -> None:
-    """Make an adjoint solve ready, after g was evaluated at x_star (B, D).
+def prepare(adjoint: LoopAdjoint, solved: Solved, account: Account, record: AdjointRecord) -> None:
+    """Make an adjoint solve ready, after g was evaluated at the solution.
 
     Raises:
         Unavailable: route asks for one that cannot.
     """
+    name = solved.loop.name
     try:
-        reason = adjoint.prepare(x_star, account)
+        reason = adjoint.prepare(solved.result.x, account)
     except Declined as declined:
-        leave_adjoint_to_host(plan, choice, record, str(declined))
-        return
-    name = choice.loop.name
-    record.adjoint_route = Route(name) if reason is None else by_host(name, reason)
+        leave_adjoint_to_host(solved, record, str(declined))
+    else:
+        record.adjoint_route = Route(name) if reason is None else by_host(name, reason)
 
 
-def leave_adjoint_to_host(plan: Plan, choice: Choice, record: AdjointRecord, reason: str) -> None:
+def leave_adjoint_to_host(solved: Solved, record: AdjointRecord, reason: str) -> None:
     """Note why the host solves the adjoint, unless it was asked not to."""
-    if plan.options.route == choice.loop.name:
-        raise Unavailable(plan.options.route, "the adjoint", reason)
-    record.adjoint_route = by_host(choice.loop.name, reason)
+    route, name = solved.plan.options.route, solved.loop.name
+    if route == name:
+        raise Unavailable(route, "the adjoint", reason)
+    record.adjoint_route = by_host(name, reason)
 
 
 def by_host(name: str, reason: str) -> Route:
@@ -152,7 +137,6 @@ __all__ = [
     "IN_TRANSFORM",
     "LOOPS",
     "UNROLLED",
-    "Choice",
     "Plan",
     "Solved",
     "Unavailable",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fpi_cuda import device_loop
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.device_loop import DeviceAdjoint, Method, Refused
+from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.implicit import Account, FlatMap
 from fpi_cuda.loops.plan import Plan, Request, Solved
 from fpi_cuda.options import GMRES, ConjugateGradient, Implicit
@@ -35,7 +35,9 @@ def why_not(request: Request, *, rehearse: bool) -> str | None:
     return unavailable or why_not_captured(request.g)
 
 
-def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) -> Solved:
+def solve(
+    plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
+) -> tuple[SolveResult, Graphs]:
     """See Loop."""
     options = plan.options
     if coupling is not None and coupling.suspected:
@@ -53,7 +55,7 @@ def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) 
     )
     if coupling is not None:
         result = true_of_all_rows(result, flat_map, options, coupling)
-    return Solved(result, graphs)
+    return result, graphs
 
 
 def true_of_all_rows(
@@ -77,12 +79,13 @@ def true_of_all_rows(
     return told
 
 
-def adjoint(plan: Plan, flat_map: FlatMap, solved: Solved, account: Account) -> DeviceAdjoint:
+def adjoint(solved: Solved, account: Account) -> DeviceAdjoint:
     """See Loop."""
+    plan = solved.plan
     options, solver = plan.options, plan.adjoint_solver
     assert isinstance(options.adjoint, Implicit)
     assert solver is not None
     if isinstance(solver, (GMRES, ConjugateGradient)):
         raise Refused(f"{solver} runs on the host")
     method = Method(solver, 0.0, options.adjoint.max_steps or options.max_steps, plan.engine)
-    return DeviceAdjoint(flat_map, method, solved.kept, device_loop.plans)
+    return DeviceAdjoint(solved.flat_map, method, solved.kept, device_loop.plans)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,6 @@ from fpi_cuda.cells.lowering import (
     lowered,
     require_no_decline,
     require_same_map,
-    require_shapes,
     why_not_lowerable,
 )
 from fpi_cuda.coupling import Coupling
@@ -25,12 +25,12 @@ from fpi_cuda.implicit import Account, FlatMap, Jacobian, Linearization
 from fpi_cuda.implicit.flat_map import Recording
 from fpi_cuda.loops.plan import Plan, Request, Solved
 from fpi_cuda.lowered import Lowered, NotLowered, added_functions
-from fpi_cuda.options import FixedPointSolver, Implicit, LinearSolver
+from fpi_cuda.options import Anderson, FixedPointSolver, Implicit, LinearSolver, Picard
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
 from fpi_cuda.shortcuts import why_rows_unknown
 from fpi_cuda.solvers.coupled import retold
-from fpi_cuda.solvers.fused import no_deeper, solve_fused, why_not_served
+from fpi_cuda.solvers.fused import solve_fused
 from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.workspace import depth_of
 from fpi_cuda.tensor_version import version_of
@@ -59,6 +59,24 @@ def why_not(request: Request, *, rehearse: bool) -> str | None:
     return reason
 
 
+def why_not_served(
+    solver: FixedPointSolver | LinearSolver, dtype: torch.dtype, backend: Any
+) -> str | None:
+    """Why the fused loop of this backend cannot serve this solver and state, or None if it can."""
+    if not hasattr(backend, "cell_loop_"):
+        return f"the {backend.name} backend has no such loop"
+    if dtype not in backend.CELL_LOOP_DTYPES:
+        served = " and ".join(str(d).removeprefix("torch.") for d in backend.CELL_LOOP_DTYPES)
+        return f"it runs in {served}, the state is {dtype}"
+    if not isinstance(solver, (Picard, Anderson)):
+        return f"it has Picard and Anderson, not {type(solver).__name__}"
+    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
+        return f"it goes to m={backend.CELL_LOOP_MAX_DEPTH}, the solver has m={solver.m}"
+    if isinstance(solver, Anderson) and solver.history_dtype not in (None, dtype):
+        return f"it stores the history as the state, not in {solver.history_dtype}"
+    return None
+
+
 def why_declined(g: object, device: torch.device) -> str | None:
     """Why lower() of a cell that could be fused declines whatever it is given; None if not."""
     try:
@@ -68,8 +86,10 @@ def why_declined(g: object, device: torch.device) -> str | None:
     return DRAWN if random else None
 
 
-def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) -> Solved:
-    """See Loop; what the adjoint starts from is the FusedMap."""
+def solve(
+    plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
+) -> tuple[SolveResult, FusedMap]:
+    """See Loop."""
     options, engine = plan.options, plan.engine
     fused = fused_map(flat_map, engine)
     if options.route is None:
@@ -86,19 +106,20 @@ def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) 
         backend=engine,
         precision=options.precision,
     )
-    gx = value_of_step(flat_map, fused, result.x)
-    if gx is not None:
+    if not fused.ours:
+        gx = value_of_step(flat_map, fused, result.x)
         # Terms that cancel may hide a difference in their rounding.
         told = retold(result, gx, options.atol, options.rtol, by_other_code=True)
         if bool((told.status != result.status).any()):
             raise NotLowered(UNCONFIRMED)
         result = told
-    return Solved(result, fused)
+    return result, fused
 
 
-def adjoint(plan: Plan, flat_map: FlatMap, solved: Solved, account: Account) -> FusedAdjoint:
+def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
     """See Loop."""
-    options, solver, fused = plan.options, plan.adjoint_solver, solved.kept
+    plan, flat_map, fused = solved.plan, solved.flat_map, solved.kept
+    options, solver = plan.options, plan.adjoint_solver
     assert isinstance(options.adjoint, Implicit)
     assert solver is not None
     reason = None
@@ -114,8 +135,25 @@ def adjoint(plan: Plan, flat_map: FlatMap, solved: Solved, account: Account) -> 
     # A map whose failed samples are replaced is evaluated as it is.
     if hopeless is None and fused.ours and hasattr(plan.engine, "cell_layer_"):
         evaluation = FusedEvaluation(flat_map, plan.engine)
-    steps = options.adjoint.max_steps or options.max_steps
-    return FusedAdjoint(fused, solver, steps, plan.engine, options.precision, hopeless, evaluation)
+    return FusedAdjoint(
+        fused,
+        solver,
+        options.adjoint.max_steps or options.max_steps,
+        plan.engine,
+        options.precision,
+        hopeless,
+        evaluation,
+        None if evaluation is None else evaluation.record,
+    )
+
+
+def no_deeper(
+    solver: FixedPointSolver | LinearSolver, backend: Any
+) -> FixedPointSolver | LinearSolver:
+    """`solver` with as much of its history as the loop of this backend keeps."""
+    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
+        return dataclasses.replace(solver, m=backend.CELL_LOOP_MAX_DEPTH)
+    return solver
 
 
 @dataclass(frozen=True)
@@ -150,17 +188,18 @@ def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
         raise NotLowered(BEING_CAPTURED)
     if flat_map.replay.autocast_dtype is not None:
         raise NotLowered("autocast is on")
+    ours = is_lowered_here(g)
     # Not by the replay: the first evaluation of g is yet to come.
-    result, random = rehearsed(lambda: lowered(g, flat_map.read), layout.device, g, "lower")
+    (result, tensors), random = rehearsed(
+        lambda: lowered(g, flat_map.read, layout, ours=ours), layout.device, g, "lower"
+    )
     if random:
         raise NotLowered(DRAWN)
-    tensors = result.tensors()
-    require_shapes(result, tensors, layout)
     for layer in result.layers:
         if layer.activation in added_functions and not hasattr(engine, "CELL_LOOP_TAKES_ADDED"):
             raise NotLowered(f"the {engine.name} backend knows no added {layer.activation!r}")
     sources = (*g.parameters(), *g.buffers(), *tensors)
-    return FusedMap(result, is_lowered_here(g), sources, tuple(map(version_of, sources)))
+    return FusedMap(result, ours, sources, tuple(map(version_of, sources)))
 
 
 def why_not_worth(
@@ -184,15 +223,13 @@ def why_not_worth(
     return reason
 
 
-def value_of_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> Tensor | None:
-    """step() at x (B, D), where lower() was found to describe it there and near; None: it is ours.
+def value_of_step(flat_map: FlatMap, fused: FusedMap, x: Tensor) -> Tensor:
+    """A user's step() at x (B, D), where lower() was found to describe it there and near.
 
     Raises:
         ValueError: it does not.
         NotLowered: step() draws random numbers, which lower() cannot.
     """
-    if fused.ours:
-        return None
     # Besides x itself, for where that is zero, or weights are, an error of the other is hidden.
     size = x.abs().amax(1, keepdim=True)
     size = torch.where(size.isfinite() & (size > 0), size, 1.0)
@@ -238,6 +275,7 @@ class FusedAdjoint:
         hopeless: (B,) bool, samples without a fixed point to differentiate; None if there are
             none.
         evaluation: what g is evaluated by at the fixed point, if by that.
+        record: see LoopAdjoint.
     """
 
     fused: FusedMap
@@ -247,11 +285,7 @@ class FusedAdjoint:
     precision: str
     hopeless: Tensor | None
     evaluation: FusedEvaluation | None
-
-    @property
-    def record(self) -> Recording | None:
-        """See LoopAdjoint."""
-        return None if self.evaluation is None else self.evaluation.record
+    record: Recording | None
 
     def prepare(self, x_star: Tensor, account: Account) -> None:
         """Nothing: it is ready."""

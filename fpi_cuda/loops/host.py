@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.implicit import FlatMap
-from fpi_cuda.loops.plan import Plan, Solved
+from fpi_cuda.loops.plan import Plan
+from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers import loop
 
 name = "host"
@@ -17,7 +18,9 @@ why_not = None
 adjoint = None
 
 
-def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) -> Solved:
+def solve(
+    plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
+) -> tuple[SolveResult, None]:
     """See Loop."""
     options = plan.options
     with torch.inference_mode(False):  # whose tensors do not count how often they are changed
@@ -33,4 +36,4 @@ def solve(plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) 
             coupling=coupling,
             arithmetic=flat_map.arithmetic,
         )
-    return Solved(result)
+    return result, None

@@ -56,18 +56,6 @@ class Plan:
     against: tuple[str | None, ...]
 
 
-class Solved(NamedTuple):
-    """A solve by one of the loops.
-
-    Attributes:
-        result: plain.
-        kept: what the adjoint by the same loop starts from.
-    """
-
-    result: SolveResult
-    kept: Any = None
-
-
 class LoopAdjoint(Protocol):
     """How a loop solves c = J^T c + b at the fixed point that it has found."""
 
@@ -100,12 +88,10 @@ class WhyNot(Protocol):
 
 
 class AdjointBy(Protocol):
-    """How a loop solves the adjoint of adjoint=Implicit."""
+    """How a loop solves the adjoint of adjoint=Implicit, for a solve that it has run."""
 
-    def __call__(
-        self, plan: Plan, flat_map: FlatMap, solved: Solved, account: Account
-    ) -> LoopAdjoint:
-        """For a solve that it has run.
+    def __call__(self, solved: Solved, account: Account) -> LoopAdjoint:
+        """Ready but for `prepare`.
 
         Raises:
             Declined: it cannot.
@@ -135,8 +121,10 @@ class Loop(Protocol):
     def adjoint(self) -> AdjointBy | None:
         """None: the host solves the adjoint, as it can after any solve."""
 
-    def solve(self, plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None) -> Solved:
-        """The fixed point from x0 (B, D), plain; under no_grad.
+    def solve(
+        self, plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
+    ) -> tuple[SolveResult, Any]:
+        """The fixed point from x0 (B, D), plain, and what its adjoint starts from; under no_grad.
 
         Args:
             flat_map: g, plain.
@@ -156,3 +144,19 @@ class Choice(NamedTuple):
 
     loop: Loop
     reasons: tuple[Reason, ...]
+
+
+class Solved(NamedTuple):
+    """A solve that has ended, with what its adjoint needs.
+
+    Attributes:
+        plan, loop, flat_map: of what, by which.
+        result: plain.
+        kept: what the adjoint by the same loop starts from.
+    """
+
+    plan: Plan
+    loop: Loop
+    flat_map: FlatMap
+    result: SolveResult
+    kept: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,36 +16,8 @@ from fpi_cuda.solvers.judge import SHARE, evaluations_to_judge, judged
 from fpi_cuda.solvers.loop import empty_result
 from fpi_cuda.solvers.workspace import depth_of
 
-
-def why_not_served(
-    solver: FixedPointSolver | LinearSolver, dtype: torch.dtype, backend: Any
-) -> str | None:
-    """Why the fused loop of this backend cannot serve this solver and state, or None if it can."""
-    if not hasattr(backend, "cell_loop_"):
-        return f"the {backend.name} backend has no such loop"
-    if dtype not in backend.CELL_LOOP_DTYPES:
-        served = " and ".join(str(d).removeprefix("torch.") for d in backend.CELL_LOOP_DTYPES)
-        return f"it runs in {served}, the state is {dtype}"
-    if not isinstance(solver, (Picard, Anderson)):
-        return f"it has Picard and Anderson, not {type(solver).__name__}"
-    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
-        return f"it goes to m={backend.CELL_LOOP_MAX_DEPTH}, the solver has m={solver.m}"
-    if isinstance(solver, Anderson) and solver.history_dtype not in (None, dtype):
-        return f"it stores the history as the state, not in {solver.history_dtype}"
-    return None
-
-
 NO_LAYER = (None, None, None, None)
 IDENTITY = activation_number("identity")
-
-
-def no_deeper(
-    solver: FixedPointSolver | LinearSolver, backend: Any
-) -> FixedPointSolver | LinearSolver:
-    """`solver` with as much of its history as the loop of this backend keeps."""
-    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
-        return dataclasses.replace(solver, m=backend.CELL_LOOP_MAX_DEPTH)
-    return solver
 
 
 def solve_fused(
