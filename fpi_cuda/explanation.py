@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from fpi_cuda import backends
 from fpi_cuda.adjoint import LOOSEST_BY_ATOL, default_adjoint_solver
-from fpi_cuda.loops import Plan, Unavailable, choose, plan_of
+from fpi_cuda.loops import Plan, Unavailable, plan_of
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.precision import NAMES
 from fpi_cuda.request import Options
@@ -36,11 +37,18 @@ def explain(
     """
     features = getattr(g, "x_features", None) or 1
     layout = Layout((torch.Size((features,)),), is_tuple=False, batch=1, dtype=dtype, device=device)
-    plan = plan_of(g, layout, options, rehearse=True)
+    refused = None
+    try:
+        plan = plan_of(g, layout, options, rehearse=True)
+    except Unavailable as error:
+        refused = f'none: route="{options.route}" asks for the {options.route} loop, but '
+        refused += error.reason
+        plan = plan_of(g, layout, replace(options, route="host"))
     options = plan.options
-    latest = None if record is None else record.route
     lines = {
-        "route": foreseen(plan, g) if latest is None else taken(latest, record, plan, g),
+        "route": taken(plan, g, record)
+        if record and record.route
+        else refused or foreseen(plan, g),
         "backend": backend_line(options, device, dtype),
         "solver": f"{options.solver}; a sample stops at ||g(x) - x|| <= {options.atol:g} + "
         f"{options.rtol:g} ||g(x)||, or after {options.max_steps} evaluations",
@@ -48,6 +56,8 @@ def explain(
         "inputs": inputs_line(plan.whole),
         "adjoint": adjoint_line(options),
     }
+    if record is not None and record.route is not None:
+        lines["route"] = taken(plan, g, record)
     if options.precision != "ieee" and not lines["route"].startswith("fused"):
         lines["precision"] = f'as torch computes g: "{options.precision}" is for the fused loop'
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
@@ -55,41 +65,32 @@ def explain(
 
 def foreseen(plan: Plan, g: object) -> str:
     """Who will run the loop, as far as that is known before a solve."""
-    try:
-        loop, reasons = choose(plan)
-    except Unavailable as error:
-        route = plan.options.route
-        return f'none: route="{route}" asks for the {route} loop, but {error.reason}'
-    way = Route(loop.name, reasons)
+    way = Route(plan.loop.name, plan.reasons)
     if way.name == "fused":
         return (
-            f"{words_of(way, plan, g)}. Where x is not (batch, features), under autocast and "
-            "inside torch.func transforms it is the host loop"
+            f"{fused_loop(plan, g)}. Where x is not (batch, features), under autocast and inside "
+            "torch.func transforms it is the host loop"
         )
     if way.name == "device":
         return (
             f"{DEVICE_LOOP}; the host does where g cannot be captured, which is not known yet "
             f"(not fused: {way.reason})"
         )
-    return words_of(way, plan, g)
+    return f"{HOST_LOOP} ({way.reason})"
 
 
-def taken(way: Route, record: AdjointRecord | None, plan: Plan, g: object) -> str:
+def taken(plan: Plan, g: object, record: AdjointRecord) -> str:
     """Who ran the loop of the latest solve, and of its adjoint."""
-    words = words_of(way, plan, g)
-    adjoint = None if record is None else record.adjoint_route
-    if way.name == "host" or adjoint is None:
+    way, adjoint = record.route, record.adjoint_route
+    assert way is not None
+    if way.name == "host":
+        return f"{HOST_LOOP} ({way.reason})"
+    words = fused_loop(plan, g) if way.name == "fused" else DEVICE_LOOP
+    if adjoint is None:
         return words
     if adjoint.name == "host":
         return f"{words}; the adjoint by the host loop ({adjoint.reason})"
     return f"{words}; the adjoint likewise"
-
-
-def words_of(way: Route, plan: Plan, g: object) -> str:
-    """One of LOOPS in words; the host's with the reasons of those ahead of it."""
-    if way.name == "fused":
-        return fused_loop(plan, g)
-    return DEVICE_LOOP if way.name == "device" else f"{HOST_LOOP} ({way.reason})"
 
 
 def fused_loop(plan: Plan, g: object) -> str:

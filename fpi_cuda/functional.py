@@ -35,7 +35,7 @@ from fpi_cuda.loops import (
     UNROLLED,
     Solved,
     adjoint_of,
-    choose,
+    after_decline,
     plan_of,
     prepare,
 )
@@ -52,7 +52,6 @@ from fpi_cuda.request import (
 from fpi_cuda.result import (
     AdjointRecord,
     ConvergenceError,
-    Reason,
     Route,
     Solution,
     SolveResult,
@@ -241,7 +240,6 @@ def solve_flat(
     if isinstance(options.adjoint, Unroll) and (grad or only_host is not None):
         only_host = UNROLLED
     plan = plan_of(g, layout, options, only_host=only_host)
-    choice = choose(plan)
     options, engine, rowwise = plan.options, plan.engine, plan.rowwise
     replay = Replay(layout.device, g)
     flat_map = FlatMap(g, layout, z, replay, plan.whole)
@@ -251,7 +249,7 @@ def solve_flat(
         value, result = unrolled(
             flat_map, start, options, record, coupling, born_after, rowwise=rowwise
         )
-    elif only_host is IN_TRANSFORM:
+    elif only_host is not None:
         value, result = solved_live(
             flat_map, start, options, engine, record, coupling, rowwise=rowwise
         )
@@ -261,14 +259,13 @@ def solve_flat(
         solved = None
         with torch.no_grad(), replay.solving():
             while solved is None:
-                loop, reasons = choice
                 try:
-                    solved = loop.solve(plan, flat_map, start.detach(), coupling)
+                    solved = plan.loop.solve(plan, flat_map, start.detach(), coupling)
                 except Declined as reason:
-                    choice = choose(plan, (*reasons, Reason(loop.name, str(reason))))
-        record.route = Route(loop.name, reasons)
+                    plan = after_decline(g, plan, reason)
+        record.route = Route(plan.loop.name, plan.reasons)
         value, result = reported(
-            Solved(plan, loop, flat_map, *solved), record, coupling, born_after if grad else None
+            Solved(plan, flat_map, *solved), record, coupling, born_after if grad else None
         )
     flat_map.over()
     record.joint = coupling is not None and coupling.joint
@@ -304,8 +301,8 @@ def reported(
         born_after: autograd's sequence number before flat_map was made; None: nobody can ask for
             a derivative.
     """
-    plan, loop, flat_map, result, _ = solved
-    options, engine = plan.options, plan.engine
+    plan, flat_map, result, _ = solved
+    options, engine, loop = plan.options, plan.engine, plan.loop
     check = check_of(result, flat_map, options, coupling, plan.rowwise, engine.num_moved)
     if born_after is None:
         if not loop.sees_all_rows and rests_on_a_word(flat_map, plan.rowwise):

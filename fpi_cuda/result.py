@@ -96,16 +96,8 @@ class SolveResult(NamedTuple):
     residual: Tensor
 
 
-class Reason(NamedTuple):
-    """Why a loop does not run a solve.
-
-    Attributes:
-        name: of the loop.
-        text: why not.
-    """
-
-    name: str
-    text: str
+Reason = tuple[str, str]
+"""The name of a loop, and why it does not run a solve."""
 
 
 class Route(NamedTuple):
@@ -122,16 +114,16 @@ class Route(NamedTuple):
     @property
     def reason(self) -> str:
         """The reasons in words; one, where it is the same for all."""
-        texts = {reason.text for reason in self.reasons}
-        if len(texts) < 2:
-            return "".join(texts)
+        texts = {text for _, text in self.reasons}
+        if len(texts) == 1:
+            return texts.pop()
         return "; ".join(f"{NOT_BY[name]}: {text}" for name, text in self.reasons)
 
 
 NOT_BY = {"fused": "not fused", "device": "not on the device"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class AdjointRecord:
     """A box that the backward pass fills: autograd runs after the Solution was returned.
 

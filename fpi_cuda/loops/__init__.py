@@ -9,10 +9,10 @@ from fpi_cuda.adjoint import adjoint_solver
 from fpi_cuda.declined import Declined
 from fpi_cuda.implicit import Account
 from fpi_cuda.loops import device, fused, host
-from fpi_cuda.loops.plan import Choice, Loop, LoopAdjoint, Plan, Request, Solved
+from fpi_cuda.loops.plan import Loop, LoopAdjoint, Plan, Solved
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
-from fpi_cuda.result import AdjointRecord, Reason, Route
+from fpi_cuda.result import AdjointRecord, Route
 from fpi_cuda.shortcuts import why_not_hoisted
 from fpi_cuda.state import Layout
 
@@ -30,7 +30,7 @@ class Unavailable(RuntimeError):
         reason: why not.
     """
 
-    def __init__(self, route: str | None, what: str, reason: str) -> None:
+    def __init__(self, route: str, what: str, reason: str) -> None:
         self.reason = reason
         super().__init__(
             f'fixed_point: route="{route}" was asked for, but {what} cannot run there: {reason}. '
@@ -53,40 +53,45 @@ def plan_of(
         rehearse: look too for what a solve finds out by itself.
     Raises:
         ValueError: the backend cannot serve such a state, or not with such a history.
+        Unavailable: route asks for a loop that cannot run.
     """
     engine = backends.resolve(options.backend, layout.device, layout.dtype)
     options = options.storable(engine.name, layout.dtype)
     rowwise, whole = options.asks_rowwise(g), why_not_hoisted(g)
-    request = Request(g, layout, options, engine, rowwise, whole)
-    route = options.route
-    against: list[str | None] = []
-    for loop in LOOPS:
-        if route not in (None, loop.name):
-            against.append(f'route="{route}" asks for it')
-        elif loop.why_not is None:
-            against.append(None)
-        else:
-            against.append(only_host or loop.why_not(request, rehearse=rehearse))
-    adjoint = options.adjoint
-    solver = adjoint_solver(options, layout.dim) if isinstance(adjoint, Implicit) else None
-    return Plan(layout, options, engine, rowwise, whole, solver, tuple(against))
+    solver, steps = None, options.max_steps
+    if isinstance(options.adjoint, Implicit):
+        solver = adjoint_solver(options, layout.dim)
+        steps = options.adjoint.max_steps or steps
+    plan = Plan(layout, options, engine, rowwise, whole, solver, steps, host)
+    return choose(g, plan, only_host=only_host, rehearse=rehearse)
 
 
-def choose(plan: Plan, declined: tuple[Reason, ...] = ()) -> Choice:
-    """The loop that runs, and why each one ahead of it does not.
+def choose(g: Any, plan: Plan, *, only_host: str | None = None, rehearse: bool = False) -> Plan:
+    """`plan` with the next loop that nothing speaks against, and what does against those ahead.
 
     Args:
-        declined: what the loops that were tried have said.
+        plan: with the reasons of loops that are out already.
+        only_host, rehearse: see plan_of.
     Raises:
-        Unavailable: route asks for one that cannot.
+        Unavailable: route asks for one that cannot run.
     """
-    reasons = list(declined)
-    for loop, reason in zip(LOOPS[len(declined) :], plan.against[len(declined) :], strict=True):
+    route, reasons = plan.options.route, plan.reasons
+    for loop in LOOPS[len(reasons) :]:
+        reason = None
+        if route not in (None, loop.name):
+            reason = f'route="{route}" asks for it'
+        elif loop.why_not is not None:
+            reason = only_host or loop.why_not(g, plan, rehearse)
         if reason is None:
-            return Choice(loop, tuple(reasons))
-        reasons.append(Reason(loop.name, reason))
-    route = plan.options.route
-    raise Unavailable(route, "the solve", next(r.text for r in reasons if r.name == route))
+            return plan._replace(loop=loop, reasons=reasons)
+        reasons = (*reasons, (loop.name, reason))
+    assert route is not None  # else the host runs it
+    raise Unavailable(route, "the solve", dict(reasons)[route])
+
+
+def after_decline(g: Any, plan: Plan, reason: Declined) -> Plan:
+    """`plan` with the loop that comes after its own."""
+    return choose(g, plan._replace(reasons=(*plan.reasons, (plan.loop.name, str(reason)))))
 
 
 def adjoint_of(solved: Solved, account: Account, record: AdjointRecord) -> LoopAdjoint | None:
@@ -95,13 +100,13 @@ def adjoint_of(solved: Solved, account: Account, record: AdjointRecord) -> LoopA
     Raises:
         Unavailable: route asks for one that cannot.
     """
-    adjoint = solved.loop.adjoint
-    if adjoint is None or not isinstance(solved.plan.options.adjoint, Implicit):
+    adjoint = solved.plan.loop.adjoint
+    if adjoint is None or solved.plan.adjoint_solver is None:
         return None
     try:
         return adjoint(solved, account)
     except Declined as reason:
-        leave_adjoint_to_host(solved, record, str(reason))
+        leave_adjoint_to_host(solved.plan, record, str(reason))
         return None
 
 
@@ -111,26 +116,26 @@ def prepare(adjoint: LoopAdjoint, solved: Solved, account: Account, record: Adjo
     Raises:
         Unavailable: route asks for one that cannot.
     """
-    name = solved.loop.name
+    name = solved.plan.loop.name
     try:
         reason = adjoint.prepare(solved.result.x, account)
     except Declined as declined:
-        leave_adjoint_to_host(solved, record, str(declined))
+        leave_adjoint_to_host(solved.plan, record, str(declined))
     else:
         record.adjoint_route = Route(name) if reason is None else by_host(name, reason)
 
 
-def leave_adjoint_to_host(solved: Solved, record: AdjointRecord, reason: str) -> None:
+def leave_adjoint_to_host(plan: Plan, record: AdjointRecord, reason: str) -> None:
     """Note why the host solves the adjoint, unless it was asked not to."""
-    route, name = solved.plan.options.route, solved.loop.name
-    if route == name:
-        raise Unavailable(route, "the adjoint", reason)
+    name = plan.loop.name
+    if plan.options.route == name:
+        raise Unavailable(name, "the adjoint", reason)
     record.adjoint_route = by_host(name, reason)
 
 
 def by_host(name: str, reason: str) -> Route:
     """The host's, where one loop gave a reason."""
-    return Route(host.name, (Reason(name, reason),))
+    return Route(host.name, ((name, reason),))
 
 
 __all__ = [
@@ -141,7 +146,7 @@ __all__ = [
     "Solved",
     "Unavailable",
     "adjoint_of",
-    "choose",
+    "after_decline",
     "plan_of",
     "prepare",
 ]

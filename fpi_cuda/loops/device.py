@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fpi_cuda import device_loop
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.implicit import Account, FlatMap
-from fpi_cuda.loops.plan import Plan, Request, Solved
-from fpi_cuda.options import GMRES, ConjugateGradient, Implicit
+from fpi_cuda.loops.plan import Plan, Solved
+from fpi_cuda.options import GMRES, ConjugateGradient
 from fpi_cuda.request import Options
 from fpi_cuda.result import SolveResult
 from fpi_cuda.shortcuts import why_not_captured
@@ -25,14 +27,13 @@ COUPLED = (
 )
 
 
-def why_not(request: Request, *, rehearse: bool) -> str | None:
+def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
     """See Loop."""
-    device = request.layout.device
+    device = plan.layout.device
     graphs = device_loop.GRAPHS.get(device.type)
     if graphs is None:
         return f"the state is on {device.type}, which has no CUDA graphs"
-    unavailable = graphs.why_not() if rehearse else None
-    return unavailable or why_not_captured(request.g)
+    return graphs.why_not() or why_not_captured(g) if rehearse else None
 
 
 def solve(
@@ -42,6 +43,9 @@ def solve(
     options = plan.options
     if coupling is not None and coupling.suspected:
         raise Refused(COUPLED)
+    reason = why_not_captured(flat_map.g)
+    if reason is not None:
+        raise Refused(reason)
     graphs = device_loop.GRAPHS[x0.device.type]
     result = device_loop.solve(
         flat_map,
@@ -81,11 +85,9 @@ def true_of_all_rows(
 
 def adjoint(solved: Solved, account: Account) -> DeviceAdjoint:
     """See Loop."""
-    plan = solved.plan
-    options, solver = plan.options, plan.adjoint_solver
-    assert isinstance(options.adjoint, Implicit)
+    plan, solver = solved.plan, solved.plan.adjoint_solver
     assert solver is not None
     if isinstance(solver, (GMRES, ConjugateGradient)):
         raise Refused(f"{solver} runs on the host")
-    method = Method(solver, 0.0, options.adjoint.max_steps or options.max_steps, plan.engine)
+    method = Method(solver, 0.0, plan.adjoint_steps, plan.engine)
     return DeviceAdjoint(solved.flat_map, method, solved.kept, device_loop.plans)

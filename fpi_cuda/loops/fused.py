@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from fpi_cuda.faithful import rehearsed
 from fpi_cuda.fused_evaluation import FusedEvaluation
 from fpi_cuda.implicit import Account, FlatMap, Jacobian, Linearization
 from fpi_cuda.implicit.flat_map import Recording
-from fpi_cuda.loops.plan import Plan, Request, Solved
+from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.lowered import Lowered, NotLowered, added_functions
 from fpi_cuda.options import Anderson, FixedPointSolver, Implicit, LinearSolver, Picard
 from fpi_cuda.precision import NAMES
@@ -44,14 +44,15 @@ DRAWN = "its weights are drawn at random"
 UNCONFIRMED = "step() is not within the tolerance where lower() was"
 
 
-def why_not(request: Request, *, rehearse: bool) -> str | None:
+def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
     """See Loop."""
-    g, layout, options, engine, rowwise, whole = request
-    reason = why_not_lowerable(g, whole, rows_known=rowwise and options.rowwise is None)
-    if reason is None and not rowwise:
+    layout, options = plan.layout, plan.options
+    rows_known = plan.rowwise and options.rowwise is None
+    reason = why_not_lowerable(g, plan.whole, rows_known=rows_known)
+    if reason is None and not plan.rowwise:
         reason = why_rows_unknown(g) or "rowwise is not True"
     if reason is None:
-        reason = why_not_served(options.solver, layout.dtype, engine)
+        reason = why_not_served(options.solver, layout.dtype, plan.engine)
     if reason is None and (layout.is_tuple or len(layout.shapes[0]) != 1):
         reason = "the state is not one tensor (B, features)"
     if reason is None and rehearse:
@@ -92,10 +93,9 @@ def solve(
     """See Loop."""
     options, engine = plan.options, plan.engine
     fused = fused_map(flat_map, engine)
-    if options.route is None:
-        reason = why_not_worth(fused, engine, options.solver, len(x0), options.precision)
-        if reason is not None:
-            raise NotLowered(reason)
+    reason = why_not_worth(fused, plan) if options.route is None else None
+    if reason is not None:
+        raise NotLowered(reason)
     result = solve_fused(
         fused.lowered,
         x0,
@@ -135,16 +135,8 @@ def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
     # A map whose failed samples are replaced is evaluated as it is.
     if hopeless is None and fused.ours and hasattr(plan.engine, "cell_layer_"):
         evaluation = FusedEvaluation(flat_map, plan.engine)
-    return FusedAdjoint(
-        fused,
-        solver,
-        options.adjoint.max_steps or options.max_steps,
-        plan.engine,
-        options.precision,
-        hopeless,
-        evaluation,
-        None if evaluation is None else evaluation.record,
-    )
+    record = None if evaluation is None else evaluation.record
+    return FusedAdjoint(plan, fused, solver, hopeless, evaluation, record)
 
 
 def no_deeper(
@@ -202,23 +194,21 @@ def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
     return FusedMap(result, ours, sources, tuple(map(version_of, sources)))
 
 
-def why_not_worth(
-    fused: FusedMap, engine: Any, solver: FixedPointSolver, batch: int, precision: str
-) -> str | None:
-    """Why another way is expected to be faster for so many samples, or None if none is."""
-    if batch == 0 or not hasattr(engine, "cell_loop_plan"):
+def why_not_worth(fused: FusedMap, plan: Plan) -> str | None:
+    """Why another loop is expected to be faster for so many samples, or None if none is."""
+    layout, options, engine = plan.layout, plan.options, cast("Any", plan.engine)
+    if layout.batch == 0 or not hasattr(engine, "cell_loop_plan"):
         return None
     first, *rest = fused.lowered.layers
-    weight = first.weight
-    depth = depth_of(solver, weight.shape[1])
+    precision = NAMES.index(options.precision) if layout.dtype == torch.float32 else 0
     _, reason = engine.cell_loop_plan(
-        batch,
-        weight.shape[1],
-        weight.shape[0] if rest else 0,
-        depth,
-        weight.dtype,
-        NAMES.index(precision) if weight.dtype == torch.float32 else 0,
-        weight.device,
+        layout.batch,
+        layout.dim,
+        first.weight.shape[0] if rest else 0,
+        depth_of(options.solver, layout.dim),
+        layout.dtype,
+        precision,
+        layout.device,
     )
     return reason
 
@@ -270,19 +260,17 @@ class FusedAdjoint:
     """Solves c = J^T c + b in one loop, J being that of a fused map at its fixed point.
 
     Attributes:
-        fused: the map.
-        solver, max_steps, engine, precision: of the adjoint solve.
+        plan: of the solve. fused: its map.
+        solver: of the adjoint system.
         hopeless: (B,) bool, samples without a fixed point to differentiate; None if there are
             none.
         evaluation: what g is evaluated by at the fixed point, if by that.
         record: see LoopAdjoint.
     """
 
+    plan: Plan
     fused: FusedMap
     solver: FixedPointSolver | LinearSolver
-    max_steps: int
-    engine: Backend
-    precision: str
     hopeless: Tensor | None
     evaluation: FusedEvaluation | None
     record: Recording | None
@@ -305,7 +293,7 @@ class FusedAdjoint:
             self.solver,
             rtol=0.0,
             atol=atol,
-            max_steps=self.max_steps,
-            backend=self.engine,
-            precision=self.precision,
+            max_steps=self.plan.adjoint_steps,
+            backend=self.plan.engine,
+            precision=self.plan.options.precision,
         )

@@ -1,8 +1,8 @@
-"""What is settled before a solve begins, and what a solve by one of the loops leaves behind."""
+"""What is settled before a solve begins, and what a loop is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -17,34 +17,18 @@ from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.state import Layout
 
 
-class Request(NamedTuple):
-    """What a loop is asked about.
+class Plan(NamedTuple):
+    """What g, the layout of its state and the options decide, whatever the numbers are.
 
     Attributes:
-        g, layout: the map and how its state lies.
+        layout: of the state.
         options: with histories in a dtype that the engine stores.
         engine: whose kernels take the steps.
         rowwise: it was promised that rows are independent.
         whole: why prepare and step do not stand for g; None if they do.
-    """
-
-    g: Any
-    layout: Layout
-    options: Options
-    engine: Backend
-    rowwise: bool
-    whole: str | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What g, the layout of its state and the options decide, whatever the numbers are.
-
-    Attributes:
-        layout, options, engine, rowwise, whole: as in Request.
-        adjoint_solver: of the adjoint system, where one is solved.
-        against: what speaks against each of LOOPS, None where nothing does. A loop may still
-            decline while it solves.
+        adjoint_solver, adjoint_steps: of the adjoint system, where one is solved.
+        loop: that runs, unless it declines while it solves.
+        reasons: why each one ahead of it does not.
     """
 
     layout: Layout
@@ -53,49 +37,24 @@ class Plan:
     rowwise: bool
     whole: str | None
     adjoint_solver: FixedPointSolver | LinearSolver | None
-    against: tuple[str | None, ...]
+    adjoint_steps: int
+    loop: Loop
+    reasons: tuple[Reason, ...] = ()
 
 
-class LoopAdjoint(Protocol):
-    """How a loop solves c = J^T c + b at the fixed point that it has found."""
+class Solved(NamedTuple):
+    """A solve that has ended, with what its adjoint needs.
 
-    @property
-    def record(self) -> Recording | None:
-        """What makes the evaluation of g that is differentiated; None: nobody needs to."""
+    Attributes:
+        plan, flat_map: of what, and how.
+        result: plain.
+        kept: what the adjoint by the same loop starts from.
+    """
 
-    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
-        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None: the host has to do it."""
-
-    def prepare(self, x_star: Tensor, account: Account) -> str | None:
-        """Make ready for `solve` at x_star (B, D), after g was evaluated there.
-
-        Returns:
-            Why the host will do it this once, whatever was asked for; None: it will not.
-        Raises:
-            Declined: this loop cannot.
-        """
-
-
-class WhyNot(Protocol):
-    """Why a loop cannot run such solves; None if that is not known."""
-
-    def __call__(self, request: Request, *, rehearse: bool) -> str | None:
-        """The reason.
-
-        Args:
-            rehearse: look too for what a solve finds out by itself.
-        """
-
-
-class AdjointBy(Protocol):
-    """How a loop solves the adjoint of adjoint=Implicit, for a solve that it has run."""
-
-    def __call__(self, solved: Solved, account: Account) -> LoopAdjoint:
-        """Ready but for `prepare`.
-
-        Raises:
-            Declined: it cannot.
-        """
+    plan: Plan
+    flat_map: FlatMap
+    result: SolveResult
+    kept: Any
 
 
 class Loop(Protocol):
@@ -114,12 +73,10 @@ class Loop(Protocol):
     sees_all_rows: bool
 
     @property
-    def why_not(self) -> WhyNot | None:
-        """None: it runs any g."""
-
-    @property
-    def adjoint(self) -> AdjointBy | None:
-        """None: the host solves the adjoint, as it can after any solve."""
+    def why_not(self) -> Callable[[Any, Plan, bool], str | None] | None:
+        """why_not(g, plan, rehearse): why it cannot run such solves, or None where that shows only
+        while it does; with `rehearse` that is looked for too. None as a whole: it runs any g.
+        """
 
     def solve(
         self, plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
@@ -133,30 +90,26 @@ class Loop(Protocol):
             Declined: another loop has to.
         """
 
-
-class Choice(NamedTuple):
-    """The loop that runs.
-
-    Attributes:
-        loop: which.
-        reasons: why each one ahead of it does not.
-    """
-
-    loop: Loop
-    reasons: tuple[Reason, ...]
+    @property
+    def adjoint(self) -> Callable[[Solved, Account], LoopAdjoint] | None:
+        """How it solves the adjoint too, or Declined; None: the host does, as after any solve."""
 
 
-class Solved(NamedTuple):
-    """A solve that has ended, with what its adjoint needs.
+class LoopAdjoint(Protocol):
+    """Solves c = J^T c + b at the fixed point that its loop has found."""
 
-    Attributes:
-        plan, loop, flat_map: of what, by which.
-        result: plain.
-        kept: what the adjoint by the same loop starts from.
-    """
+    @property
+    def record(self) -> Recording | None:
+        """What makes the evaluation of g that is differentiated; None: nobody needs to."""
 
-    plan: Plan
-    loop: Loop
-    flat_map: FlatMap
-    result: SolveResult
-    kept: Any
+    def prepare(self, x_star: Tensor, account: Account) -> str | None:
+        """Make ready at x_star (B, D), after g was evaluated there.
+
+        Returns:
+            Why the host will solve it this once, whatever was asked for; None: it will not.
+        Raises:
+            Declined: this loop cannot.
+        """
+
+    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
+        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None: the host has to do it."""
