@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +25,7 @@ from fpi_cuda.implicit import (
 )
 from fpi_cuda.options import (
     GMRES,
-    MAX_DEPTH,
     Adjoint,
-    Anderson,
     ConjugateGradient,
     FixedPointSolver,
     Implicit,
@@ -78,15 +75,13 @@ def strategy_for(
     if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
         return Truncated(account, truncation=0)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
-    solver_of_system = linear_solve(
-        solver or adjoint_solver(options, flat_map.layout.dim),
-        adjoint.max_steps or options.max_steps,
+    system = linear_solve(
+        solver or options.adjoint_solver(flat_map.layout.dim),
+        options.adjoint_steps,
         engine,
         arithmetic,
     )
-    return Exact(
-        account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device, scaling=scaling
-    )
+    return Exact(account, linear_solve=system, rtol=rtol, on_device=on_device, scaling=scaling)
 
 
 LOOSEST_BY_ATOL = 1e-2
@@ -114,25 +109,6 @@ def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) 
         # NaN, of samples that failed, asks for nothing either.
         share = (options.rtol + options.atol / row_norm(x_star)).nan_to_num(most)
         return dataclasses.replace(strategy, rtol=share.clamp(max=most))
-
-
-def adjoint_solver(options: Options, dim: int) -> FixedPointSolver | LinearSolver:
-    """The solver of the adjoint system of adjoint=Implicit, for samples of `dim` elements."""
-    assert isinstance(options.adjoint, Implicit)
-    return options.adjoint.solver or default_adjoint_solver(options.solver, dim)
-
-
-def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolver:
-    """The forward's solver; for Anderson, as deep as it can be of use, and without a ridge."""
-    if not isinstance(solver, Anderson):
-        return solver
-    return linear_anderson(max(solver.m, min(MAX_DEPTH, dim)), solver.history_dtype)
-
-
-@functools.cache
-def linear_anderson(depth: int, history_dtype: torch.dtype | None) -> Anderson:
-    """Anderson's method for a linear map."""
-    return Anderson(m=depth, ridge=0.0, history_dtype=history_dtype)
 
 
 def linear_solve(

@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 
 from fpi_cuda import backends
-from fpi_cuda.adjoint import LOOSEST_BY_ATOL, default_adjoint_solver
+from fpi_cuda.adjoint import LOOSEST_BY_ATOL
 from fpi_cuda.loops import Plan, Unavailable, plan_of
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.precision import NAMES
-from fpi_cuda.request import Options
+from fpi_cuda.request import Options, default_adjoint_solver
 from fpi_cuda.result import AdjointRecord, Route
 from fpi_cuda.shortcuts import why_rows_unknown
 from fpi_cuda.state import Layout
@@ -179,7 +179,7 @@ def adjoint_line(options: Options) -> str:
         rtol = f"{options.rtol if adjoint.rtol is None else adjoint.rtol:g}"
         if adjoint.rtol is None and options.atol:
             rtol = f"({rtol} + {options.atol:g} / ||x||, at most {LOOSEST_BY_ATOL:g})"
-        max_steps = adjoint.max_steps or options.max_steps
+        max_steps = options.adjoint_steps
         return (
             f"exact: c = J^T c + v to ||.|| <= {rtol} ||v|| by {solver} ({whose}), at most "
             f"{max_steps} products"

@@ -138,7 +138,10 @@ def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tens
     Raises:
         NotLowered: it is another kind of module by now.
     """
-    if plain_classes(module)[0] is not LINEAR or "forward" in vars(module):
+    kind = type(module)
+    if kind is not LINEAR:
+        kind = plain_classes(module)[0]  # of a parametrized one
+    if kind is not LINEAR or "forward" in vars(module):
         raise NotLowered(f"{owner}.{name} is a {type(module).__name__}, not nn.Linear")
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = module.bias  # type: ignore[assignment]

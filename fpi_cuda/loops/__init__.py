@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fpi_cuda import backends
-from fpi_cuda.adjoint import adjoint_solver
 from fpi_cuda.declined import Declined
 from fpi_cuda.implicit import Account
 from fpi_cuda.loops import device, fused, host
@@ -57,12 +56,9 @@ def plan_of(
     """
     engine = backends.resolve(options.backend, layout.device, layout.dtype)
     options = options.storable(engine.name, layout.dtype)
+    solver = options.adjoint_solver(layout.dim)
     rowwise, whole = options.asks_rowwise(g), why_not_hoisted(g)
-    solver, steps = None, options.max_steps
-    if isinstance(options.adjoint, Implicit):
-        solver = adjoint_solver(options, layout.dim)
-        steps = options.adjoint.max_steps or steps
-    plan = Plan(layout, options, engine, rowwise, whole, solver, steps, host)
+    plan = Plan(layout, options, engine, rowwise, whole, solver, host)
     return choose(g, plan, only_host=only_host, rehearse=rehearse)
 
 
@@ -101,7 +97,7 @@ def adjoint_of(solved: Solved, account: Account, record: AdjointRecord) -> LoopA
         Unavailable: route asks for one that cannot.
     """
     adjoint = solved.plan.loop.adjoint
-    if adjoint is None or solved.plan.adjoint_solver is None:
+    if adjoint is None or not isinstance(solved.plan.options.adjoint, Implicit):
         return None
     try:
         return adjoint(solved, account)

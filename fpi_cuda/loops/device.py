@@ -86,8 +86,7 @@ def true_of_all_rows(
 def adjoint(solved: Solved, account: Account) -> DeviceAdjoint:
     """See Loop."""
     plan, solver = solved.plan, solved.plan.adjoint_solver
-    assert solver is not None
     if isinstance(solver, (GMRES, ConjugateGradient)):
         raise Refused(f"{solver} runs on the host")
-    method = Method(solver, 0.0, plan.adjoint_steps, plan.engine)
+    method = Method(solver, 0.0, plan.options.adjoint_steps, plan.engine)
     return DeviceAdjoint(solved.flat_map, method, solved.kept, device_loop.plans)

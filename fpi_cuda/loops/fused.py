@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -121,7 +122,6 @@ def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
     plan, flat_map, fused = solved.plan, solved.flat_map, solved.kept
     options, solver = plan.options, plan.adjoint_solver
     assert isinstance(options.adjoint, Implicit)
-    assert solver is not None
     reason = None
     if options.adjoint.solver is None:
         solver = no_deeper(solver, plan.engine)  # it is of the forward's kind, which is served
@@ -182,9 +182,8 @@ def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
         raise NotLowered("autocast is on")
     ours = is_lowered_here(g)
     # Not by the replay: the first evaluation of g is yet to come.
-    (result, tensors), random = rehearsed(
-        lambda: lowered(g, flat_map.read, layout, ours=ours), layout.device, g, "lower"
-    )
+    lower = functools.partial(lowered, g, flat_map.read, layout, ours=ours)
+    (result, tensors), random = rehearsed(lower, layout.device, g, "lower")
     if random:
         raise NotLowered(DRAWN)
     for layer in result.layers:
@@ -293,7 +292,7 @@ class FusedAdjoint:
             self.solver,
             rtol=0.0,
             atol=atol,
-            max_steps=self.plan.adjoint_steps,
+            max_steps=self.plan.options.adjoint_steps,
             backend=self.plan.engine,
             precision=self.plan.options.precision,
         )

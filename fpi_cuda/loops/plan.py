@@ -26,7 +26,7 @@ class Plan(NamedTuple):
         engine: whose kernels take the steps.
         rowwise: it was promised that rows are independent.
         whole: why prepare and step do not stand for g; None if they do.
-        adjoint_solver, adjoint_steps: of the adjoint system, where one is solved.
+        adjoint_solver: of the adjoint system, where one is solved.
         loop: that runs, unless it declines while it solves.
         reasons: why each one ahead of it does not.
     """
@@ -36,8 +36,7 @@ class Plan(NamedTuple):
     engine: Backend
     rowwise: bool
     whole: str | None
-    adjoint_solver: FixedPointSolver | LinearSolver | None
-    adjoint_steps: int
+    adjoint_solver: FixedPointSolver | LinearSolver
     loop: Loop
     reasons: tuple[Reason, ...] = ()
 
