@@ -30,11 +30,19 @@ class Unavailable(RuntimeError):
     """
 
     def __init__(self, route: str, what: str, reason: str) -> None:
-        self.reason = reason
+        self.said = (route, what, reason)
         super().__init__(
             f'fixed_point: route="{route}" was asked for, but {what} cannot run there: {reason}. '
             'Use route=None or route="host"'
         )
+
+    @property
+    def reason(self) -> str:
+        return self.said[2]
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        """Pickled as what it was made from: worker processes hand their errors on."""
+        return type(self), self.said
 
 
 def plan_of(
