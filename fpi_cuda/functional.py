@@ -31,6 +31,7 @@ from fpi_cuda.implicit import (
     watching,
 )
 from fpi_cuda.loops import (
+    BEING_CAPTURED,
     IN_TRANSFORM,
     UNROLLED,
     Solved,
@@ -239,6 +240,10 @@ def solve_flat(
     only_host = IN_TRANSFORM if transforms.active() else None
     if isinstance(options.adjoint, Unroll) and (grad or only_host is not None):
         only_host = UNROLLED
+    elif only_host is None and being_captured(layout.device):
+        if grad:
+            raise RuntimeError(UNDER_GRAD)
+        only_host = BEING_CAPTURED
     plan = plan_of(g, layout, options, only_host=only_host)
     options, engine, rowwise = plan.options, plan.engine, plan.rowwise
     replay = Replay(layout.device, g)
@@ -249,13 +254,11 @@ def solve_flat(
         value, result = unrolled(
             flat_map, start, options, record, coupling, born_after, rowwise=rowwise
         )
-    elif only_host is not None:
+    elif only_host is IN_TRANSFORM:
         value, result = solved_live(
             flat_map, start, options, engine, record, coupling, rowwise=rowwise
         )
     else:
-        if grad and being_captured(layout.device):
-            raise RuntimeError(UNDER_GRAD)
         solved = None
         with torch.no_grad(), replay.solving():
             while solved is None:
@@ -319,9 +322,10 @@ def reported(
         evaluated = evaluated.recorded(adjoint.record)
     watch = None if loop.is_late else check
     value = attach(evaluated, result.x, watch, strategy, born_after)
-    parts = value if plan.layout.is_tuple else (value,)
-    if adjoint is not None and any(part.requires_grad for part in parts):
-        prepare(adjoint, solved, account, record)
+    if adjoint is not None and adjoint.prepare is not None:
+        parts = value if plan.layout.is_tuple else (value,)
+        if any(part.requires_grad for part in parts):
+            prepare(adjoint.prepare, solved, account, record)
     return value, check.result
 
 

@@ -104,7 +104,7 @@ class Options:
         asked = self.adjoint.solver if isinstance(self.adjoint, Implicit) else None
         return asked or default_adjoint_solver(self.solver, dim)
 
-    @property
+    @functools.cached_property
     def adjoint_steps(self) -> int:
         """Cap on the products with the Jacobian in an adjoint solve."""
         asked = self.adjoint.max_steps if isinstance(self.adjoint, Implicit) else None

@@ -34,15 +34,16 @@ def describes(lower: Any, kind: type, *methods: str) -> None:
 
 
 def lowered(
-    cell: Any, prepared: object, layout: Layout, *, ours: bool
-) -> tuple[Lowered, tuple[Tensor, ...]]:
-    """A cell as the fused loop runs it, without a graph, and the tensors that it is made of.
+    cell: Any, prepared: object, layout: Layout
+) -> tuple[Lowered, tuple[Tensor, ...], bool]:
+    """A cell as the fused loop runs it.
 
     Args:
         cell: for which why_not_lowerable has nothing to say.
         prepared: what cell.prepare returned.
         layout: of its states.
-        ours: lower() is this package's own.
+    Returns:
+        It without a graph, the tensors that it is made of, and is_lowered_here.
     Raises:
         NotLowered: it is none that the kernels can run.
         TypeError: lower() returned something else than it has to.
@@ -50,6 +51,7 @@ def lowered(
     if not isinstance(prepared, Tensor):
         raise NotLowered("prepare returns more than one tensor")
     result: Lowered = cell.lower(prepared)
+    ours = is_lowered_here(cell)
     if not ours:
         require_types(type(cell).__name__, result)
     for layer in result.layers:
@@ -58,7 +60,7 @@ def lowered(
     result = result.detached()
     tensors = result.tensors()
     require_shapes(result, tensors, layout)
-    return result, tensors
+    return result, tensors, ours
 
 
 def require_types(name: str, result: Any) -> None:
@@ -102,15 +104,16 @@ def why_not_lowerable(g: object, whole: str | None, *, rows_known: bool) -> str 
         return f"{name} has no lower(prepared)"
     if not isinstance(g, nn.Module):
         return f"{name} is not a module"
+    replaced = replaced_method(type(g), "lower")
+    if replaced is not None:
+        return f"{replaced}() was replaced"
     try:
         require_consistent(g, EVALUATION, "lower")
     except NotLowered as redefined:
         return str(redefined)
     if whole is None and not rows_known:
         whole = why_parts_matter(g)
-    reason = whole or why_modes_matter()
-    replaced = replaced_method(type(g), "lower") if reason is None else None
-    return reason if replaced is None else f"{replaced}() was replaced"
+    return whole or why_modes_matter()
 
 
 def replaced_method(kind: type, description: str) -> str | None:
@@ -162,7 +165,7 @@ def require_shapes(result: Lowered, tensors: tuple[Tensor, ...], layout: Layout)
     Args:
         tensors: all that it is made of.
     """
-    batch, features = layout.batch, layout.sizes[0]
+    batch, (features,) = layout.batch, layout.shapes[0]
     width = features
     for layer in result.layers:
         if layer.weight.dim() != 2 or layer.weight.shape[1] != width:

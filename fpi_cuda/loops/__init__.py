@@ -8,7 +8,7 @@ from fpi_cuda import backends
 from fpi_cuda.declined import Declined
 from fpi_cuda.implicit import Account
 from fpi_cuda.loops import device, fused, host
-from fpi_cuda.loops.plan import Loop, LoopAdjoint, Plan, Solved
+from fpi_cuda.loops.plan import Loop, LoopAdjoint, Plan, Prepare, Solved
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.result import AdjointRecord, Route
@@ -19,6 +19,7 @@ LOOPS: tuple[Loop, ...] = (fused, device, host)
 """In the order in which they are tried."""
 
 IN_TRANSFORM = "the call is inside torch.func transforms"
+BEING_CAPTURED = "the call is itself being captured into a CUDA graph"
 UNROLLED = "adjoint=Unroll() differentiates every step, which a graph cannot"
 
 
@@ -108,13 +109,16 @@ def adjoint_of(solved: Solved, account: Account, record: AdjointRecord) -> LoopA
     if adjoint is None or not isinstance(solved.plan.options.adjoint, Implicit):
         return None
     try:
-        return adjoint(solved, account)
+        found = adjoint(solved, account)
     except Declined as reason:
         leave_adjoint_to_host(solved.plan, record, str(reason))
         return None
+    if found.prepare is None:
+        record.adjoint_route = Route(solved.plan.loop.name)
+    return found
 
 
-def prepare(adjoint: LoopAdjoint, solved: Solved, account: Account, record: AdjointRecord) -> None:
+def prepare(by: Prepare, solved: Solved, account: Account, record: AdjointRecord) -> None:
     """Make an adjoint solve ready, after g was evaluated at the solution.
 
     Raises:
@@ -122,7 +126,7 @@ def prepare(adjoint: LoopAdjoint, solved: Solved, account: Account, record: Adjo
     """
     name = solved.plan.loop.name
     try:
-        reason = adjoint.prepare(solved.result.x, account)
+        reason = by(solved.result.x, account)
     except Declined as declined:
         leave_adjoint_to_host(solved.plan, record, str(declined))
     else:
@@ -143,6 +147,7 @@ def by_host(name: str, reason: str) -> Route:
 
 
 __all__ = [
+    "BEING_CAPTURED",
     "IN_TRANSFORM",
     "LOOPS",
     "UNROLLED",

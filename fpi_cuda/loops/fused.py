@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from fpi_cuda.capturing import being_captured
 from fpi_cuda.cells.lowering import (
     difference,
-    is_lowered_here,
     lowered,
     require_no_decline,
     require_same_map,
@@ -40,7 +38,6 @@ name = "fused"
 is_late = False
 sees_all_rows = True
 
-BEING_CAPTURED = "the call is itself being captured into a CUDA graph"
 DRAWN = "its weights are drawn at random"
 UNCONFIRMED = "step() is not within the tolerance where lower() was"
 
@@ -176,14 +173,11 @@ def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
     """
     layout = flat_map.layout
     g: Any = flat_map.g
-    if being_captured(layout.device):
-        raise NotLowered(BEING_CAPTURED)
     if flat_map.replay.autocast_dtype is not None:
         raise NotLowered("autocast is on")
-    ours = is_lowered_here(g)
     # Not by the replay: the first evaluation of g is yet to come.
-    lower = functools.partial(lowered, g, flat_map.read, layout, ours=ours)
-    (result, tensors), random = rehearsed(lower, layout.device, g, "lower")
+    lower = functools.partial(lowered, g, flat_map.read, layout)
+    (result, tensors, ours), random = rehearsed(lower, layout.device, g, "lower")
     if random:
         raise NotLowered(DRAWN)
     for layer in result.layers:
@@ -273,9 +267,7 @@ class FusedAdjoint:
     hopeless: Tensor | None
     evaluation: FusedEvaluation | None
     record: Recording | None
-
-    def prepare(self, x_star: Tensor, account: Account) -> None:
-        """Nothing: it is ready."""
+    prepare: ClassVar[None] = None
 
     def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
         """See LoopAdjoint.

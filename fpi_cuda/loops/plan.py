@@ -101,14 +101,22 @@ class LoopAdjoint(Protocol):
     def record(self) -> Recording | None:
         """What makes the evaluation of g that is differentiated; None: nobody needs to."""
 
-    def prepare(self, x_star: Tensor, account: Account) -> str | None:
-        """Make ready at x_star (B, D), after g was evaluated there.
+    @property
+    def prepare(self) -> Prepare | None:
+        """None: it is ready."""
+
+    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
+        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None: the host has to do it."""
+
+
+class Prepare(Protocol):
+    """Makes an adjoint solve ready."""
+
+    def __call__(self, x_star: Tensor, account: Account) -> str | None:
+        """At x_star (B, D), after g was evaluated there.
 
         Returns:
             Why the host will solve it this once, whatever was asked for; None: it will not.
         Raises:
             Declined: this loop cannot.
         """
-
-    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
-        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None: the host has to do it."""
