@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.device_loop import Method, Refused
 from fpi_cuda.implicit import (
     Account,
     Apply,
@@ -25,9 +24,7 @@ from fpi_cuda.implicit import (
 )
 from fpi_cuda.options import (
     GMRES,
-    MAX_DEPTH,
     Adjoint,
-    Anderson,
     ConjugateGradient,
     FixedPointSolver,
     Implicit,
@@ -67,30 +64,30 @@ def strategy_for(
     account: Account,
     flat_map: FlatMap,
     on_device: DeviceSolve | None = None,
+    solver: FixedPointSolver | LinearSolver | None = None,
 ) -> Strategy:
     """How the adjoint system is dealt with.
 
     Args:
         flat_map: the map of the fixed point.
         on_device: tried before the solver of the host.
+        solver: of the system, where that is known already.
     """
-    adjoint = options.adjoint
+    adjoint, arithmetic = options.adjoint, flat_map.arithmetic
     independent = account.coupling is None
-    scaling = Scaling(coupled=False if independent else None, arithmetic=flat_map.arithmetic)
+    scaling = Scaling(coupled=False if independent else None, arithmetic=arithmetic)
     if isinstance(adjoint, Neumann):
         return Truncated(account, truncation=adjoint.k, scaling=scaling)
     if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
         return Truncated(account, truncation=0)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
-    solver_of_system = linear_solve(
-        adjoint_solver(options, adjoint, flat_map.layout.dim),
-        adjoint.max_steps or options.max_steps,
+    system = linear_solve(
+        solver or options.adjoint_solver(flat_map.layout.dim),
+        options.adjoint_steps,
         engine,
-        flat_map.arithmetic,
+        arithmetic,
     )
-    return Exact(
-        account, linear_solve=solver_of_system, rtol=rtol, on_device=on_device, scaling=scaling
-    )
+    return Exact(account, linear_solve=system, rtol=rtol, on_device=on_device, scaling=scaling)
 
 
 LOOSEST_BY_ATOL = 1e-2
@@ -118,36 +115,6 @@ def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) 
         # NaN, of samples that failed, asks for nothing either.
         share = (options.rtol + options.atol / row_norm(x_star)).nan_to_num(most)
         return dataclasses.replace(strategy, rtol=share.clamp(max=most))
-
-
-def adjoint_method(options: Options, engine: Backend, dim: int) -> Method | None:
-    """How the adjoint system is iterated; None where it is not.
-
-    Raises:
-        Refused: by a solver that has no captured form.
-    """
-    adjoint = options.adjoint
-    if not isinstance(adjoint, Implicit):
-        return None
-    solver = adjoint_solver(options, adjoint, dim)
-    if isinstance(solver, (GMRES, ConjugateGradient)):
-        raise Refused(f"{solver} runs on the host")
-    return Method(solver, 0.0, adjoint.max_steps or options.max_steps, engine)
-
-
-def adjoint_solver(
-    options: Options, adjoint: Implicit, dim: int
-) -> FixedPointSolver | LinearSolver:
-    """The solver of the adjoint system."""
-    return adjoint.solver or default_adjoint_solver(options.solver, dim)
-
-
-def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolver:
-    """The forward's solver; for Anderson, as deep as it can be of use, and without a ridge."""
-    if not isinstance(solver, Anderson):
-        return solver
-    depth = max(solver.m, min(MAX_DEPTH, dim))
-    return Anderson(m=depth, ridge=0.0, history_dtype=solver.history_dtype)
 
 
 def linear_solve(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 
-from fpi_cuda import backends, device_loop
-from fpi_cuda.adjoint import LOOSEST_BY_ATOL, default_adjoint_solver
-from fpi_cuda.fused import why_declined, why_not_fused
+from fpi_cuda import backends
+from fpi_cuda.adjoint import LOOSEST_BY_ATOL
+from fpi_cuda.loops import Plan, Unavailable, plan_of
 from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
 from fpi_cuda.precision import NAMES
-from fpi_cuda.request import Options
-from fpi_cuda.result import AdjointRecord
-from fpi_cuda.route import HOST_ASKED_FOR, not_taken
-from fpi_cuda.shortcuts import why_not_captured, why_not_hoisted, why_rows_unknown
+from fpi_cuda.request import Options, default_adjoint_solver
+from fpi_cuda.result import AdjointRecord, Route
+from fpi_cuda.shortcuts import why_rows_unknown
+from fpi_cuda.state import Layout
 
 HOST_LOOP = "host loop: torch evaluates g, then one solver step advances all samples"
 DEVICE_LOOP = (
@@ -24,7 +25,7 @@ DEVICE_LOOP = (
 
 def explain(
     options: Options,
-    g: object,
+    g: Any,
     device: torch.device,
     dtype: torch.dtype,
     record: AdjointRecord | None = None,
@@ -34,86 +35,73 @@ def explain(
     Args:
         record: of the latest solve, if there was one.
     """
-    options = options.storable(backends.resolve(options.backend, device, dtype).name, dtype)
+    features = getattr(g, "x_features", None) or 1
+    layout = Layout((torch.Size((features,)),), is_tuple=False, batch=1, dtype=dtype, device=device)
+    refused = None
+    try:
+        plan = plan_of(g, layout, options, rehearse=True)
+    except Unavailable as error:
+        refused = f'none: route="{options.route}" asks for the {options.route} loop, but '
+        refused += error.reason
+        plan = plan_of(g, layout, replace(options, route="host"))
+    options = plan.options
     lines = {
-        "route": route_line(options, g, device, dtype, record),
+        "route": taken(plan, g, record)
+        if record and record.route
+        else refused or foreseen(plan, g),
         "backend": backend_line(options, device, dtype),
         "solver": f"{options.solver}; a sample stops at ||g(x) - x|| <= {options.atol:g} + "
         f"{options.rtol:g} ||g(x)||, or after {options.max_steps} evaluations",
-        "samples": samples_line(options, g, joint=record is not None and record.joint),
-        "inputs": inputs_line(g),
+        "samples": samples_line(plan, g, joint=record is not None and record.joint),
+        "inputs": inputs_line(plan.whole),
         "adjoint": adjoint_line(options),
     }
+    if record is not None and record.route is not None:
+        lines["route"] = taken(plan, g, record)
     if options.precision != "ieee" and not lines["route"].startswith("fused"):
         lines["precision"] = f'as torch computes g: "{options.precision}" is for the fused loop'
     return "\n".join(f"{name:<8} {text}" for name, text in lines.items())
 
 
-def route_line(
-    options: Options,
-    g: object,
-    device: torch.device,
-    dtype: torch.dtype,
-    record: AdjointRecord | None,
-) -> str:
-    """Who runs the loop: in the latest solve, else as far as it is known before."""
-    if record is not None and record.route is not None:
-        return taken(record, options, g, device, dtype)
-    not_fused = f'route="{options.route}" asks for it'
-    if options.route in (None, "fused"):
-        engine = backends.resolve(options.backend, device, dtype)
-        rowwise = options.asks_rowwise(g)
-        reason = why_not_fused(g, engine, options.solver, dtype, rowwise=rowwise)
-        if reason is None:
-            reason = why_declined(g, device)
-        if reason is None:
-            return (
-                f"{fused_loop(options, g, device, dtype)}. Where x is not (batch, features), under "
-                "autocast and inside torch.func transforms it is the host loop"
-            )
-        if options.route == "fused":
-            return f'none: route="fused" asks for the fused loop, but {reason}'
-        not_fused = reason
-    try:
-        graphs = device_loop.graphs_for(device)
-    except device_loop.Refused as reason:
-        return f"{HOST_LOOP} ({not_taken(not_fused, str(reason))})"
-    unavailable = HOST_ASKED_FOR if options.route == "host" else graphs.why_not()
-    if unavailable is None:
-        unavailable = why_not_captured(g)
-    if unavailable is not None:
-        return f"{HOST_LOOP} ({not_taken(not_fused, unavailable)})"
-    return (
-        f"{DEVICE_LOOP}; the host does where g cannot be captured, which is not known yet "
-        f"(not fused: {not_fused})"
-    )
+def foreseen(plan: Plan, g: object) -> str:
+    """Who will run the loop, as far as that is known before a solve."""
+    way = Route(plan.loop.name, plan.reasons)
+    if way.name == "fused":
+        return (
+            f"{fused_loop(plan, g)}. Where x is not (batch, features), under autocast and inside "
+            "torch.func transforms it is the host loop"
+        )
+    if way.name == "device":
+        return (
+            f"{DEVICE_LOOP}; the host does where g cannot be captured, which is not known yet "
+            f"(not fused: {way.reason})"
+        )
+    return f"{HOST_LOOP} ({way.reason})"
 
 
-def taken(
-    record: AdjointRecord, options: Options, g: object, device: torch.device, dtype: torch.dtype
-) -> str:
-    """The way that the latest solve went."""
-    assert record.route is not None
-    if record.route.name == "host":
-        return f"{HOST_LOOP} ({record.route.reason})"
-    loop = DEVICE_LOOP
-    if record.route.name == "fused":
-        loop = fused_loop(options, g, device, dtype)
-    if record.adjoint_route is None:
-        return loop
-    if record.adjoint_route.name == "host":
-        return f"{loop}; the adjoint by the host loop ({record.adjoint_route.reason})"
-    return f"{loop}; the adjoint likewise"
+def taken(plan: Plan, g: object, record: AdjointRecord) -> str:
+    """Who ran the loop of the latest solve, and of its adjoint."""
+    way, adjoint = record.route, record.adjoint_route
+    assert way is not None
+    if way.name == "host":
+        return f"{HOST_LOOP} ({way.reason})"
+    words = fused_loop(plan, g) if way.name == "fused" else DEVICE_LOOP
+    if adjoint is None:
+        return words
+    if adjoint.name == "host":
+        return f"{words}; the adjoint by the host loop ({adjoint.reason})"
+    return f"{words}; the adjoint likewise"
 
 
-def fused_loop(options: Options, g: object, device: torch.device, dtype: torch.dtype) -> str:
+def fused_loop(plan: Plan, g: object) -> str:
     """The fused loop, its tile and its precision."""
-    engine: Any = backends.resolve(options.backend, device, dtype)
+    options, dtype, engine = plan.options, plan.layout.dtype, cast("Any", plan.engine)
     depth = options.solver.m if isinstance(options.solver, Anderson) else 0
     hidden = getattr(getattr(g, "energy", g), "hidden_features", 0)
-    features = getattr(g, "x_features", None) or 1
     precision = NAMES.index(options.precision) if dtype == torch.float32 else 0
-    words = engine.cell_loop_words(features, hidden, depth, dtype, precision, device)
+    words = engine.cell_loop_words(
+        plan.layout.dim, hidden, depth, dtype, precision, plan.layout.device
+    )
     return (
         f"fused loop: {words}, {arithmetic(options, dtype)}; one that stops makes room for the next"
     )
@@ -141,12 +129,13 @@ def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> 
     return f"{name} for {dtype} on {device} ({reason})"
 
 
-def samples_line(options: Options, g: object, *, joint: bool) -> str:
+def samples_line(plan: Plan, g: object, *, joint: bool) -> str:
     """What becomes of samples that have stopped.
 
     Args:
         joint: rows were seen to depend on one another in the latest solve.
     """
+    options = plan.options
     if not options.batch_dims:
         return "the whole state is one (batch_dims=0)"
     if joint:
@@ -156,7 +145,7 @@ def samples_line(options: Options, g: object, *, joint: bool) -> str:
         reason = why_rows_unknown(g)
         if reason is not None:
             return f"all are evaluated until the last one stops (g.rowwise is True, but {reason})"
-    if options.asks_rowwise(g):
+    if plan.rowwise:
         return (
             f"stopped ones leave the batch ({source} is True), where all that g reads has the "
             "batch in dim 0"
@@ -167,9 +156,12 @@ def samples_line(options: Options, g: object, *, joint: bool) -> str:
     )
 
 
-def inputs_line(g: object) -> str:
-    """What is computed once per solve."""
-    whole = why_not_hoisted(g)
+def inputs_line(whole: str | None) -> str:
+    """What is computed once per solve.
+
+    Args:
+        whole: why prepare and step do not stand for g; None if they do.
+    """
     if whole is None:
         return "g.prepare(*z) runs once per solve, g.step(x, prepared) once per step"
     return f"g(x, *z) runs whole in every step ({whole})"
@@ -187,7 +179,7 @@ def adjoint_line(options: Options) -> str:
         rtol = f"{options.rtol if adjoint.rtol is None else adjoint.rtol:g}"
         if adjoint.rtol is None and options.atol:
             rtol = f"({rtol} + {options.atol:g} / ||x||, at most {LOOSEST_BY_ATOL:g})"
-        max_steps = adjoint.max_steps or options.max_steps
+        max_steps = options.adjoint_steps
         return (
             f"exact: c = J^T c + v to ||.|| <= {rtol} ||v|| by {solver} ({whose}), at most "
             f"{max_steps} products"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpi_cuda import backends, transforms
+from fpi_cuda import transforms
 from fpi_cuda.adjoint import (
     differentiated_map,
     strategy_for,
@@ -21,6 +21,7 @@ from fpi_cuda.adjoint import (
 from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
 from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
+from fpi_cuda.declined import Declined
 from fpi_cuda.faithful import Replay
 from fpi_cuda.implicit import (
     Account,
@@ -35,6 +36,16 @@ from fpi_cuda.implicit.fixed_point import FixedPoint
 from fpi_cuda.implicit.lifted import LiftedEquation
 from fpi_cuda.implicit.strategy import Strategy
 from fpi_cuda.implicit.vmap import BATCHED, by_samples_of_vmap
+from fpi_cuda.loops import (
+    BEING_CAPTURED,
+    IN_TRANSFORM,
+    UNROLLED,
+    Solved,
+    adjoint_of,
+    after_decline,
+    plan_of,
+    prepare,
+)
 from fpi_cuda.options import (
     Adjoint,
     Anderson,
@@ -54,8 +65,14 @@ from fpi_cuda.request import (
     require_map,
     require_numbers,
 )
-from fpi_cuda.result import AdjointRecord, ConvergenceError, Solution, SolveResult, Status
-from fpi_cuda.route import IN_TRANSFORM, UNROLLED, Course, require_host_allowed
+from fpi_cuda.result import (
+    AdjointRecord,
+    ConvergenceError,
+    Route,
+    Solution,
+    SolveResult,
+    Status,
+)
 from fpi_cuda.shortcuts import is_rowwise_by_construction
 from fpi_cuda.solution_check import SolutionCheck
 from fpi_cuda.solvers.loop import solve
@@ -240,29 +257,41 @@ def solve_flat(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], layout: Layout, options: Options
 ) -> Solution:
     """Solve on flat states and attach the derivatives."""
-    engine = backends.resolve(options.backend, layout.device, layout.dtype)
-    options = options.storable(engine.name, layout.dtype)
-    replay = Replay(layout.device, g)
     born_after = sequence_number()
-    flat_map = FlatMap(g, layout, z, replay)
     start = layout.flatten(x0)
+    grad = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    only_host = IN_TRANSFORM if transforms.active() else None
+    if isinstance(options.adjoint, Unroll) and (grad or only_host is not None):
+        only_host = UNROLLED
+    elif only_host is None and being_captured(layout.device):
+        if grad:
+            raise RuntimeError(UNDER_GRAD)
+        only_host = BEING_CAPTURED
+    plan = plan_of(g, layout, options, only_host=only_host)
+    options, engine, rowwise = plan.options, plan.engine, plan.rowwise
+    replay = Replay(layout.device, g)
+    flat_map = FlatMap(g, layout, z, replay, plan.whole)
     record = AdjointRecord(options.notice.look_at_adjoint, layout.batch_dims)
-    rowwise = options.asks_rowwise(g)
     coupling = coupling_of(flat_map, options, rowwise)
-    if isinstance(options.adjoint, Unroll) and differentiates():
-        require_host_allowed(options, "the solve", UNROLLED)
+    if only_host is UNROLLED:
         value, result = unrolled(
             flat_map, start, options, record, coupling, born_after, rowwise=rowwise
         )
-    elif transforms.active():
-        require_host_allowed(options, "the solve", IN_TRANSFORM)
+    elif only_host is IN_TRANSFORM:
         value, result = solved_lifted(
             flat_map, start, options, engine, record, coupling, rowwise=rowwise
         )
     else:
-        course = Course(flat_map, options, engine, record, coupling, rowwise)
-        value, result = solved(
-            flat_map, start, options, engine, course, born_after, rowwise=rowwise
+        solved = None
+        with torch.no_grad(), replay.solving():
+            while solved is None:
+                try:
+                    solved = plan.loop.solve(plan, flat_map, start.detach(), coupling)
+                except Declined as reason:
+                    plan = after_decline(g, plan, reason)
+        record.route = Route(plan.loop.name, plan.reasons)
+        value, result = reported(
+            Solved(plan, flat_map, *solved), record, coupling, born_after if grad else None
         )
     flat_map.over()
     record.joint = coupling is not None and coupling.joint
@@ -275,58 +304,51 @@ def solve_flat(
 
 def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling | None:
     """What is known of whether rows depend on one another; None where they cannot."""
+    if rowwise:
+        return None
     rows = flat_map.layout.rows_together
-    return None if rows < 2 or rowwise else Coupling(key_of(flat_map, options), rows)
+    return None if rows < 2 else Coupling(key_of(flat_map, options), rows)
 
 
 def key_of(flat_map: FlatMap, options: Options) -> tuple[Hashable, ...]:
     """Equal for solves of the same map with states of the same shape, by solvers that probe it."""
     layout = flat_map.layout
-    shapes = (layout.batch, layout.shapes, *(None if t.is_nested else t.shape for t in flat_map.z))
+    shapes = (layout.batch, layout.shapes, *[None if t.is_nested else t.shape for t in flat_map.z])
     probed = not isinstance(options.solver, Picard)
     return site_of(flat_map.g), shapes, layout.dtype, layout.device, probed
 
 
-def differentiates() -> bool:
-    """Whether anything may ask for a derivative of what is computed now."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms.active()
-
-
-def solved(
-    flat_map: FlatMap,
-    start: Tensor,
-    options: Options,
-    engine: Backend,
-    course: Course,
-    born_after: int,
-    *,
-    rowwise: bool,
+def reported(
+    solved: Solved, record: AdjointRecord, coupling: Coupling | None, born_after: int | None
 ) -> tuple[Any, SolveResult]:
-    """The fixed point, as the user's state, by the solver, then its derivatives.
+    """What a loop has solved, as the user's state, with its derivatives.
 
     Args:
-        rowwise: it was promised that rows are independent.
+        born_after: autograd's sequence number before flat_map was made; None: nobody can ask for
+            a derivative.
     """
-    if differentiates() and being_captured(flat_map.layout.device):
-        raise RuntimeError(UNDER_GRAD)
-    record, coupling = course.record, course.coupling
-    with torch.no_grad(), flat_map.replay.solving():
-        result = course.solve(start.detach())
-    check = check_of(result, flat_map, options, coupling, rowwise, engine.num_moved)
-    if not differentiates():
-        if not course.compared_with_step and rests_on_a_word(flat_map, rowwise):
-            require_kept_word(flat_map, options, check, course.leaves_the_host_alone)
+    plan, flat_map, result, _ = solved
+    options, engine, loop = plan.options, plan.engine, plan.loop
+    check = check_of(result, flat_map, options, coupling, plan.rowwise, engine.num_moved)
+    if born_after is None:
+        if not loop.sees_all_rows and rests_on_a_word(flat_map, plan.rowwise):
+            require_kept_word(flat_map, options, check, loop.is_late)
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
-            return flat_map.layout.taken_apart(result.x), check.result
-    account = Account(result.status, record, coupling, late=course.leaves_the_host_alone)
-    course.plan_fused_adjoint(account)
-    differentiated = course.for_adjoint(differentiated_map(flat_map, options.adjoint))
-    strategy = strategy_for(options, engine, account, flat_map, course.on_device)
+            return plan.layout.taken_apart(result.x), check.result
+    account = Account(result.status, record, coupling, late=loop.is_late)
+    adjoint = adjoint_of(solved, account, record)
+    by_loop = None if adjoint is None else adjoint.solve
+    strategy = strategy_for(options, engine, account, flat_map, by_loop, plan.adjoint_solver)
     strategy = with_forward_accuracy(strategy, options, result.x)
-    watch = None if course.leaves_the_host_alone else check
-    value = attach(differentiated, result.x, watch, strategy, born_after)
-    if any(part.requires_grad for part in (value if flat_map.layout.is_tuple else (value,))):
-        course.prepare_adjoint(result.x, account)
+    evaluated = differentiated_map(flat_map, options.adjoint)
+    if adjoint is not None and adjoint.record is not None:
+        evaluated = evaluated.recorded(adjoint.record)
+    watch = None if loop.is_late else check
+    value = attach(evaluated, result.x, watch, strategy, born_after)
+    if adjoint is not None and adjoint.prepare is not None:
+        parts = value if plan.layout.is_tuple else (value,)
+        if any(part.requires_grad for part in parts):
+            prepare(adjoint.prepare, solved, account, record)
     return value, check.result
 
 

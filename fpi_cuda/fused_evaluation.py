@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,30 +12,27 @@ from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
 from fpi_cuda.cells.activation import DERIVATIVES
-from fpi_cuda.cells.lowering import is_lowered_here
 from fpi_cuda.implicit import FlatMap
 from fpi_cuda.lowered import Layer, Lowered, NotLowered, activation_number
-from fpi_cuda.solvers.stepping import Backend
 
 
+@dataclass
 class FusedEvaluation:
     """Evaluates g at the fixed point, and keeps the slopes that the adjoint needs there.
 
     Only for the cells of this package: that lower() of another has step()'s derivatives too is
     not known.
 
-    Args:
-        flat_map: g.
-        engine: the backend.
     Attributes:
+        flat_map: g, a cell of this package.
+        engine: that has cell_layer_, in the schema of csrc/layer_ops.cpp.
         slopes: derivative of each layer in its sums (B, outputs) at the point that was evaluated
             last, None for ones; None as a whole before that.
     """
 
-    def __init__(self, flat_map: FlatMap, engine: Backend) -> None:
-        self._flat_map = flat_map
-        self._engine = engine
-        self.slopes: tuple[Tensor | None, ...] | None = None
+    flat_map: FlatMap
+    engine: Any
+    slopes: tuple[Tensor | None, ...] | None = None
 
     def record(self, g: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """g(x), x (B, D): by kernels where a graph in x is asked for."""
@@ -45,7 +43,7 @@ class FusedEvaluation:
         h, slopes = x, []
         for layer, derivative in zip(lowered.layers, derivatives, strict=True):
             h, slope = CellLayer.apply(
-                self._engine, layer.activation, derivative, h, layer.weight, layer.bias, layer.shift
+                self.engine, layer.activation, derivative, h, layer.weight, layer.bias, layer.shift
             )
             slopes.append(slope)
         self.slopes = tuple(slopes)
@@ -53,19 +51,21 @@ class FusedEvaluation:
 
     def _layers(self) -> tuple[Lowered, list[str]] | None:
         """The map with its graph, and the derivatives of its activations; None where none."""
-        g = self._flat_map.g
-        if not hasattr(self._engine, "cell_layer_") or not is_lowered_here(g):
-            return None
         try:
-            lowered: Lowered = g.lower(self._flat_map.read)
+            lowered: Lowered = self.flat_map.g.lower(self.flat_map.read)
         except NotLowered:
             return None
-        derivatives = [DERIVATIVES.get(layer.activation) for layer in lowered.layers]
-        served = lowered.x_factor is None and all(
-            layer.factor is None and derivative and activation_number(derivative) is not None
-            for layer, derivative in zip(lowered.layers, derivatives, strict=True)
-        )
-        return (lowered, [d for d in derivatives if d]) if served else None
+        if lowered.x_factor is not None:
+            return None
+        derivatives = []
+        for layer in lowered.layers:
+            derivative = DERIVATIVES.get(layer.activation)
+            if layer.factor is not None or derivative is None:
+                return None
+            if activation_number(derivative) is None:
+                return None
+            derivatives.append(derivative)
+        return lowered, derivatives
 
 
 class CellLayer(torch.autograd.Function):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpi_cuda.declined import Declined
 from fpi_cuda.elementwise import FUNCTIONS, identity
 
 ACTIVATIONS = tuple(FUNCTIONS)
@@ -30,7 +31,7 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     return added_functions[name][1] if name in added_functions else FUNCTIONS[name]
 
 
-class NotLowered(Exception):
+class NotLowered(Declined):
     """Raised by a cell's lower(): why the fused loop cannot run it as it is."""
 
 
@@ -51,7 +52,7 @@ class Layer:
     shift: Tensor | None = None
     factor: Tensor | None = None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """weight, bias, shift, factor."""
         return self.weight, self.bias, self.shift, self.factor
 
@@ -102,26 +103,20 @@ class Lowered:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that it is made of."""
-        parts = [self.x_factor, *(t for layer in self.layers for t in layer.tensors())]
-        return tuple(t for t in parts if t is not None)
+        parts = [self.x_factor]
+        for layer in self.layers:
+            parts += layer.weight, layer.bias, layer.shift, layer.factor
+        return tuple([t for t in parts if t is not None])
 
     def detached(self) -> Lowered:
         """The same without a graph; what has the batch is contiguous."""
-
-        def plain(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.detach().contiguous()
-
-        layers = tuple(
-            dataclasses.replace(
-                layer,
-                weight=layer.weight.detach(),
-                bias=plain(layer.bias),
-                shift=plain(layer.shift),
-                factor=plain(layer.factor),
-            )
-            for layer in self.layers
-        )
-        return Lowered(layers, plain(self.x_factor), self.carry)
+        layers = []
+        for layer in self.layers:
+            weight, *others = layer.tensors()
+            plain = [None if t is None else t.detach().contiguous() for t in others]
+            layers.append(Layer(weight.detach(), layer.activation, *plain))
+        factor = None if self.x_factor is None else self.x_factor.detach().contiguous()
+        return Lowered(tuple(layers), factor, self.carry)
 
     def rows(self, count: int) -> Lowered:
         """The same for the first samples alone."""

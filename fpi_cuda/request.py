@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,13 @@ from fpi_cuda.dense import why_not_dense
 from fpi_cuda.options import (
     ADJOINTS,
     FIXED_POINT_SOLVERS,
+    MAX_DEPTH,
     MOST_STEPS,
     Adjoint,
     Anderson,
     FixedPointSolver,
     Implicit,
+    LinearSolver,
     require_count,
     require_instance,
     require_real,
@@ -99,6 +102,17 @@ class Options:
             return self
         return replace(self, solver=solver, adjoint=adjoint)
 
+    def adjoint_solver(self, dim: int) -> FixedPointSolver | LinearSolver:
+        """The solver of the adjoint system for samples of `dim` elements, where one is solved."""
+        asked = self.adjoint.solver if isinstance(self.adjoint, Implicit) else None
+        return asked or default_adjoint_solver(self.solver, dim)
+
+    @functools.cached_property
+    def adjoint_steps(self) -> int:
+        """Cap on the products with the Jacobian in an adjoint solve."""
+        asked = self.adjoint.max_steps if isinstance(self.adjoint, Implicit) else None
+        return asked or self.max_steps
+
     def asks_rowwise(self, g: object) -> bool:
         """Whether it was promised that g may be evaluated on some of the samples."""
         if not self.batch_dims:
@@ -106,6 +120,19 @@ class Options:
         if self.rowwise is not None:
             return self.rowwise
         return bool(getattr(g, "rowwise", False)) and why_rows_unknown(g) is None
+
+
+def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolver:
+    """The forward's solver; for Anderson, as deep as it can be of use, and without a ridge."""
+    if not isinstance(solver, Anderson):
+        return solver
+    return linear_anderson(max(solver.m, min(MAX_DEPTH, dim)), solver.history_dtype)
+
+
+@functools.cache
+def linear_anderson(depth: int, history_dtype: torch.dtype | None) -> Anderson:
+    """Anderson's method for a linear map."""
+    return Anderson(m=depth, ridge=0.0, history_dtype=history_dtype)
 
 
 Solver = TypeVar("Solver")

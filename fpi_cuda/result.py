@@ -96,27 +96,41 @@ class SolveResult(NamedTuple):
     residual: Tensor
 
 
+Reason = tuple[str, str]
+"""The name of a loop, and why it does not run a solve."""
+
+
 class Route(NamedTuple):
-    """Which way a solve went.
+    """Which loop ran a solve.
 
     Attributes:
         name: "host", "device" or "fused".
-        reason: why no way ahead of it was taken.
+        reasons: why each loop ahead of it did not.
     """
 
     name: str
-    reason: str = ""
+    reasons: tuple[Reason, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """The reasons in words; one, where it is the same for all."""
+        texts = {text for _, text in self.reasons}
+        if len(texts) == 1:
+            return texts.pop()
+        return "; ".join(f"{NOT_BY[name]}: {text}" for name, text in self.reasons)
 
 
+NOT_BY = {"fused": "not fused", "device": "not on the device"}
+
+
+@dataclass(eq=False, repr=False)
 class AdjointRecord:
     """A box that the backward pass fills: autograd runs after the Solution was returned.
 
-    Args:
+    Attributes:
         look: sees every adjoint solve, to warn of what it finds.
         batch_dims: 0 where the whole state is one sample.
-    Attributes:
         stats: the latest account.
-        look, batch_dims: as given.
         warned: it has had something to say, which is enough for one solution.
         worst: the highest status of the forward solve; None where nobody has asked for it yet.
         route: which way the forward solve went; None where there is but one.
@@ -124,15 +138,14 @@ class AdjointRecord:
         joint: rows were seen to depend on one another in the forward solve.
     """
 
-    def __init__(self, look: LookAtAdjoint | None = None, batch_dims: int = 1) -> None:
-        self.batch_dims = batch_dims
-        self.stats: Stats | None = None
-        self.look = look
-        self.warned = False
-        self.worst: Late | None = None
-        self.route: Route | None = None
-        self.adjoint_route: Route | None = None
-        self.joint = False
+    look: LookAtAdjoint | None = None
+    batch_dims: int = 1
+    stats: Stats | None = None
+    warned: bool = False
+    worst: Late | None = None
+    route: Route | None = None
+    adjoint_route: Route | None = None
+    joint: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         """What can be handed to another process."""

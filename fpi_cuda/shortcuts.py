@@ -150,23 +150,24 @@ NAMES = {("step", "prepare"), ("prepare", "step")}
 def redefined(g: object) -> str | None:
     """Why the call was given another meaning than step and prepare have, or None."""
     call = "forward" if isinstance(g, nn.Module) else "__call__"
-    for method in ("step", "prepare"):
-        if definition_depth(g, call) >= definition_depth(g, method):
-            return None
+    if not all(redefined_below(g, (call,), method) for method in ("step", "prepare")):
+        return None
     return f"{plain_classes(g)[0].__name__} redefines {call}() and inherits step()"
 
 
-def definition_depth(owner: object, method: str) -> int:
-    """How far up from `owner` its method is defined: 0 on the instance, 1 in its class, ..."""
-    own = getattr(owner, "__dict__", None)
-    if own and (method in own or method in own.get("_modules", ())):
-        return 0
-    depth = 1
-    for kind in plain_classes(owner):
-        if method in kind.__dict__:
+def redefined_below(owner: object, methods: tuple[str, ...], description: str) -> str | None:
+    """The first of these methods that is defined nearer to `owner` than `description` is.
+
+    Nearest is the instance, then its class, then the class above it.
+    """
+    own = getattr(owner, "__dict__", {})
+    for names in ((*own, *own.get("_modules", ())), *map(vars, plain_classes(owner))):
+        if description in names:
             break
-        depth += 1
-    return depth
+        for method in methods:
+            if method in names:
+                return method
+    return None
 
 
 def plain_classes(owner: object) -> tuple[type, ...]:
@@ -257,7 +258,7 @@ def why_rows_unknown(g: object) -> str | None:
     if offers_hoisting(g) and not is_composition(g):
         reason = redefined(g)
         call = "forward" if isinstance(g, nn.Module) else "__call__"
-        if reason is None and definition_depth(g, "rowwise") > definition_depth(g, call):
+        if reason is None and redefined_below(g, (call,), "rowwise"):
             reason = WRITTEN_OTHERWISE  # by a class below the one that claims to be row-wise
     if reason is not None or not isinstance(g, nn.Module):
         return reason

@@ -17,10 +17,10 @@ LEVELS = [
     {"layer"},
     {"functional"},
     {"explanation"},
-    {"route"},
+    {"loops"},
     {"adjoint"},
     {"request"},
-    {"device_loop", "fused", "solution_check"},
+    {"device_loop", "solution_check"},
     {"fused_evaluation"},
     {"implicit", "solvers", "cells", "backends"},
     {"rules", "unconverged"},
@@ -42,7 +42,7 @@ LEVELS = [
     {"random_draws", "transforms", "weight_cache"},
     {"drawing_ops", "recomputed"},
     {"_extension", "capturing", "dense", "elementwise", "late", "module_tree", "tensor_version"},
-    {"dispatch_modes"},
+    {"declined", "dispatch_modes"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.
 OUTSIDE = {"diagnostics", "testing"}

@@ -18,7 +18,7 @@ from fpi_cuda.cells.lowering import (
 from fpi_cuda.lowered import Lowered, NotLowered
 from fpi_cuda.options import require_real
 from fpi_cuda.partial import IndependentError, partial
-from fpi_cuda.shortcuts import definition_depth, why_call_matters, why_parts_matter
+from fpi_cuda.shortcuts import redefined_below, why_call_matters, why_parts_matter
 
 
 class GradientDescent(Cell):
@@ -117,8 +117,8 @@ class GradientDescent(Cell):
         lower_descent = getattr(self.energy, "lower_descent", None)
         if not self.closed_form or lower_descent is None:
             raise NotLowered(f"{type(self.energy).__name__} has no lower_descent()")
-        for method in (*EVALUATION, "value", "gradient", "_hidden_input"):
-            require_consistent(self.energy, method, "lower_descent")
+        evaluations = (*EVALUATION, "value", "gradient", "_hidden_input")
+        require_consistent(self.energy, evaluations, "lower_descent")
         reason = self.why_not_closed()
         if reason is not None:
             raise NotLowered(reason)
@@ -176,8 +176,7 @@ def stands_for(energy: object, name: str, others: tuple[str, ...]) -> bool:
 
     A subclass that changes the energy and inherits its gradient must not be stepped along it.
     """
-    here = definition_depth(energy, name)
-    return here == 0 or all(here <= definition_depth(energy, o) for o in others)
+    return redefined_below(energy, others, name) is None
 
 
 def require_per_sample(energy: Tensor, x: Tensor) -> None:

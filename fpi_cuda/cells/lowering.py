@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from fpi_cuda.lowered import Layer, Lowered, NotLowered, activation_number
 from fpi_cuda.shortcuts import (
     LINEAR,
-    definition_depth,
     plain_classes,
+    redefined_below,
     why_modes_matter,
-    why_not_hoisted,
     why_parts_matter,
 )
 from fpi_cuda.state import Layout
@@ -23,6 +22,7 @@ from fpi_cuda.state import Layout
 EVALUATION = ("prepare", "step", "forward", "__call__")
 # A kernel's and torch's rounding of the same numbers, in units of the terms that are summed.
 MOST_UNITS = 256
+WRONG_SHAPE = "a tensor of it has shape {}, not {}"
 
 _described: dict[Any, tuple[type, dict[str, Any]]] = {}
 """By a lower() or lower_descent() of this package: its class, and the methods it stands for."""
@@ -33,14 +33,17 @@ def describes(lower: Any, kind: type, *methods: str) -> None:
     _described[lower] = (kind, {name: getattr(kind, name) for name in methods})
 
 
-def lowered(cell: Any, prepared: object) -> Lowered:
+def lowered(
+    cell: Any, prepared: object, layout: Layout
+) -> tuple[Lowered, tuple[Tensor, ...], bool]:
     """A cell as the fused loop runs it.
 
     Args:
-        cell: for which require_lowerable has nothing to say.
+        cell: for which why_not_lowerable has nothing to say.
         prepared: what cell.prepare returned.
+        layout: of its states.
     Returns:
-        Without a graph.
+        It without a graph, the tensors that it is made of, and is_lowered_here.
     Raises:
         NotLowered: it is none that the kernels can run.
         TypeError: lower() returned something else than it has to.
@@ -48,12 +51,16 @@ def lowered(cell: Any, prepared: object) -> Lowered:
     if not isinstance(prepared, Tensor):
         raise NotLowered("prepare returns more than one tensor")
     result: Lowered = cell.lower(prepared)
-    if not is_lowered_here(cell):
+    ours = is_lowered_here(cell)
+    if not ours:
         require_types(type(cell).__name__, result)
     for layer in result.layers:
         if activation_number(layer.activation) is None:
             raise NotLowered(f"no kernel knows the activation {layer.activation!r}")
-    return result.detached()
+    result = result.detached()
+    tensors = result.tensors()
+    require_shapes(result, tensors, layout)
+    return result, tensors, ours
 
 
 def require_types(name: str, result: Any) -> None:
@@ -85,26 +92,28 @@ def require_types(name: str, result: Any) -> None:
         raise NotLowered(f"it has {len(result.layers)} layers, and the kernels run one or two")
 
 
-def require_lowerable(g: object) -> None:
-    """Raise NotLowered for what can be told of g before it is given inputs."""
+def why_not_lowerable(g: object, whole: str | None, *, rows_known: bool) -> str | None:
+    """What speaks against lowering g before it is given inputs; None: nothing.
+
+    Args:
+        whole: why prepare and step do not stand for g; None if they do.
+        rows_known: why_rows_unknown had nothing to say, which looks at all parts of g.
+    """
     name = type(g).__name__
     if not callable(getattr(g, "lower", None)):
-        raise NotLowered(f"{name} has no lower(prepared)")
+        return f"{name} has no lower(prepared)"
     if not isinstance(g, nn.Module):
-        raise NotLowered(f"{name} is not a module")
-    for method in EVALUATION:
-        require_consistent(g, method, "lower")
-    require_unpatched(g, "lower")
-    reason = why_not_hoisted(g) or why_parts_matter(g) or why_modes_matter()
-    if reason is not None:
-        raise NotLowered(reason)
-
-
-def require_unpatched(owner: object, description: str) -> None:
-    """Raise NotLowered where a method that this package's description is of was replaced."""
-    replaced = replaced_method(type(owner), description)
+        return f"{name} is not a module"
+    replaced = replaced_method(type(g), "lower")
     if replaced is not None:
-        raise NotLowered(f"{replaced}() was replaced")
+        return f"{replaced}() was replaced"
+    try:
+        require_consistent(g, EVALUATION, "lower")
+    except NotLowered as redefined:
+        return str(redefined)
+    if whole is None and not rows_known:
+        whole = why_parts_matter(g)
+    return whole or why_modes_matter()
 
 
 def replaced_method(kind: type, description: str) -> str | None:
@@ -118,11 +127,12 @@ def replaced_method(kind: type, description: str) -> str | None:
     return None
 
 
-def require_consistent(owner: object, evaluation: str, description: str) -> None:
-    """Raise NotLowered where `evaluation` was redefined below the class of `description`."""
-    if definition_depth(owner, evaluation) < definition_depth(owner, description):
+def require_consistent(owner: object, evaluations: tuple[str, ...], description: str) -> None:
+    """Raise NotLowered where an evaluation was redefined below the class of `description`."""
+    redefined = redefined_below(owner, evaluations, description)
+    if redefined is not None:
         name = plain_classes(owner)[0].__name__
-        raise NotLowered(f"{name} redefines {evaluation}() and inherits {description}()")
+        raise NotLowered(f"{name} redefines {redefined}() and inherits {description}()")
 
 
 def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +141,10 @@ def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tens
     Raises:
         NotLowered: it is another kind of module by now.
     """
-    if plain_classes(module)[0] is not LINEAR or "forward" in vars(module):
+    kind = type(module)
+    if kind is not LINEAR:
+        kind = plain_classes(module)[0]  # of a parametrized one
+    if kind is not LINEAR or "forward" in vars(module):
         raise NotLowered(f"{owner}.{name} is a {type(module).__name__}, not nn.Linear")
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = module.bias  # type: ignore[assignment]
@@ -146,33 +159,33 @@ def without_bias(owner: str, name: str, module: nn.Module) -> Tensor:
     return weight
 
 
-def require_shapes(result: Lowered, layout: Layout) -> None:
-    """Raise NotLowered unless the map takes such states, and is all of their dtype and device."""
-    batch, features = layout.batch, layout.sizes[0]
+def require_shapes(result: Lowered, tensors: tuple[Tensor, ...], layout: Layout) -> None:
+    """Raise NotLowered unless the map takes such states, and is all of their dtype and device.
+
+    Args:
+        tensors: all that it is made of.
+    """
+    batch, (features,) = layout.batch, layout.shapes[0]
     width = features
     for layer in result.layers:
         if layer.weight.dim() != 2 or layer.weight.shape[1] != width:
             raise NotLowered(f"a weight is {tuple(layer.weight.shape)}, its input has {width}")
         width = layer.weight.shape[0]
-        require_shape(layer.bias, (width,))
-        require_shape(layer.shift, (batch, width))
-        require_shape(layer.factor, (batch, width))
+        rows = (batch, width)
+        for t, shape in ((layer.bias, (width,)), (layer.shift, rows), (layer.factor, rows)):
+            if t is not None and t.shape != shape:
+                raise NotLowered(WRONG_SHAPE.format(tuple(t.shape), shape))
     if width != features:
         raise NotLowered(f"the last weight gives {width} features, x has {features}")
-    require_shape(result.x_factor, (batch, features))
-    for t in result.tensors():
+    if result.x_factor is not None and result.x_factor.shape != (batch, features):
+        raise NotLowered(WRONG_SHAPE.format(tuple(result.x_factor.shape), (batch, features)))
+    for t in tensors:
         if type(t) is not Tensor or t.layout != torch.strided:
             raise NotLowered(f"it holds a {type(t).__name__} of layout {t.layout}")
         if t.dtype != layout.dtype or t.device != layout.device:
             raise NotLowered(
                 f"x is {layout.dtype} on {layout.device}, a weight or z {t.dtype} on {t.device}"
             )
-
-
-def require_shape(t: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Raise NotLowered unless t, if there is one, has this shape."""
-    if t is not None and tuple(t.shape) != shape:
-        raise NotLowered(f"a tensor of it has shape {tuple(t.shape)}, not {shape}")
 
 
 def require_same_map(name: str, result: Lowered, x: Tensor, expected: Tensor) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from fpi_cuda.device_loop.adjoint import DeviceAdjoint
 from fpi_cuda.device_loop.cache import PlanCache
 from fpi_cuda.device_loop.chunks import solve
@@ -18,24 +16,12 @@ GRAPHS: dict[str, Graphs] = {"cuda": CudaGraphs()}
 """What can capture, by device type."""
 
 
-def graphs_for(device: torch.device) -> Graphs:
-    """What can capture on this device.
-
-    Raises:
-        Refused: nothing can.
-    """
-    if device.type not in GRAPHS:
-        raise Refused(f"the state is on {device.type}, which has no CUDA graphs")
-    return GRAPHS[device.type]
-
-
 __all__ = [
     "DeviceAdjoint",
     "Graphs",
     "Method",
     "PlanCache",
     "Refused",
-    "graphs_for",
     "plans",
     "solve",
 ]

@@ -15,10 +15,12 @@ from fpi_cuda.device_loop.method import Method, key_of
 from fpi_cuda.device_loop.plan import AdjointPlan
 from fpi_cuda.device_loop.planner import failures_refused, lent, require_agreement
 from fpi_cuda.device_loop.trace import Recorder, difference, require_repeatable
-from fpi_cuda.implicit import FlatMap, Jacobian, Linearization
+from fpi_cuda.implicit import Account, FlatMap, Jacobian, Linearization
 from fpi_cuda.result import SolveResult
 from fpi_cuda.row_norm import row_norm
 from fpi_cuda.solvers import loop
+
+FAILED_SAMPLES = "some samples of the latest solve failed, and their part of g was left out"
 
 
 class DeviceAdjoint:
@@ -51,12 +53,22 @@ class DeviceAdjoint:
         self._recorder = recorder
         return result
 
-    def prepare(self, x_star: Tensor) -> None:
+    def prepare(self, x_star: Tensor, account: Account) -> str | None:
         """See to it that there is a plan, made now if need be.
 
+        Returns:
+            Why it is left to the host this once; None: it is not.
         Raises:
-            Refused: there can be none.
+            Refused: there can be no plan.
         """
+        if not account.late and account.hopeless is not None:
+            self._recorder = None
+            return FAILED_SAMPLES
+        with torch.no_grad(), self._flat_map.replay.solving():
+            self._require_plan(x_star)
+        return None
+
+    def _require_plan(self, x_star: Tensor) -> None:
         recorder = self._recorder
         if recorder is None:
             raise Refused("g was not evaluated with a graph")
@@ -78,10 +90,6 @@ class DeviceAdjoint:
         except Refused as reason:
             self._cache.refuse(key, reason)
             raise
-
-    def skip(self) -> None:
-        """Leave this call's adjoint to the host."""
-        self._recorder = None
 
     def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
         """c (B, D) with ||J^T c + b - c|| <= atol (B,); None where the host has to do it."""

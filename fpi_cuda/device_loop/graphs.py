@@ -9,8 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fpi_cuda.declined import Declined
 
-class Refused(Exception):
+
+class Refused(Declined):
     """This solve cannot run on the device; the text says why.
 
     Args:

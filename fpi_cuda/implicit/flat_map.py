@@ -64,17 +64,25 @@ class FlatMap:
         source_z: z, also where a mended map evaluates g on something else.
         hoisted: prepare and step stand for g.
         whole: why they do not, so that g(x, *z) is called in every evaluation; None if they do.
+            Asked of g where nobody has: "".
         read: what g reads besides x: what prepare returned, else z.
         arithmetic: what products in g are rounded to: autocast's dtype, else that of the state.
     """
 
-    def __init__(self, g: Any, layout: Layout, z: tuple[Tensor, ...], replay: Replay) -> None:
+    def __init__(
+        self,
+        g: Any,
+        layout: Layout,
+        z: tuple[Tensor, ...],
+        replay: Replay,
+        whole: str | None = "",
+    ) -> None:
         self.g = g
         self.layout = layout
         self.z = z
         self.source_z = z
         self.replay = replay
-        self.whole = why_not_hoisted(g)
+        self.whole = why_not_hoisted(g) if whole == "" else whole
         self.hoisted = self.whole is None
         self.arithmetic = replay.autocast_dtype or layout.dtype
         # Shared by all maps that evaluate this g.

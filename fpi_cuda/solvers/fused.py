@@ -2,75 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fpi_cuda.lowered import Layer, Lowered, activation_number
+from fpi_cuda.lowered import Lowered, activation_number
 from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver, Picard
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.judge import SHARE, evaluations_to_judge, judged
 from fpi_cuda.solvers.loop import empty_result
 from fpi_cuda.solvers.workspace import depth_of
-from fpi_cuda.tensor_version import version_of
-
-
-@dataclass(frozen=True)
-class FusedMap:
-    """A lowered map, and whether it still is what it was made from.
-
-    Attributes:
-        lowered: the map.
-        sources, versions: the tensors that it was made from, and how often each was written to.
-    """
-
-    lowered: Lowered
-    sources: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-
-    @classmethod
-    def of(cls, lowered: Lowered, parameters: tuple[Tensor, ...]) -> FusedMap:
-        """The map as it is now, made from parameters and from its own tensors."""
-        sources = (*parameters, *lowered.tensors())
-        return cls(lowered, sources, tuple(map(version_of, sources)))
-
-    def unchanged(self) -> bool:
-        """Whether nobody has written to the sources since."""
-        return self.versions == tuple(map(version_of, self.sources))
-
-
-def why_not_served(
-    solver: FixedPointSolver | LinearSolver, dtype: torch.dtype, backend: Any
-) -> str | None:
-    """Why the fused loop of this backend cannot serve this solver and state, or None if it can."""
-    if not hasattr(backend, "cell_loop_"):
-        return f"the {backend.name} backend has no such loop"
-    if dtype not in backend.CELL_LOOP_DTYPES:
-        served = " and ".join(str(d).removeprefix("torch.") for d in backend.CELL_LOOP_DTYPES)
-        return f"it runs in {served}, the state is {dtype}"
-    if not isinstance(solver, (Picard, Anderson)):
-        return f"it has Picard and Anderson, not {type(solver).__name__}"
-    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
-        return f"it goes to m={backend.CELL_LOOP_MAX_DEPTH}, the solver has m={solver.m}"
-    if isinstance(solver, Anderson) and solver.history_dtype not in (None, dtype):
-        return f"it stores the history as the state, not in {solver.history_dtype}"
-    return None
-
 
 NO_LAYER = (None, None, None, None)
-
-
-def no_deeper(
-    solver: FixedPointSolver | LinearSolver, backend: Any
-) -> FixedPointSolver | LinearSolver:
-    """`solver` with as much of its history as the loop of this backend keeps."""
-    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
-        return dataclasses.replace(solver, m=backend.CELL_LOOP_MAX_DEPTH)
-    return solver
+IDENTITY = activation_number("identity")
 
 
 def solve_fused(
@@ -97,13 +44,14 @@ def solve_fused(
         precision: of the products with the weights, one of fpi_cuda.precision.NAMES. A float64
             state, and a cap that leaves no step besides those that judge, are for "ieee".
     """
-    room = max_steps - evaluations_to_judge(rtol)
-    if precision != "ieee" and x0.dtype == torch.float32 and room >= 1 and len(x0):
-        result = run(
-            lowered, x0, solver, rtol=SHARE * rtol, atol=SHARE * atol, max_steps=room,
-            backend=backend, precision=precision,
-        )  # fmt: skip
-        return judged(StopTest(lowered, backend), x0, result, rtol=rtol, atol=atol)
+    if precision != "ieee" and x0.dtype == torch.float32 and len(x0):
+        room = max_steps - evaluations_to_judge(rtol)
+        if room >= 1:
+            result = run(
+                lowered, x0, solver, rtol=SHARE * rtol, atol=SHARE * atol, max_steps=room,
+                backend=backend, precision=precision,
+            )  # fmt: skip
+            return judged(StopTest(lowered, backend), x0, result, rtol=rtol, atol=atol)
     return run(
         lowered, x0, solver, rtol=rtol, atol=atol, max_steps=max_steps, backend=backend,
         precision="ieee",
@@ -145,7 +93,6 @@ def run(
         (solver.beta, solver.ridge) if isinstance(solver, Anderson) else (solver.damping, 0.0)
     )
     first, *rest = lowered.layers
-    second = rest[0] if rest else Layer(first.weight)
     with torch.no_grad():
         x = x0.clone(memory_format=torch.contiguous_format)
         status = torch.zeros(batch, dtype=torch.int8, device=x.device)
@@ -155,13 +102,13 @@ def run(
             x,
             lowered.x_factor,
             *first.tensors(),
-            *(second.tensors() if rest else NO_LAYER),
+            *(rest[0].tensors() if rest else NO_LAYER),
             torch.as_tensor(atol, dtype=torch.float64, device=x.device).expand(batch).contiguous(),
             status,
             num_steps,
             residual,
             activation1=activation_number(first.activation),
-            activation2=activation_number(second.activation),
+            activation2=activation_number(rest[0].activation) if rest else IDENTITY,
             carry=lowered.carry,
             depth=depth_of(solver, dim),
             rtol=rtol,

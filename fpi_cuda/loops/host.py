@@ -1,0 +1,39 @@
+"""The host's loop: torch evaluates g, then one step of the solver advances all samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fpi_cuda.coupling import Coupling
+from fpi_cuda.implicit import FlatMap
+from fpi_cuda.loops.plan import Plan
+from fpi_cuda.result import SolveResult
+from fpi_cuda.solvers import loop
+
+name = "host"
+is_late = False
+sees_all_rows = False
+why_not = None
+adjoint = None
+
+
+def solve(
+    plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
+) -> tuple[SolveResult, None]:
+    """See Loop."""
+    options = plan.options
+    with torch.inference_mode(False):  # whose tensors do not count how often they are changed
+        result = loop.solve(
+            flat_map.evaluate,
+            x0,
+            options.solver,
+            rtol=options.rtol,
+            atol=options.atol,
+            max_steps=options.max_steps,
+            backend=plan.engine,
+            rowwise=plan.rowwise and plan.layout.batch > 1 and flat_map.selectable(),
+            coupling=coupling,
+            arithmetic=flat_map.arithmetic,
+        )
+    return result, None

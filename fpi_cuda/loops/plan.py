@@ -1,0 +1,122 @@
+"""What is settled before a solve begins, and what a loop is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fpi_cuda.coupling import Coupling
+from fpi_cuda.implicit import Account, FlatMap, Jacobian
+from fpi_cuda.implicit.flat_map import Recording
+from fpi_cuda.options import FixedPointSolver, LinearSolver
+from fpi_cuda.request import Options
+from fpi_cuda.result import Reason, SolveResult
+from fpi_cuda.solvers.stepping import Backend
+from fpi_cuda.state import Layout
+
+
+class Plan(NamedTuple):
+    """What g, the layout of its state and the options decide, whatever the numbers are.
+
+    Attributes:
+        layout: of the state.
+        options: with histories in a dtype that the engine stores.
+        engine: whose kernels take the steps.
+        rowwise: it was promised that rows are independent.
+        whole: why prepare and step do not stand for g; None if they do.
+        adjoint_solver: of the adjoint system, where one is solved.
+        loop: that runs, unless it declines while it solves.
+        reasons: why each one ahead of it does not.
+    """
+
+    layout: Layout
+    options: Options
+    engine: Backend
+    rowwise: bool
+    whole: str | None
+    adjoint_solver: FixedPointSolver | LinearSolver
+    loop: Loop
+    reasons: tuple[Reason, ...] = ()
+
+
+class Solved(NamedTuple):
+    """A solve that has ended, with what its adjoint needs.
+
+    Attributes:
+        plan, flat_map: of what, and how.
+        result: plain.
+        kept: what the adjoint by the same loop starts from.
+    """
+
+    plan: Plan
+    flat_map: FlatMap
+    result: SolveResult
+    kept: Any
+
+
+class Loop(Protocol):
+    """One way to run a solve.
+
+    Attributes:
+        name: of the route that asks for it.
+        is_late: the host does not wait for the solve, so that reading its result would. g was then
+            the same at every step, for the trace of each solve is compared.
+        sees_all_rows: where g is not this package's own, it was evaluated on all rows together at
+            the solution.
+    """
+
+    name: str
+    is_late: bool
+    sees_all_rows: bool
+
+    @property
+    def why_not(self) -> Callable[[Any, Plan, bool], str | None] | None:
+        """why_not(g, plan, rehearse): why it cannot run such solves, or None where that shows only
+        while it does; with `rehearse` that is looked for too. None as a whole: it runs any g.
+        """
+
+    def solve(
+        self, plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
+    ) -> tuple[SolveResult, Any]:
+        """The fixed point from x0 (B, D), plain, and what its adjoint starts from; under no_grad.
+
+        Args:
+            flat_map: g, plain.
+            coupling: what is known of whether rows depend on one another; None: they do not.
+        Raises:
+            Declined: another loop has to.
+        """
+
+    @property
+    def adjoint(self) -> Callable[[Solved, Account], LoopAdjoint] | None:
+        """How it solves the adjoint too, or Declined; None: the host does, as after any solve."""
+
+
+class LoopAdjoint(Protocol):
+    """Solves c = J^T c + b at the fixed point that its loop has found."""
+
+    @property
+    def record(self) -> Recording | None:
+        """What makes the evaluation of g that is differentiated; None: nobody needs to."""
+
+    @property
+    def prepare(self) -> Prepare | None:
+        """None: it is ready."""
+
+    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
+        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None: the host has to do it."""
+
+
+class Prepare(Protocol):
+    """Makes an adjoint solve ready."""
+
+    def __call__(self, x_star: Tensor, account: Account) -> str | None:
+        """At x_star (B, D), after g was evaluated there.
+
+        Returns:
+            Why the host will solve it this once, whatever was asked for; None: it will not.
+        Raises:
+            Declined: this loop cannot.
+        """
