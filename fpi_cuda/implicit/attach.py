@@ -159,6 +159,11 @@ class SolvedEquation(Equation):
         opened, given = self.opened(x, gx, inputs), tuple(inputs)
         return solution(self, opened, tangent, status, x, gx, given, transpose=False)[0]
 
+    def require_all_tangents(self) -> None:
+        """Raise where a tangent of a gradient would come out too small."""
+        if forward_ad._current_level >= 0 and not transforms.active():
+            self._inputs.require_all_tangents(self._flat_map, self.x)
+
     def overflow(self, v: Tensor) -> list[Tensor] | None:
         """What each input gets besides where v is not finite in samples left out; None: nothing."""
         hopeless = self._strategy.account.hopeless
@@ -203,6 +208,8 @@ class Attached(torch.autograd.Function):
                 raise RuntimeError(LEGACY)
             # Not read before: it raises where one of them was written to.
             inputs = ctx.saved_tensors
+            if torch._C._is_fwd_grad_enabled():
+                equation.require_all_tangents()
             if follows(v, *inputs):
                 more = None if transforms.active() else equation.overflow(v)
                 return (None, None, None, *added(equation.pulled(v, inputs), more))

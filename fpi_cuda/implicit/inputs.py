@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fpi_cuda.implicit.backward_hooks import require_true_products, watches_gradients
+from fpi_cuda.implicit.closed_over import Substitution, Watch
 from fpi_cuda.implicit.cut_graph import unreached
 from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graft import stand_in
-from fpi_cuda.implicit.graph import (
-    Edge,
-    Recorder,
-    Substitution,
-    edge_of,
-    frontier_of,
-    mark_as_anchor,
-)
+from fpi_cuda.implicit.graft import has_tangent, stand_in
+from fpi_cuda.implicit.graph import edge_of, frontier_of, mark_as_anchor
 from fpi_cuda.implicit.linearization import OpenLinearization
 from fpi_cuda.implicit.same_value import CHANGED, require_same_value
 from fpi_cuda.tensor_version import version_of
@@ -27,6 +23,11 @@ from fpi_cuda.weight_cache import laid_aside
 UNNAMED = (
     "fixed_point: a second derivative needs every tensor that g depends on, and g closes over one "
     "that was computed before the call and could not be found. Pass it to g as a z"
+)
+
+TANGENT = (
+    "fixed_point: the tangent of a gradient needs tensors with tangents that g closes over to "
+    "require grad too. Call requires_grad_() on them, or pass them to g as z"
 )
 
 
@@ -40,37 +41,34 @@ class Inputs:
             identified: what needs another evaluation of g has to be refused.
     """
 
-    def __init__(
-        self,
-        flat_map: FlatMap,
-        x: Tensor,
-        gx: Tensor,
-        born_after: int,
-    ) -> None:
+    def __init__(self, flat_map: FlatMap, x: Tensor, gx: Tensor, born_after: int) -> None:
         self._z = flat_map.source_z
         named = flat_map.tensors()
-        known: list[Edge] = []
-        for t in (*self._z, *named.values()):
-            edge = edge_of(t)
-            if t.requires_grad and edge is not None:
-                known.append(edge)
-        frontier = frontier_of(gx, known, born_after)
-        self.unreached = unreached(gx, x, flat_map.layout.sizes, frontier.visited)
-        leaves = {id(t): t for t in frontier.leaves}
-        edges = set(frontier.edges)
+        known = {(t.grad_fn, t.output_nr) for t in (*self._z, *named.values()) if t.requires_grad}
+        leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
+        tangents = forward_ad._current_level >= 0
 
-        self._named = {name: t for name, t in named.items() if reached(t, leaves, edges)}
-        given = [t for t in self._z if reached(t, leaves, edges)]
-        explicit = {id(t): t for t in (*given, *self._named.values())}
+        def matters(t: Tensor) -> bool:
+            there = id(t) in leaves or (t.grad_fn, t.output_nr) in edges
+            return there or (tangents and has_tangent(t))
+
+        self._named = {name: t for name, t in named.items() if matters(t)}
+        explicit = {id(t): t for t in self._z if matters(t)}
+        explicit |= {id(t): t for t in self._named.values()}
+        captured = edges - {(t.grad_fn, t.output_nr) for t in explicit.values()}
+        found: dict[Any, Tensor] = {}
+        if captured:
+            used = used_by(flat_map, x, [x, *self._z, *named.values()])
+            found = {edge: t for t in used if (edge := edge_of(t)) in captured}
+        self.unnamed = not captured <= found.keys()
         self._leaves = [t for t in leaves.values() if id(t) not in explicit]
-        captured = edges.difference(edge_of(t) for t in explicit.values())
-        found = find_captured(flat_map, x, captured) if captured else []
-        self.unnamed = len(found) < len(captured)
-        self._exchanged = [*explicit.values(), *found]
-        self.originals = [*self._exchanged, *self._leaves]
+        self.originals = [*explicit.values(), *found.values(), *self._leaves]
         # Of every z: what a change in it does need not show in the value of g at x.
-        watched = {id(t): t for t in (*self._z, *self.originals) if isinstance(t, Tensor)}
+        watched = {id(t): t for t in (*self._z, *self.originals)}
         self._versions = [(t, version_of(t)) for t in watched.values()]
+        sizes = flat_map.layout.sizes
+        whole = not x.requires_grad or (len(sizes) == 1 and id(x) in anchors)
+        self.unreached = [] if whole else unreached(gx, x, sizes, visited)
 
     def __bool__(self) -> bool:
         return bool(self.originals) or self.unnamed
@@ -128,6 +126,13 @@ class Inputs:
             raise RuntimeError(UNNAMED)
         return gx
 
+    def require_all_tangents(self, flat_map: FlatMap, x: Tensor) -> None:
+        """Raise where g closes over tensors with tangents that were not found to matter."""
+        known = set(map(id, self.originals))
+        for t in used_by(flat_map, x, [x, *self._z, *flat_map.tensors().values()]):
+            if id(t) not in known and has_tangent(t):
+                raise RuntimeError(TANGENT)
+
     def _exchanges(self, t: Tensor) -> bool:
         """Whether something stands in for an original: a leaf can do so itself."""
         return bool(t._backward_hooks) or not any(t is leaf for leaf in self._leaves)
@@ -181,20 +186,15 @@ class Inputs:
 
 def leaves_of(out: Tensor) -> dict[int, Tensor]:
     """The leaves that require grad behind `out`, by id."""
-    return {id(t): t for t in frontier_of(out, (), -1).leaves}
+    return frontier_of(out, set(), -1).leaves
 
 
-def reached(t: Tensor, leaves: dict[int, Tensor], edges: set[Edge]) -> bool:
-    """Whether t is one of the leaves, or the tensor at one of the edges."""
-    return id(t) in leaves or edge_of(t) in edges
-
-
-def find_captured(flat_map: FlatMap, x: Tensor, edges: set[Edge]) -> list[Tensor]:
-    """The tensors at `edges` that g closes over, by watching one more evaluation."""
-    recorder = Recorder(edges)
-    with torch.enable_grad(), recorder:
+def used_by(flat_map: FlatMap, x: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+    """What one more evaluation of g uses besides what it is given."""
+    watch = Watch(given)
+    with torch.enable_grad(), watch:
         flat_map(x.detach())
-    return list(recorder.found.values())
+    return watch.captured()
 
 
 def place_in(t: Tensor, z: Sequence[object]) -> int | None:

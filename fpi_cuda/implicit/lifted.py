@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from fpi_cuda import transforms
+from fpi_cuda.implicit.closed_over import Substitution, Watch
 from fpi_cuda.implicit.cut_graph import looks_left, notice_cut_lifted, unreached
 from fpi_cuda.implicit.equation import HIDDEN, Equation, Evaluate, leaf_at
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
-from fpi_cuda.implicit.graph import Substitution, edge_of, frontier_of, sequence_number
+from fpi_cuda.implicit.graph import edge_of, frontier_of, sequence_number
 from fpi_cuda.implicit.linear import Inputs
 from fpi_cuda.implicit.mending import mended_if_batchwise
 from fpi_cuda.implicit.strategy import Strategy, failed
@@ -26,40 +24,6 @@ from fpi_cuda.weight_cache import laid_aside
 
 Solve = Callable[[Callable[[Tensor, "Tensor | None"], Tensor], Tensor], SolveResult]
 """solve(evaluate, x0): numbers from numbers."""
-
-
-class Watch(TorchFunctionMode):
-    """Finds the tensors that g uses and that it was neither given nor has made itself.
-
-    Attributes:
-        functions: it calls an autograd.Function.
-    """
-
-    def __init__(self, given: Sequence[Tensor]) -> None:
-        super().__init__()
-        # Kept, for numbers of what is gone are given anew.
-        self._known = {id(t): t for t in given}
-        self._used: list[weakref.ref[Tensor]] = []
-        self.functions = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Look at what goes in and what comes out."""
-        kwargs = kwargs or {}
-        for t in pytree.tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor) and id(t) not in self._known:
-                self._known[id(t)] = t
-                self._used.append(weakref.ref(t))
-        self.functions |= getattr(func, "__name__", "") == "custom_function_call"
-        result = func(*args, **kwargs)
-        self._known.update((id(t), t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
-        return result
-
-    def captured(self) -> list[Tensor]:
-        """Those that are still there; what transforms inside of g have wrapped is not."""
-        self._known.clear()
-        return [t for used in self._used if (t := used()) is not None]
 
 
 class LiftedEquation(Equation):
@@ -195,12 +159,12 @@ def hidden_leaves(gx: Tensor, seen: Sequence[Tensor], born_after: int) -> list[T
         RuntimeError: it finds what is no leaf.
     """
     plain = [transforms.numbers(t) for t in seen]
-    edges = [edge for t in plain if (edge := edge_of(t)) is not None]
-    frontier = frontier_of(transforms.numbers(gx), edges, born_after)
-    if set(frontier.edges).difference(edges):
+    known = {edge for t in plain if (edge := edge_of(t)) is not None}
+    frontier = frontier_of(transforms.numbers(gx), known, born_after)
+    if frontier.edges - known:
         raise RuntimeError(HIDDEN)
-    known = {id(t) for t in plain}
-    return [t for t in frontier.leaves if id(t) not in known]
+    seen_ids = set(map(id, plain))
+    return [t for t in frontier.leaves.values() if id(t) not in seen_ids]
 
 
 def places_of(tensors: Sequence[Tensor], g: object) -> list[tuple[int, dict[str, Any], str]]:
