@@ -52,14 +52,14 @@ class SolvedEquation(Equation):
     Args:
         flat_map: g, or what is differentiated in its place.
         x: (B, D) the solution, plain.
-        gx: (B, D) g(x), with its graph.
-        matrix: the Jacobian of g there.
+        leaf: the same numbers, where g was evaluated.
+        gx: (B, D) g there, with its graph.
         inputs: what g depends on.
         strategy: how linear systems are solved.
     """
 
     def __init__(
-        self, flat_map: FlatMap, x: Tensor, gx: Tensor, matrix: Jacobian, inputs: Inputs,
+        self, flat_map: FlatMap, x: Tensor, leaf: Tensor, gx: Tensor, inputs: Inputs,
         strategy: Strategy,
     ) -> None:  # fmt: skip
         self.x = x
@@ -68,7 +68,7 @@ class SolvedEquation(Equation):
         self.truncation = strategy.truncation
         self.arithmetic = flat_map.arithmetic
         self._flat_map = flat_map
-        self._matrix = matrix
+        self._leaf = leaf
         self._inputs = inputs
         self._strategy = strategy
         self._opened: Any = None
@@ -117,6 +117,11 @@ class SolvedEquation(Equation):
     # ---- in a backward or forward-mode pass ----
 
     @functools.cached_property
+    def jacobian(self) -> Jacobian:
+        """dg/dx, from the graph of g(x)."""
+        return Linearization(self._leaf, self.gx)
+
+    @functools.cached_property
     def all_failed(self) -> Tensor | None:
         """(B,) bool, all True, where no sample was solved; else None."""
         hopeless = self._strategy.account.hopeless
@@ -124,12 +129,12 @@ class SolvedEquation(Equation):
 
     def pull(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """(I - dg/dx)^-T v without a graph, and the samples that fail, if any."""
-        c, bad = self._strategy.solve(v, self._matrix, transpose=True)
+        c, bad = self._strategy.solve(v, self.jacobian, transpose=True)
         return c, bad if self.all_failed is None else self.all_failed
 
     def push(self, t: Tensor) -> Tensor:
         """(I - dg/dx)^-1 t without a graph."""
-        return self._strategy.solve(t, self._matrix, transpose=False)[0]
+        return self._strategy.solve(t, self.jacobian, transpose=False)[0]
 
     def pulled(self, v: Tensor, inputs: Sequence[Tensor]) -> list[MaybeTensor]:
         """The derivative of <v, x> in each input, as a function of v and the inputs."""
@@ -191,10 +196,12 @@ class Attached(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
-        value = layout.unflatten(get().x)
         # A copy, so that an in-place op on the value does not reach the x that is linearized at;
         # and copied last, for views refuse in-place operations.
-        return tuple(map(contiguous_copy, value)) if layout.is_tuple else contiguous_copy(value)
+        if layout.is_tuple:
+            return tuple(map(contiguous_copy, layout.unflatten(get().x)))
+        x = get().x
+        return contiguous_copy(x.reshape(x.shape[: layout.batch_dims] + layout.shapes[0]))
 
     @staticmethod
     def backward(ctx: Any, *parts: MaybeTensor) -> tuple[MaybeTensor, ...]:
@@ -284,16 +291,19 @@ def attach(
     hopeless = None if account.late else account.settle()
     if hopeless is not None and not bool(hopeless.all()):
         flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
-    evaluated = flat_map
-    if check is not None:
+    evaluated, once = flat_map, flat_map.damping == (1, 1.0)
+    if check is not None and not once:
         evaluated = flat_map.watched(functools.partial(check, ignored=hopeless))
-    if strategy.truncation == 0 and flat_map.damping[0] > 1:
+    if strategy.truncation == 0 and not once:
         evaluated = evaluated.watched_twice(functools.partial(notice_cut_in_step, flat_map))
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = evaluated(x)
+    if check is not None and once:
+        check(x, gx, hopeless)
     inputs = Inputs(flat_map, x, gx, born_after)
-    if any(t.is_nested and t.layout == torch.strided for t in inputs.originals):
-        raise TypeError(STRIDED_NESTED)
+    for t in inputs.originals:
+        if t.is_nested and t.layout == torch.strided:
+            raise TypeError(STRIDED_NESTED)
     if inputs.unnamed and account.late and account.settle() is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
         return attach(flat_map, x_star, check, strategy, born_after)
@@ -301,8 +311,7 @@ def attach(
         return layout.taken_apart(x_star)
     if strategy.truncation != 0 and inputs.unreached:
         notice_cut(flat_map, x, inputs.unreached)
-    matrix = Linearization(x, gx)
-    equation = SolvedEquation(flat_map, x_star, gx, matrix, inputs, strategy)
+    equation = SolvedEquation(flat_map, x_star, x, gx, inputs, strategy)
     return state_of(equation, layout, inputs.originals)
 
 
