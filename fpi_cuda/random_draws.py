@@ -102,7 +102,9 @@ class DrawMode(QuietMode):
         kind = known_kinds.get(func) or kind_of(func)
         kwargs = kwargs or {}
         if kind is NOTHING or (kind is not NUMBERS and draws_none(func, args, kwargs)):
-            return func(*args, **kwargs) if kwargs else func(*args)
+            # What this mode asks for, no function mode has to see: g did not.
+            with torch._C.DisableTorchFunction():
+                return func(*args, **kwargs) if kwargs else func(*args)
         if kind is Kind.COMPOSITE:
             _push_on_torch_dispatch_stack(self)
             try:

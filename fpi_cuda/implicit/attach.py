@@ -67,6 +67,7 @@ class SolvedEquation(Equation):
         self.strategy = lambda status, x: strategy.over(status)
         self.truncation = strategy.truncation
         self.arithmetic = flat_map.arithmetic
+        self.sizes = flat_map.layout.sizes
         self._flat_map = flat_map
         self._leaf = leaf
         self._inputs = inputs

@@ -28,15 +28,16 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Look at what goes in and what comes out."""
+        """Look at what comes out, and if that has tensors at what has gone in."""
         kwargs = kwargs or {}
-        for t in pytree.tree_leaves((args, kwargs)):
+        result = func(*args, **kwargs)
+        made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        for t in pytree.tree_leaves((args, kwargs)) if made else ():
             if isinstance(t, Tensor) and id(t) not in self._known:
                 self._known[id(t)] = t
                 self._used.append(weakref.ref(t))
         self.functions |= getattr(func, "__name__", "") == "custom_function_call"
-        result = func(*args, **kwargs)
-        self._known.update((id(t), t) for t in pytree.tree_leaves(result) if isinstance(t, Tensor))
+        self._known.update((id(t), t) for t in made)
         return result
 
     def captured(self) -> list[Tensor]:

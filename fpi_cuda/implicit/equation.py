@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
-from fpi_cuda.implicit.graft import MaybeTensor
 from fpi_cuda.implicit.graph import mark_as_anchor
 from fpi_cuda.implicit.linear import Inputs, Opened
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
@@ -17,11 +15,6 @@ from fpi_cuda.implicit.same_value import require_same_value
 from fpi_cuda.implicit.strategy import Strategy
 from fpi_cuda.implicit.transformed import Transformed
 from fpi_cuda.recomputed import tensors_saved_as_they_are
-
-HIDDEN = (
-    "fixed_point: inside torch.func transforms g depends on a tensor that it closes over and that "
-    "cannot be followed (TorchScript, numpy, compiled code). Pass it to g as a z"
-)
 
 Evaluate = Callable[[Tensor], Tensor]
 """x (B, D) -> g(x) (B, D), all else being bound."""
@@ -35,15 +28,17 @@ class Equation:
             so, at plain numbers.
         truncation: that of the strategy.
         arithmetic: what g is evaluated in.
+        sizes: of the parts of the state, which add up to D.
         once_only: a backward pass may come where g cannot be evaluated.
-        hidden: how many of the last inputs nothing can stand in for.
+        hidden: the last inputs, where nothing can stand in for them.
     """
 
     strategy: Callable[[Tensor, Tensor], Strategy]
     truncation: int | None
     arithmetic: torch.dtype
+    sizes: Sequence[int]
     once_only = False
-    hidden = 0
+    hidden: Inputs = ()
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """g with these inputs, what does not depend on x done once.
@@ -87,7 +82,7 @@ class Equation:
         if leaf is None:
             return Transformed(self.evaluate, x, inputs)
         value = self.recorded(leaf, inputs)
-        require_same_value(value, gx, self.arithmetic)
+        require_same_value(value, gx, self.arithmetic, self.sizes)
         return Linearization(leaf, value)
 
     def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
@@ -96,17 +91,7 @@ class Equation:
         Args:
             bad: (B,) bool, samples to evaluate where another one is.
         """
-        more = functools.partial(self._pulled_to_hidden, x, inputs)
-        return Transformed(self.evaluate, x, inputs, more)
-
-    def _pulled_to_hidden(self, x: Tensor, inputs: Inputs, c: Tensor) -> list[MaybeTensor]:
-        """The derivative of <c, g> in leaves that nothing can stand in for: of first order only."""
-        if not self.hidden or transforms.active():
-            return [None] * self.hidden
-        if torch.is_grad_enabled():
-            raise RuntimeError(HIDDEN)
-        gx = self.recorded(x.detach(), inputs)
-        return list(torch.autograd.grad(gx, inputs[-self.hidden :], c, allow_unused=True))
+        return Transformed(self.evaluate, x, inputs, self.hidden)
 
     def at(self, opened: Opened) -> Equation:
         """This equation, for whatever asks for g at that point."""
@@ -134,12 +119,16 @@ class MergedEquation(Equation):
         self._one = one
         self._size = size
         self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
-        self.strategy = one.strategy
-        self.look = one.look  # type: ignore[method-assign]
-        self.truncation = one.truncation
-        self.arithmetic = one.arithmetic
-        self.once_only = one.once_only
-        self.hidden = one.hidden
+        for name in (
+            "strategy",
+            "look",
+            "truncation",
+            "arithmetic",
+            "sizes",
+            "once_only",
+            "hidden",
+        ):
+            setattr(self, name, getattr(one, name))
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """See Equation."""

@@ -11,13 +11,14 @@ from torch import Tensor
 from fpi_cuda import transforms
 from fpi_cuda.implicit.closed_over import Substitution, Watch
 from fpi_cuda.implicit.cut_graph import looks_left, notice_cut_lifted, unreached
-from fpi_cuda.implicit.equation import HIDDEN, Equation, Evaluate, leaf_at
+from fpi_cuda.implicit.equation import Equation, Evaluate, leaf_at
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
-from fpi_cuda.implicit.graph import edge_of, frontier_of, sequence_number
+from fpi_cuda.implicit.graph import Edge, edge_of, frontier_of, sequence_number
 from fpi_cuda.implicit.linear import Inputs
 from fpi_cuda.implicit.mending import mended_if_batchwise
 from fpi_cuda.implicit.strategy import Strategy, failed
+from fpi_cuda.implicit.transformed import HIDDEN
 from fpi_cuda.moving_buffers import modules_of
 from fpi_cuda.result import SolveResult
 from fpi_cuda.weight_cache import laid_aside
@@ -52,17 +53,21 @@ class LiftedEquation(Equation):
         self._solve = solve
         self.strategy = strategy
         self.arithmetic = flat_map.arithmetic
+        self.sizes = flat_map.layout.sizes
         self.truncation = truncation
         self._damping = damping
-        born_after = sequence_number()
-        watch = Watch([start, *flat_map.source_z])
+        z, born_after = flat_map.source_z, sequence_number()
+        watch = Watch([start, *z])
         with laid_aside(covers=True), watch:
-            gx = flat_map.bound(flat_map.source_z)(start.detach())
+            leaves, edges = ends_of(flat_map.bound(z)(start.detach()), z, born_after)
+        # By now what was made inside is gone.
         self._captured = [t for t in watch.captured() if matters(t)]
-        seen = (*flat_map.source_z, *self._captured)
-        hidden = hidden_leaves(gx, seen, born_after)
-        self.hidden = len(hidden)
-        self.inputs: Inputs = (*seen, *hidden)
+        plain = [transforms.numbers(t) for t in (*z, *self._captured)]
+        if edges.difference(map(edge_of, plain)):
+            raise RuntimeError(HIDDEN)
+        # Plain autograd finds them behind g, though no function of torch was given them.
+        self.hidden = tuple(t for i, t in leaves.items() if i not in set(map(id, plain)))
+        self.inputs: Inputs = (*z, *self._captured, *self.hidden)
         # Where modules hold some of them: functional_call has put others there by backward.
         self._places = places_of(self._captured, flat_map.g)
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
@@ -97,6 +102,8 @@ class LiftedEquation(Equation):
         if leaf is None:
             return whole.evaluate(x, *inputs) if len(x) else x.clone()
         gx = whole.recorded(leaf, inputs)
+        if frontier_of(gx, set(), -1).leaves.keys() - set(map(id, self.hidden)):
+            raise RuntimeError(HIDDEN)
         once, step, flat_map = whole.bound(inputs, damped=False), gx, self._flat_map
         if self._damping[0] > 1 and looks_left(flat_map.g, used=0):
             with torch.enable_grad():
@@ -152,19 +159,13 @@ def matters(t: Tensor) -> bool:
     return t.requires_grad or transforms.numbers(t) is not t or has_tangent(t)
 
 
-def hidden_leaves(gx: Tensor, seen: Sequence[Tensor], born_after: int) -> list[Tensor]:
-    """Leaves that plain autograd finds behind g, though no function of torch was given them.
-
-    Raises:
-        RuntimeError: it finds what is no leaf.
-    """
-    plain = [transforms.numbers(t) for t in seen]
-    known = {edge for t in plain if (edge := edge_of(t)) is not None}
-    frontier = frontier_of(transforms.numbers(gx), known, born_after)
-    if frontier.edges - known:
-        raise RuntimeError(HIDDEN)
-    seen_ids = set(map(id, plain))
-    return [t for t in frontier.leaves.values() if id(t) not in seen_ids]
+def ends_of(
+    gx: Tensor, z: Sequence[Tensor], born_after: int
+) -> tuple[dict[int, Tensor], set[Edge]]:
+    """What the graph of gx in plain autograd leads to: see Frontier; z apart."""
+    known = {edge for t in z if (edge := edge_of(transforms.numbers(t))) is not None}
+    leaves, edges, *_ = frontier_of(transforms.numbers(gx), known, born_after)
+    return leaves, edges - known
 
 
 def places_of(tensors: Sequence[Tensor], g: object) -> list[tuple[int, dict[str, Any], str]]:

@@ -173,7 +173,7 @@ def side_by_side(
 
 def primal(t: Tensor) -> Tensor:
     """t without its tangent."""
-    return forward_ad.unpack_dual(t).primal if t.is_floating_point() else t
+    return forward_ad.unpack_dual(t).primal if t.is_floating_point() or t.is_complex() else t
 
 
 def as_lower_levels_see() -> contextlib.AbstractContextManager[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,22 @@ def rounding_of(arithmetic: torch.dtype) -> float:
     return torch.finfo(arithmetic).eps * (ROUNDINGS if bits > 16 else ROUNDINGS_IN_16_BITS)
 
 
-def require_same_value(gx: Tensor, expected: Tensor, arithmetic: torch.dtype) -> None:
-    """Raise if g, evaluated again, is another function than to rounding."""
+def require_same_value(
+    gx: Tensor, expected: Tensor, arithmetic: torch.dtype, sizes: Sequence[int]
+) -> None:
+    """Raise if g (B, D), evaluated again, is another function than to rounding.
+
+    Args:
+        sizes: of the parts of the state, each of which is judged by itself.
+    """
     gx, expected = gx.detach(), expected.detach()
     if gx.numel() == 0 or torch.equal(gx, expected):
         return
-    largest = torch.maximum(gx.abs(), expected.abs()).nan_to_num(0.0, 0.0).amax(1, keepdim=True)
-    rounding = rounding_of(arithmetic) * largest.to(torch.promote_types(gx.dtype, torch.float32))
-    same = (gx == expected) | ((gx - expected).abs() <= rounding) | (gx.isnan() & expected.isnan())
-    if not bool(same.all()):
-        raise RuntimeError(CHANGED.format(what="it had another value than in the forward pass"))
+    for now, then in zip(gx.split(list(sizes), 1), expected.split(list(sizes), 1), strict=True):
+        largest = torch.maximum(now.abs(), then.abs()).nan_to_num(0.0, 0.0).amax(1, keepdim=True)
+        rounding = rounding_of(arithmetic) * largest.to(
+            torch.promote_types(gx.dtype, torch.float32)
+        )
+        same = (now == then) | ((now - then).abs() <= rounding) | (now.isnan() & then.isnan())
+        if not bool(same.all()):
+            raise RuntimeError(CHANGED.format(what="it had another value than in the forward pass"))

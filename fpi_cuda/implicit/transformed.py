@@ -8,10 +8,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fpi_cuda import transforms
 from fpi_cuda.implicit.graft import MaybeTensor
 from fpi_cuda.implicit.linear import Inputs
 
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+HIDDEN = (
+    "fixed_point: inside torch.func transforms g depends on a tensor that it closes over and that "
+    "cannot be followed (TorchScript, numpy, compiled code). Pass it to g as a z"
+)
+
+
+def has_slope(t: Tensor) -> bool:
+    """Whether there are derivatives in t."""
+    return t.is_floating_point() or t.is_complex()
 
 
 class Transformed:
@@ -19,7 +31,8 @@ class Transformed:
 
     Args:
         evaluate: g(x, *inputs).
-        pull_more: c -> the derivative of <c, g> in the last inputs, which nothing stands in for.
+        hidden: the last inputs, where nothing can stand in for them: leaves of plain autograd that
+            g uses wherever it is evaluated. They get a first derivative there.
     """
 
     def __init__(
@@ -27,12 +40,12 @@ class Transformed:
         evaluate: Callable[..., Tensor],
         x: Tensor,
         inputs: Inputs,
-        pull_more: Callable[[Tensor], list[MaybeTensor]] = lambda c: [],
+        hidden: Inputs = (),
     ) -> None:
         self._evaluate = evaluate
         self._point = (x, *inputs)
-        self._pull_more = pull_more
-        self._places = [i for i, t in enumerate(self._point) if t.is_floating_point()]
+        self._hidden = hidden
+        self._places = [i for i, t in enumerate(self._point) if has_slope(t)]
 
     @functools.cached_property
     def pull(self) -> Pull:
@@ -66,8 +79,23 @@ class Transformed:
 
         return product
 
-    def _by_place(self, found: Sequence[Tensor]) -> list[MaybeTensor]:
-        known = dict(zip(self._places, found, strict=True))
+    def _by_place(
+        self, found: Sequence[Tensor], function: Callable[..., Tensor], weight: Tensor
+    ) -> list[MaybeTensor]:
+        """The derivative of <weight, function> at the point: what was found, and the hidden ones.
+
+        Raises:
+            RuntimeError: it shall have a derivative itself, in hidden ones too.
+        """
+        known: dict[int, MaybeTensor] = dict(zip(self._places, found, strict=True))
+        if self._hidden and not transforms.active():
+            if torch.is_grad_enabled():
+                raise RuntimeError(HIDDEN)
+            with torch.enable_grad():
+                value = function(*(t.detach() for t in self._point))
+            if value.requires_grad:
+                more = torch.autograd.grad(value, self._hidden, weight, allow_unused=True)
+                known.update(enumerate(more, len(self._point) - len(more)))
         return [known.get(i) for i in range(len(self._point))]
 
     def _along(self, function: Callable[..., Tensor], tangents: Sequence[MaybeTensor]) -> Tensor:
@@ -94,16 +122,16 @@ class Transformed:
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
         """See Opened."""
-        found, more = self._by_place(self.pull(c)), self._pull_more(c)
-        return [*found[: len(found) - len(more)], *more]
+        return self._by_place(self.pull(c), self._evaluate, c)
 
     def through_product(
         self, y: Tensor, *, transpose: bool
     ) -> Callable[[Tensor], list[MaybeTensor]]:
         """See Opened."""
-        product = self._of_floating(self._product_at(y, transpose=transpose))
-        pull: Pull = torch.func.vjp(product, *self._floating())[1]
-        return lambda s: self._by_place(pull(s))
+        product = self._product_at(y, transpose=transpose)
+        pull: Pull = torch.func.vjp(self._of_floating(product), *self._floating())[1]
+        alone = self._product_at(y.detach(), transpose=transpose)
+        return lambda s: self._by_place(pull(s), alone, s)
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
         """See Opened."""
