@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fpi_cuda.implicit.flat_map import has_rows, replace_rows
 from fpi_cuda.implicit.graph import mark_as_anchor
 from fpi_cuda.implicit.linear import Inputs, Opened
 from fpi_cuda.implicit.linearization import Jacobian, Linearization
+from fpi_cuda.implicit.mending import alike
 from fpi_cuda.implicit.same_value import require_same_value
 from fpi_cuda.implicit.strategy import Strategy
 from fpi_cuda.implicit.transformed import Transformed
@@ -30,6 +32,7 @@ class Equation:
         arithmetic: what g is evaluated in.
         sizes: of the parts of the state, which add up to D.
         once_only: a backward pass may come where g cannot be evaluated.
+        bad: (B,) bool, samples that failed, to be evaluated where another one is; None: none.
         hidden: the last inputs, where nothing can stand in for them.
     """
 
@@ -39,6 +42,7 @@ class Equation:
     sizes: Sequence[int]
     once_only = False
     hidden: Inputs = ()
+    bad: Tensor | None = None
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """g with these inputs, what does not depend on x done once.
@@ -58,6 +62,20 @@ class Equation:
 
     def look(self) -> None:
         """Somebody asks for derivatives of the solution: see whether they are whole."""
+
+    def leave_out(self, bad: Tensor, x: Tensor, inputs: Inputs) -> None:
+        """Evaluate bad samples where another one is from now on, if that leaves the others alone.
+
+        Their derivative is zero times whatever g's derivative is there, which may be NaN.
+        """
+        if not bool(bad.any()) or bool(bad.all()):
+            return
+        # Not under no_grad: autocast would cache weights without their graph.
+        with torch.enable_grad():
+            expected = self.evaluate(x, *inputs)[~bad]
+            self.bad = bad
+            if not alike(self.evaluate(x, *inputs)[~bad], expected):
+                self.bad = None
 
     def evaluate(self, x: Tensor, *inputs: Tensor) -> Tensor:
         """What is differentiated."""
@@ -118,20 +136,17 @@ class MergedEquation(Equation):
     ) -> None:
         self._one = one
         self._size = size
+        self._dims = dims
         self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
-        for name in (
-            "strategy",
-            "look",
-            "truncation",
-            "arithmetic",
-            "sizes",
-            "once_only",
-            "hidden",
-        ):
+        for name in ("strategy", "look", "truncation", "arithmetic", "sizes", "once_only"):
             setattr(self, name, getattr(one, name))
+        self.hidden = one.hidden
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """See Equation."""
+        bad = self.bad
+        if bad is not None:
+            inputs = [self._without_bad(t, dim) for t, dim in zip(inputs, self._dims, strict=True)]
 
         def of_one(x: Tensor, *inputs: Tensor) -> Tensor:
             return self._one.bound(inputs, damped=damped)(x)
@@ -139,15 +154,39 @@ class MergedEquation(Equation):
         def evaluate(x: Tensor) -> Tensor:
             if not self._size:
                 return x.clone()
+            if bad is not None:
+                x = replace_rows(x, bad, first_good(bad))
             apart = x.reshape(self._size, len(x) // self._size, *x.shape[1:])
             gx: Tensor = self._vmap(of_one)(apart, *inputs)
             return gx.flatten(0, 1)
 
         return evaluate
 
+    def _without_bad(self, t: Tensor, dim: int | None) -> Tensor:
+        """An input with what bad samples have in it replaced, as far as it is theirs alone."""
+        assert self.bad is not None
+        bad = self.bad.reshape(self._size, -1)
+        rows = bad.shape[1]
+        if dim is None:
+            mine = bad.all(0)
+            return replace_rows(t, mine, first_good(mine)) if has_rows(t, rows) else t
+        first = t.movedim(dim, 0)
+        if first.dim() > 1 and first.shape[1] == rows:
+            flat = replace_rows(first.flatten(0, 1), self.bad, first_good(self.bad))
+            first = flat.reshape(first.shape)
+        else:
+            mine = bad.all(1)
+            first = replace_rows(first, mine, first_good(mine))
+        return first.movedim(0, dim)
+
     def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
         return self._one.solved_of(whole, x0, inputs)
+
+
+def first_good(bad: Tensor) -> int:
+    """The first sample that is not bad (B,); 0 where all are."""
+    return int(torch.argmin(bad.to(torch.uint8)))
 
 
 def leaf_at(x: Tensor) -> Tensor | None:

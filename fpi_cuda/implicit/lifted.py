@@ -16,7 +16,6 @@ from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
 from fpi_cuda.implicit.graph import Edge, edge_of, frontier_of, sequence_number
 from fpi_cuda.implicit.linear import Inputs
-from fpi_cuda.implicit.mending import mended_if_batchwise
 from fpi_cuda.implicit.strategy import Strategy, failed
 from fpi_cuda.implicit.transformed import HIDDEN
 from fpi_cuda.moving_buffers import modules_of
@@ -73,7 +72,6 @@ class LiftedEquation(Equation):
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
         self.once_only = flat_map.replay.stochastic
         self._inside = self.once_only or watch.functions
-        self._bad: Tensor | None = None
         self._notices: list[Callable[[], None]] = []
 
     def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
@@ -88,8 +86,7 @@ class LiftedEquation(Equation):
 
         with torch.no_grad(), self._flat_map.replay.solving():
             result = self._solve(plain, x0.detach())
-        if whole is self:
-            self._mend(result, inputs)
+        whole.leave_out(failed(result.status), result.x, inputs)
         return (result.x, self._differentiated_at(result.x, whole, inputs), *result[1:])
 
     def look(self) -> None:
@@ -115,17 +112,10 @@ class LiftedEquation(Equation):
             self._notices.append(lambda: notice_cut_lifted(flat_map, once, x, columns))
         return gx.detach()
 
-    def _mend(self, result: SolveResult, inputs: Inputs) -> None:
-        bad = failed(result.status)
-        if bool(bad.any()) and not bool(bad.all()):
-            flat_map, within = self._with(inputs)
-            mended = within(lambda: mended_if_batchwise(flat_map, result.x, bad))
-            self._bad = bad if mended is not flat_map else None
-
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """g with these inputs, what does not depend on x done once."""
         flat_map, within = self._with(inputs)
-        bad = self._bad
+        bad = self.bad
         if bad is not None:
             flat_map = within(lambda: flat_map.mended(bad))
         if damped:
