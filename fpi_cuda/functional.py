@@ -441,8 +441,12 @@ def solved_lifted(
 
     adjoint = options.adjoint
     damping = (adjoint.k, adjoint.tau) if isinstance(adjoint, Phantom) else (1, 1.0)
-    equation = LiftedEquation(flat_map, start, run, strategy, truncation_of(adjoint), damping)
+    equation = LiftedEquation(flat_map, run, strategy, truncation_of(adjoint), damping)
+    equation.sees_more_at(start)
     x, _, *told = FixedPoint.apply(equation, start, *equation.inputs)
+    # What g closes over at the solution alone, it may find on the way.
+    while equation.sees_more_at(x):
+        x, *_ = FixedPoint.apply(equation, x, *equation.inputs)
     return flat_map.layout.unflatten(x.clone(), writable=True), SolveResult(x, *told)
 
 

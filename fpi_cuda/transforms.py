@@ -38,8 +38,12 @@ def works_in_inference() -> bool:
 def numbers(t: Tensor) -> Tensor:
     """What lies in t, without the wrapper of any transform; t itself where there is none."""
     while functorch.is_functorch_wrapped_tensor(t):
-        t = functorch.get_unwrapped(t)
+        t = unwrapped(t)
     return t
+
+
+unwrapped = functorch.get_unwrapped
+"""What lies in t, without the wrapper of the transform that sees it first."""
 
 
 def is_batched(t: Tensor) -> bool:

@@ -164,6 +164,38 @@ def test_tangent_of_a_gradient(weights: Any) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_tangent_of_a_gradient_in_what_has_no_gradient_itself(
+    create_graph: bool, weights: Any
+) -> None:
+    """Only z has a tangent, and only A a gradient."""
+    z, a, _ = weights
+    z = torch.randn(B, D, dtype=F64)
+
+    def tangent(closed_over: bool, loop: bool) -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(z, z.cos())
+            given = torch.zeros_like(z) if closed_over else dual
+
+            def g(x: Tensor, z: Tensor) -> Tensor:
+                return torch.tanh(x @ a.T + (z + dual if closed_over else z))
+
+            x = torch.zeros(B, D, dtype=F64)
+            if loop:
+                for _ in range(80):
+                    x = g(x, given)
+            else:
+                x = fpi.fixed_point(g, x, given, **TIGHT).value
+            (grad,) = torch.autograd.grad((x**3).sum(), a, create_graph=create_graph)
+            found = forward_ad.unpack_dual(grad).tangent
+            assert found is not None
+            return found
+
+    torch.testing.assert_close(tangent(False, False), tangent(False, True), rtol=1e-7, atol=1e-9)
+    with pytest.raises(RuntimeError, match="pass them to g as z"):
+        tangent(True, False)
+
+
 def test_several_forwards_before_one_backward(weights: Any) -> None:
     z, a, c = weights
     total = sum((linear_layer(z * s, a, c) ** 2).sum() for s in (1.0, 0.5, 2.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -201,6 +202,129 @@ def test_a_failing_sample_of_a_vmap_hurts_no_other() -> None:
     expected = vmap(values)(ZZ)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1, :2], expected[1, :2])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_failing_sample_of_a_vmap_spoils_no_shared_weight(shared: bool) -> None:
+    """Where it failed, g has an infinite slope in the weight."""
+    z = torch.tensor([0.3, 7.0, -0.2], dtype=F64)
+
+    def g(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        return torch.where(z > 5, torch.sqrt(-1 - x * x) + w, w * torch.tanh(x) + z)
+
+    def total(w: Tensor, z: Tensor, transform: bool) -> Tensor:
+        def one(z: Tensor) -> Tensor:
+            if shared:
+                return fpi.fixed_point(lambda x, z: g(x, z, w), torch.zeros_like(z), z).value
+            return fpi.fixed_point(g, torch.zeros_like(z), z, w).value
+
+        return vmap(one)(z[:, None, None]).nansum() if transform else one(z[:, None]).nansum()
+
+    w = torch.tensor(0.3, dtype=F64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fpi.FixedPointWarning)
+        found = grad(total)(w, z, True)
+    torch.testing.assert_close(found, grad(total)(w, z[[0, 2]], False))
+
+
+def test_complex_inputs() -> None:
+    z = torch.randn(B, D, dtype=torch.complex128)
+
+    def layer(z: Tensor) -> Tensor:
+        x0 = torch.zeros(B, D, dtype=F64)
+        return fpi.fixed_point(
+            lambda x, z: torch.tanh(x @ A.T + z.real * z.imag), x0, z, **TIGHT
+        ).value
+
+    def loop(z: Tensor) -> Tensor:
+        return looped(z.real * z.imag, A)
+
+    found, expected = (grad(lambda z, f=f: (f(z) ** 2).sum())(z) for f in (layer, loop))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    found, expected = (jvp(f, (z,), (z.cos(),))[1] for f in (layer, loop))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+class Middle(nn.Module):
+    """A model whose map is a method, so that functional_call exchanges what it closes over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(D, D, dtype=F64)
+        with torch.no_grad():
+            self.inside.weight.copy_(A)
+
+    def step(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(self.inside(x) + z)
+
+    def forward(self, z: Tensor, solve: bool) -> Tensor:
+        x = torch.zeros_like(z)
+        if solve:
+            return fpi.fixed_point(self.step, x, z, **TIGHT).value
+        for _ in range(80):
+            x = self.step(x, z)
+        return x
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_map_that_is_a_method_of_what_functional_call_exchanges(order: int, scale: float) -> None:
+    model = Middle()
+    parameters = {name: scale * p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], solve: bool) -> Tensor:
+        return (torch.func.functional_call(model, parameters, (Z, solve)) ** 3).sum()
+
+    def size(parameters: dict[str, Tensor], solve: bool) -> Tensor:
+        grads = grad(loss)(parameters, solve)
+        return sum((g.sin().sum() for g in grads.values()), torch.zeros((), dtype=F64))
+
+    of = grad(loss if order == 1 else size)
+    found, expected = of(parameters, True), of(parameters, False)
+    for name in parameters:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-9)
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(A.clone())
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(x @ self.a + z)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("way", ["vmap", "grad", "jvp"])
+def test_leaves_that_no_function_of_torch_is_given_keep_their_gradient(way: str) -> None:
+    def gradient(module: Any) -> Tensor:
+        def layer(z: Tensor) -> Tensor:
+            return fpi.fixed_point(module, torch.zeros_like(z), z, **TIGHT).value
+
+        if way == "vmap":
+            value = vmap(layer)(ZZ)
+        elif way == "grad":
+            value = grad(lambda z: (layer(z) ** 2).sum())(Z)
+        else:
+            value = jvp(layer, (Z,), (Z.cos(),))[1]
+        return torch.autograd.grad((value**2).sum(), module.a)[0]
+
+    plain = Scripted()
+    torch.testing.assert_close(gradient(torch.jit.script(plain)), gradient(plain))
+
+
+def test_a_map_that_changes_between_vjp_and_its_pull_is_refused() -> None:
+    gain = [1.0]
+
+    def layer(a: Tensor) -> Tensor:
+        x0 = torch.zeros(B, D, dtype=F64)
+        return fpi.fixed_point(lambda x: gain[0] * torch.tanh(x @ a.T + Z), x0, **TIGHT).value
+
+    value, pull = vjp(layer, A)
+    gain[0] = 0.5
+    with pytest.raises(RuntimeError, match="another value"):
+        pull(torch.ones_like(value))
 
 
 def test_throw_inside_of_vmap_numbers_the_samples_of_all() -> None:

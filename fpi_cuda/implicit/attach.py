@@ -84,7 +84,9 @@ class SolvedEquation(Equation):
         """See Equation."""
         return lambda x: self._inputs.evaluate(self._flat_map, x, inputs)
 
-    def matrix(self, x: Tensor, gx: Tensor, inputs: Sequence[Tensor]) -> Jacobian:
+    def matrix(
+        self, x: Tensor, gx: Tensor, inputs: Sequence[Tensor], *, transpose: bool
+    ) -> Jacobian:
         """See Equation."""
         found: Jacobian = self._opened or self._inputs.opened(self._flat_map, x, gx, inputs, None)
         return found

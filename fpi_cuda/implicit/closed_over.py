@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+
+class Here(threading.local):
+    """What is exchanged on this thread.
+
+    Attributes:
+        substitution: the innermost one.
+    """
+
+    substitution: Substitution | None = None
+
+
+here = Here()
 
 
 class Watch(TorchFunctionMode):
@@ -16,14 +29,16 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         functions: it calls an autograd.Function.
+        hooks_set: it sets hooks on tensors.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         super().__init__()
         # Kept, for numbers of what is gone are given anew.
         self._known = {id(t): t for t in given}
-        self._used: list[weakref.ref[Tensor]] = []
+        self._used: list[tuple[weakref.ref[Tensor], Tensor | None]] = []
         self.functions = False
+        self.hooks_set = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -31,23 +46,29 @@ class Watch(TorchFunctionMode):
         """Look at what comes out, and if that has tensors at what has gone in."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        for t in pytree.tree_leaves((args, kwargs)) if made else ():
-            if isinstance(t, Tensor) and id(t) not in self._known:
+        made = list(tensors_in(result))
+        for t in tensors_in((args, kwargs)) if made else ():
+            if id(t) not in self._known:
                 self._known[id(t)] = t
-                self._used.append(weakref.ref(t))
+                stand_in = t if here.substitution is None else here.substitution.exchanged(t)
+                self._used.append((weakref.ref(t), None if stand_in is t else stand_in))
         self.functions |= getattr(func, "__name__", "") == "custom_function_call"
+        self.hooks_set |= func is Tensor.register_hook
         self._known.update((id(t), t) for t in made)
         return result
 
-    def captured(self) -> list[Tensor]:
-        """Those that are still there; what transforms inside of g have wrapped is not."""
+    def captured(self) -> list[tuple[Tensor, Tensor]]:
+        """Those that are still there, and what is given in their place by a solve around.
+
+        What transforms inside of g have wrapped is not there any more.
+        """
         self._known.clear()
-        return [t for used in self._used if (t := used()) is not None]
+        there = ((used(), stand_in) for used, stand_in in self._used)
+        return [(t, t if stand_in is None else stand_in) for t, stand_in in there if t is not None]
 
 
 class Substitution(TorchFunctionMode):
-    """Puts stand-ins in the place of tensors that g closes over.
+    """Puts stand-ins in the place of tensors that g closes over, after those of a solve around.
 
     Attributes:
         hooks_set: g has set hooks on tensors meanwhile.
@@ -60,18 +81,52 @@ class Substitution(TorchFunctionMode):
         self.hooks_set = False
         self.used: set[int] = set()
 
+    def __enter__(self) -> Substitution:
+        self._around = here.substitution
+        here.substitution = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        here.substitution = self._around
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Exchange the arguments, then call."""
         if func is Tensor.register_hook:
             self.hooks_set = True
-        args, kwargs = pytree.tree_map_only(Tensor, self._exchange, (args, kwargs or {}))
+        args, kwargs = mapped(self.exchanged, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    def _exchange(self, t: Tensor) -> Tensor:
-        pair = self._pairs.get(id(t))
-        if pair is None:
-            return t
-        self.used.add(id(t))
-        return pair[1]
+    def exchanged(self, t: Tensor) -> Tensor:
+        """What stands in for t, or t itself."""
+        for key in (t,) if self._around is None else (t, self._around.exchanged(t)):
+            pair = self._pairs.get(id(key))
+            if pair is not None:
+                self.used.add(id(key))
+                return pair[1]
+        return t if self._around is None else self._around.exchanged(t)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of a call, or in what it returns."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
+
+
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same arguments, with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: mapped(change, part) for name, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(mapped(change, part) for part in value)
+    if isinstance(value, tuple) and hasattr(value, "_make"):
+        return value._make(mapped(change, part) for part in value)
+    return value

@@ -32,6 +32,7 @@ class Equation:
         arithmetic: what g is evaluated in.
         sizes: of the parts of the state, which add up to D.
         once_only: a backward pass may come where g cannot be evaluated.
+        hooked: hooks in g may change gradients.
         bad: (B,) bool, samples that failed, to be evaluated where another one is; None: none.
         hidden: the last inputs, where nothing can stand in for them.
     """
@@ -43,6 +44,7 @@ class Equation:
     once_only = False
     hidden: Inputs = ()
     bad: Tensor | None = None
+    hooked = False
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """g with these inputs, what does not depend on x done once.
@@ -86,10 +88,11 @@ class Equation:
         with torch.enable_grad(), tensors_saved_as_they_are():
             return self.evaluate(leaf, *(t.detach() for t in inputs))
 
-    def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs) -> Jacobian:
+    def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs, *, transpose: bool) -> Jacobian:
         """The Jacobian at plain numbers.
 
         Args:
+            transpose: J^T y is asked for; else J y.
             gx: what is differentiated, as it was when the equation was solved.
         Raises:
             RuntimeError: it is another map by now.
@@ -97,7 +100,7 @@ class Equation:
         if len(x) == 0:
             return Linearization(x, x)
         leaf = leaf_at(x)
-        if leaf is None:
+        if leaf is None or (self.hooked and not transpose):
             return Transformed(self.evaluate, x, inputs)
         value = self.recorded(leaf, inputs)
         require_same_value(value, gx, self.arithmetic, self.sizes)
@@ -107,7 +110,8 @@ class Equation:
         """g at x, as the levels that are active see it.
 
         Args:
-            bad: (B,) bool, samples to evaluate where another one is.
+            hooked: hooks in g may change gradients.
+        bad: (B,) bool, samples to evaluate where another one is.
         """
         return Transformed(self.evaluate, x, inputs, self.hidden)
 
@@ -138,7 +142,15 @@ class MergedEquation(Equation):
         self._size = size
         self._dims = dims
         self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
-        for name in ("strategy", "look", "truncation", "arithmetic", "sizes", "once_only"):
+        for name in (
+            "strategy",
+            "look",
+            "truncation",
+            "arithmetic",
+            "sizes",
+            "once_only",
+            "hooked",
+        ):
             setattr(self, name, getattr(one, name))
         self.hidden = one.hidden
 

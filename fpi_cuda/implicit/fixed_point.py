@@ -46,7 +46,7 @@ class FixedPoint(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.equation.look()
             if ctx.equation.once_only and transforms.active():
-                with torch.enable_grad():
+                with as_lower_levels_see():
                     ctx.opened = ctx.equation.opened(x, gx, tuple(inputs)).evaluated()
 
     @staticmethod

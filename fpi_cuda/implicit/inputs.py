@@ -188,7 +188,7 @@ def used_by(flat_map: FlatMap, x: Tensor, given: Sequence[Tensor]) -> list[Tenso
     watch = Watch(given)
     with torch.enable_grad(), watch:
         flat_map(x.detach())
-    return watch.captured()
+    return [t for _, t in watch.captured()]
 
 
 def place_in(t: Tensor, z: Sequence[object]) -> int | None:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
+from fpi_cuda.implicit.backward_hooks import watches_gradients
 from fpi_cuda.implicit.closed_over import Substitution, Watch
 from fpi_cuda.implicit.cut_graph import looks_left, notice_cut_lifted, unreached
 from fpi_cuda.implicit.equation import Equation, Evaluate, leaf_at
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent
-from fpi_cuda.implicit.graph import Edge, edge_of, frontier_of, sequence_number
+from fpi_cuda.implicit.graph import edge_of, frontier_of, sequence_number
 from fpi_cuda.implicit.linear import Inputs
 from fpi_cuda.implicit.strategy import Strategy, failed
 from fpi_cuda.implicit.transformed import HIDDEN
@@ -31,18 +32,15 @@ class LiftedEquation(Equation):
 
     Args:
         flat_map: g as it was called.
-        start: (B, D) where g is evaluated to see what it closes over.
         solve: the solver.
         strategy: see Equation; of plain numbers.
         truncation: that of the strategy.
-    Attributes:
-        inputs: all that g depends on besides x.
+        damping: steps of g that are differentiated, and how long each is.
     """
 
     def __init__(
         self,
         flat_map: FlatMap,
-        start: Tensor,
         solve: Solve,
         strategy: Callable[[Tensor, Tensor], Strategy],
         truncation: int | None,
@@ -55,37 +53,62 @@ class LiftedEquation(Equation):
         self.sizes = flat_map.layout.sizes
         self.truncation = truncation
         self._damping = damping
-        z, born_after = flat_map.source_z, sequence_number()
-        watch = Watch([start, *z])
-        with laid_aside(covers=True), watch:
-            leaves, edges = ends_of(flat_map.bound(z)(start.detach()), z, born_after)
-        # By now what was made inside is gone.
-        self._captured = [t for t in watch.captured() if matters(t)]
-        plain = [transforms.numbers(t) for t in (*z, *self._captured)]
+        self._originals = [*flat_map.source_z]
+        self._values = [*flat_map.source_z]
+        self._places: list[tuple[int, dict[str, Any], str]] = []
+        self._inside = False
+        self._notices: list[Callable[[], None]] = []
+
+    @property
+    def inputs(self) -> Inputs:
+        """All that g was seen to depend on besides x."""
+        return (*self._values, *self.hidden)
+
+    def sees_more_at(self, x: Tensor) -> bool:
+        """Evaluate g at x (B, D) to see what it closes over; whether that is more than was known.
+
+        Raises:
+            RuntimeError: g depends on what cannot be found.
+        """
+        flat_map, z = self._flat_map, self._flat_map.source_z
+        at, aside = x.detach(), [t.detach() for t in self._values]
+        watch = Watch([at, *self._originals, *aside])
+        exchange = Substitution(zip(self._originals, aside, strict=True))
+        born_after = sequence_number()
+        with laid_aside(covers=True), exchange, watch:
+            gx = flat_map.bound(aside[: len(z)])(at)
+        depends = is_followed(gx)
+        leaves, edges, *_ = frontier_of(transforms.numbers(gx), set(), born_after)
+        del gx, _  # By now what was made inside is gone.
+        captured = watch.captured()
+        places = places_of([t for t, _ in captured], flat_map.g)
+        held = {place for place, *_ in places}
+        more = [i for i, (_, t) in enumerate(captured) if i in held or matters(t)]
+        first = len(self._originals)
+        self._places += [(first + more.index(i), where, name) for i, where, name in places]
+        self._originals += [captured[i][0] for i in more]
+        self._values += [captured[i][1] for i in more]
+        plain = [transforms.numbers(captured[i][1]) for i in more]
         if edges.difference(map(edge_of, plain)):
             raise RuntimeError(HIDDEN)
         # Plain autograd finds them behind g, though no function of torch was given them.
-        self.hidden = tuple(t for i, t in leaves.items() if i not in set(map(id, plain)))
-        self.inputs: Inputs = (*z, *self._captured, *self.hidden)
-        # Where modules hold some of them: functional_call has put others there by backward.
-        self._places = places_of(self._captured, flat_map.g)
+        known = set(map(id, (*plain, *self.hidden)))
+        hidden = [t for i, t in leaves.items() if i not in known]
+        self.hidden = (*self.hidden, *hidden)
+        if depends and not more:
+            raise RuntimeError(HIDDEN)
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
         self.once_only = flat_map.replay.stochastic
-        self._inside = self.once_only or watch.functions
-        self._notices: list[Callable[[], None]] = []
+        self._inside |= self.once_only or watch.functions
+        self.hooked |= watch.hooks_set or watches_gradients(flat_map.g)
+        return bool(more or hidden)
 
     def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
         evaluate = whole.bound(inputs, damped=False)
 
-        def plain(x: Tensor, rows: Tensor | None) -> Tensor:
-            gx = evaluate(x)
-            if transforms.numbers(gx) is not gx:
-                raise RuntimeError(HIDDEN)
-            return gx
-
         with torch.no_grad(), self._flat_map.replay.solving():
-            result = self._solve(plain, x0.detach())
+            result = self._solve(lambda x, rows: evaluate(x), x0.detach())
         whole.leave_out(failed(result.status), result.x, inputs)
         return (result.x, self._differentiated_at(result.x, whole, inputs), *result[1:])
 
@@ -132,16 +155,16 @@ class LiftedEquation(Equation):
 
     def _with(self, inputs: Sequence[Tensor]) -> tuple[FlatMap, Callable[[Callable[[], Any]], Any]]:
         """g with these inputs, and what has to surround its evaluations."""
-        num_z = len(self._flat_map.source_z)
-        z, captured = inputs[:num_z], inputs[num_z : num_z + len(self._captured)]
-        pairs = list(zip(self._captured, captured, strict=True))
-        pairs += [(held[name], captured[i]) for i, held, name in self._places if name in held]
+        z = self._flat_map.source_z
+        pairs = list(zip(self._originals, inputs, strict=False))
+        # functional_call has put others where modules held some of them.
+        pairs += [(held[name], inputs[i]) for i, held, name in self._places if name in held]
 
         def within(call: Callable[[], Any]) -> Any:
             with laid_aside(covers=True), Substitution(pairs):
                 return call()
 
-        return within(lambda: self._flat_map.bound(z)), within
+        return within(lambda: self._flat_map.bound(inputs[: len(z)])), within
 
 
 def matters(t: Tensor) -> bool:
@@ -149,19 +172,25 @@ def matters(t: Tensor) -> bool:
     return t.requires_grad or transforms.numbers(t) is not t or has_tangent(t)
 
 
-def ends_of(
-    gx: Tensor, z: Sequence[Tensor], born_after: int
-) -> tuple[dict[int, Tensor], set[Edge]]:
-    """What the graph of gx in plain autograd leads to: see Frontier; z apart."""
-    known = {edge for t in z if (edge := edge_of(transforms.numbers(t))) is not None}
-    leaves, edges, *_ = frontier_of(transforms.numbers(gx), known, born_after)
-    return leaves, edges - known
+def is_followed(t: Tensor) -> bool:
+    """Whether a transform is after a derivative of t in a tensor of its own."""
+    while transforms.numbers(t) is not t:
+        # TorchScript takes plain leaves into the graph of the innermost transform.
+        leaves = frontier_of(t, set(), -1).leaves.values() if t.requires_grad else ()
+        if has_tangent(t) or any(transforms.numbers(leaf) is not leaf for leaf in leaves):
+            return True
+        t = transforms.unwrapped(t)
+    return has_tangent(t)
 
 
 def places_of(tensors: Sequence[Tensor], g: object) -> list[tuple[int, dict[str, Any], str]]:
-    """(which of the tensors, what holds it, its name there), where it is held by modules of g."""
+    """(which of the tensors, what holds it, its name there), where it is held by modules of g.
+
+    Not buffers of a module in training, which may write to them.
+    """
     by_id = {id(t): i for i, t in enumerate(tensors)}
-    holders = [h for m in (modules_of(g) if by_id else ()) for h in (m._parameters, m._buffers)]
+    modules = modules_of(g) if by_id else []
+    holders = [m._parameters for m in modules] + [m._buffers for m in modules if not m.training]
     return [
         (by_id[id(t)], held, name) for held in holders for name, t in held.items() if id(t) in by_id
     ]

@@ -56,7 +56,8 @@ class Linear(torch.autograd.Function):
         *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         strategy = equation.strategy(status, x)
-        y, bad = strategy.solve(b, equation.matrix(x, gx, inputs), transpose=transpose)
+        matrix = equation.matrix(x, gx, inputs, transpose=transpose)
+        y, bad = strategy.solve(b, matrix, transpose=transpose)
         return y.clone(), torch.zeros_like(status, dtype=torch.bool) if bad is None else bad
 
     @staticmethod
@@ -71,7 +72,7 @@ class Linear(torch.autograd.Function):
         ctx.through = None
         once_only = ctx.equation.once_only and transforms.active()
         if once_only and ctx.equation.truncation != 0 and any(ctx.needs_input_grad):
-            with torch.enable_grad():
+            with as_lower_levels_see():
                 ctx.through = through_product(ctx, y, *point)
 
     @staticmethod
@@ -110,9 +111,14 @@ class Linear(torch.autograd.Function):
     def vmap(
         info: Any, dims: Any, equation: Any, transpose: bool, *args: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        # Of one point with several right-hand sides all see the same random numbers.
-        randomness = "same" if dims[4] is None else info.randomness
-        merged = equation.merged(info.batch_size, dims[6:], randomness)
+        if all(dim is None for dim in dims[3:]):
+            # Of one point with several right-hand sides g need not be evaluated under a vmap.
+            sides = [
+                Linear.apply(equation, transpose, b, *args[1:]) for b in args[0].unbind(dims[2])
+            ]
+            if sides:
+                return tuple(map(torch.stack, zip(*sides, strict=True))), (0, 0)
+        merged = equation.merged(info.batch_size, dims[6:], info.randomness)
         return side_by_side(
             lambda *rows: Linear.apply(merged, transpose, *rows, *args[4:]),
             info.batch_size, args[:4], dims[2:6],
@@ -166,7 +172,7 @@ def side_by_side(
         t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
         for t, dim in zip(rows, dims, strict=True)
     ]
-    outputs = function(*(t.flatten(0, 1) for t in first))
+    outputs = function(*(t.flatten(0, 1).contiguous() for t in first))
     apart = tuple(t.reshape(first[0].shape[:2] + t.shape[1:]) for t in outputs)
     return apart, (0,) * len(apart)
 

@@ -13,9 +13,9 @@ ROUNDINGS = 64
 ROUNDINGS_IN_16_BITS = 2
 
 CHANGED = (
-    "fixed_point: a second derivative evaluates g again in backward, and there {what}. g must be a "
-    "function of x, z and tensors that do not change in between: take the derivative before they "
-    "change, or change a copy"
+    "fixed_point: a derivative of a derivative, or inside torch.func transforms, evaluates g again "
+    "in backward, and there {what}. g must be a function of x, z and tensors that do not change in "
+    "between: take the derivative before they change, or change a copy"
 )
 
 

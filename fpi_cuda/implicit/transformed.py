@@ -100,8 +100,10 @@ class Transformed:
 
     def _along(self, function: Callable[..., Tensor], tangents: Sequence[MaybeTensor]) -> Tensor:
         """The derivative of a function of the point along tangents."""
+        # Zeros with the dimensions of a vmap that the other tangents have, for in-place operations.
+        zero = sum(torch.zeros_like(t).sum().real for t in tangents if t is not None)
         filled = (
-            torch.zeros_like(self._point[i]) if (t := tangents[i]) is None else t
+            torch.zeros_like(self._point[i]) + zero if (t := tangents[i]) is None else t
             for i in self._places
         )
         given = self._of_floating(function)
@@ -122,7 +124,24 @@ class Transformed:
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
         """See Opened."""
+        if not transforms.active() and not torch.is_grad_enabled():
+            return self._pulled_alone(c)
         return self._by_place(self.pull(c), self._evaluate, c)
+
+    def _pulled_alone(self, c: Tensor) -> list[MaybeTensor]:
+        """The same of numbers alone, where plain autograd will do."""
+        with torch.enable_grad():
+            given = [t.detach() for t in self._point]
+            for i in self._places:
+                given[i].requires_grad_()
+            gx = self._evaluate(*given)
+        if not gx.requires_grad:
+            return self._by_place(self.pull(c), self._evaluate, c)  # below inference mode
+        moving = [given[i] for i in self._places] + list(self._hidden)
+        found = torch.autograd.grad(gx, moving, c, allow_unused=True)
+        places = [*self._places, *range(len(given) - len(self._hidden), len(given))]
+        known = dict(zip(places, found, strict=True))
+        return [known.get(i) for i in range(len(given))]
 
     def through_product(
         self, y: Tensor, *, transpose: bool

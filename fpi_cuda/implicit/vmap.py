@@ -50,14 +50,16 @@ def by_samples_of_vmap(
     watch = Watch([*parts, *z])
     with torch.no_grad(), rehearsal(layout.device), watch:
         g(x0, *z)
-    captured = [t for t in watch.captured() if matters(t)]
+    pairs = [pair for pair in watch.captured() if matters(pair[1])]
+    captured = [t for _, t in pairs]
     if not any(map(transforms.is_batched, (*parts, *z, *captured))):
         return None
     if not layout.batch_dims:
         parts = tuple(t[None] for t in parts)
 
     def lifted(x: Any, *inputs: Tensor) -> Any:
-        with Substitution(zip(captured, inputs[len(z) :], strict=True)):
+        originals = [*z, *(t for t, _ in pairs)]
+        with Substitution(zip(originals, inputs, strict=True)):
             return g(x, *inputs[: len(z)])
 
     def solve_merged(info: Any, dims: Sequence[int | None], tensors: Sequence[Tensor]) -> Any:
