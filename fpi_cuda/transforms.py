@@ -42,6 +42,9 @@ def numbers(t: Tensor) -> Tensor:
     return t
 
 
+unwrap_if_dead = functorch.unwrap_if_dead
+"""t without the wrappers of transforms that have ended."""
+
 unwrapped = functorch.get_unwrapped
 """What lies in t, without the wrapper of the transform that sees it first."""
 

@@ -161,8 +161,10 @@ class LiftedEquation(Equation):
         pairs += [(held[name], inputs[i]) for i, held, name in self._places if name in held]
 
         def within(call: Callable[[], Any]) -> Any:
-            with laid_aside(covers=True), Substitution(pairs):
-                return call()
+            with laid_aside(covers=True), Substitution(pairs) as exchange:
+                result = call()
+            self.hooked |= exchange.hooks_set
+            return result
 
         return within(lambda: self._flat_map.bound(inputs[: len(z)])), within
 

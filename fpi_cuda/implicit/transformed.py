@@ -43,7 +43,8 @@ class Transformed:
         hidden: Inputs = (),
     ) -> None:
         self._evaluate = evaluate
-        self._point = (x, *inputs)
+        # By a backward pass the level that they were wrapped for may have ended.
+        self._point = tuple(map(transforms.unwrap_if_dead, (x, *inputs)))
         self._hidden = hidden
         self._places = [i for i, t in enumerate(self._point) if has_slope(t)]
 
