@@ -284,33 +284,6 @@ def test_a_map_that_is_a_method_of_what_functional_call_exchanges(order: int, sc
         torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-9)
 
 
-class Scripted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Parameter(A.clone())
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return torch.tanh(x @ self.a + z)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
-@pytest.mark.parametrize("way", ["grad", "jvp"])
-def test_leaves_that_no_function_of_torch_is_given_keep_their_gradient(way: str) -> None:
-    def gradient(module: Any) -> Tensor:
-        def layer(z: Tensor) -> Tensor:
-            return fpi.fixed_point(module, torch.zeros_like(z), z, **TIGHT).value
-
-        if way == "grad":
-            value = grad(lambda z: (layer(z) ** 2).sum())(Z)
-        else:
-            value = jvp(layer, (Z,), (Z.cos(),))[1]
-        return torch.autograd.grad((value**2).sum(), module.a)[0]
-
-    plain = Scripted()
-    torch.testing.assert_close(gradient(torch.jit.script(plain)), gradient(plain))
-
-
 @pytest.mark.parametrize("which", ["grad", "gradgrad", "jvp", "jacrev", "hessian", "vmapgrad"])
 def test_a_layer_inside_of_a_layer_that_closes_over_the_same_weight(which: str) -> None:
     def layer(a: Tensor, solve: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -108,6 +109,16 @@ class Substitution(TorchFunctionMode):
                 self.used.add(id(key))
                 return pair[1]
         return t if self._around is None else self._around.exchanged(t)
+
+
+@contextlib.contextmanager
+def surroundings(then: Substitution | None) -> Iterator[None]:
+    """Exchange again what was exchanged around a solve, where that has ended meanwhile."""
+    if then is None or then is here.substitution:
+        yield
+        return
+    with surroundings(then._around), Substitution(then._pairs.values()):
+        yield
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda.implicit.backward_hooks import require_true_products, watches_gradients
-from fpi_cuda.implicit.closed_over import Substitution, Watch
+from fpi_cuda.implicit.closed_over import Substitution, Watch, here, surroundings
 from fpi_cuda.implicit.cut_graph import unreached
 from fpi_cuda.implicit.flat_map import FlatMap
 from fpi_cuda.implicit.graft import has_tangent, stand_in
@@ -43,6 +43,7 @@ class Inputs:
 
     def __init__(self, flat_map: FlatMap, x: Tensor, gx: Tensor, born_after: int) -> None:
         self._z = flat_map.source_z
+        self._around = here.substitution
         named = flat_map.tensors()
         known = {(t.grad_fn, t.output_nr) for t in (*self._z, *named.values()) if t.requires_grad}
         leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
@@ -139,7 +140,7 @@ class Inputs:
         named = {name: now[id(t)] for name, t in self._named.items()}
         # What g is given as z, or holds as a module, it may close over as well.
         exchange = Substitution((t, now[id(t)]) for t in self.originals if now[id(t)] is not t)
-        with laid_aside(covers=True), exchange:
+        with surroundings(self._around), laid_aside(covers=True), exchange:
             return flat_map.with_inputs(x, z, named), exchange
 
     def _require_usable(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.implicit.backward_hooks import watches_gradients
-from fpi_cuda.implicit.closed_over import Substitution, Watch
+from fpi_cuda.implicit.closed_over import Substitution, Watch, here, surroundings
 from fpi_cuda.implicit.cut_graph import looks_left, notice_cut_lifted, unreached
 from fpi_cuda.implicit.equation import Equation, Evaluate, leaf_at
 from fpi_cuda.implicit.flat_map import FlatMap
@@ -47,6 +47,7 @@ class LiftedEquation(Equation):
         damping: tuple[int, float],
     ) -> None:
         self._flat_map = flat_map
+        self._around = here.substitution
         self._solve = solve
         self.strategy = strategy
         self.arithmetic = flat_map.arithmetic
@@ -161,7 +162,11 @@ class LiftedEquation(Equation):
         pairs += [(held[name], inputs[i]) for i, held, name in self._places if name in held]
 
         def within(call: Callable[[], Any]) -> Any:
-            with laid_aside(covers=True), Substitution(pairs) as exchange:
+            with (
+                surroundings(self._around),
+                laid_aside(covers=True),
+                Substitution(pairs) as exchange,
+            ):
                 result = call()
             self.hooked |= exchange.hooks_set
             return result
