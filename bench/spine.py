@@ -30,7 +30,7 @@ from bench import machine
 from bench.record import Record
 
 PACKAGE = Path(fpi.__file__).parent
-DERIVATIVE_CODE = ("implicit/*.py", "transforms.py", "adjoint.py")
+DERIVATIVE_CODE = ("autograd/*.py", "transforms.py", "adjoint.py")
 """Of fpi_cuda: what stands between g and its gradient."""
 
 BATCH, FEATURES, STEPS, REPEATS = 8, 16, 3, 9

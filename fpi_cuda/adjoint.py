@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.coupling import Coupling
-from fpi_cuda.implicit import (
+from fpi_cuda.autograd import (
     Account,
     Apply,
     DeviceSolve,
@@ -22,6 +21,7 @@ from fpi_cuda.implicit import (
     Strategy,
     Truncated,
 )
+from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import (
     GMRES,
     Adjoint,

@@ -18,12 +18,7 @@ from fpi_cuda.adjoint import (
     truncation_of,
     with_forward_accuracy,
 )
-from fpi_cuda.backends import reference
-from fpi_cuda.capturing import UNDER_GRAD, being_captured
-from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
-from fpi_cuda.declined import Declined
-from fpi_cuda.faithful import Replay
-from fpi_cuda.implicit import (
+from fpi_cuda.autograd import (
     Account,
     FlatMap,
     attach,
@@ -32,10 +27,15 @@ from fpi_cuda.implicit import (
     sequence_number,
     watching,
 )
-from fpi_cuda.implicit.fixed_point import FixedPoint
-from fpi_cuda.implicit.lifted import LiftedEquation
-from fpi_cuda.implicit.strategy import Strategy
-from fpi_cuda.implicit.vmap import BATCHED, by_samples_of_vmap
+from fpi_cuda.autograd.fixed_point import FixedPoint
+from fpi_cuda.autograd.lifted import LiftedEquation
+from fpi_cuda.autograd.strategy import Strategy
+from fpi_cuda.autograd.vmap import BATCHED, by_samples_of_vmap
+from fpi_cuda.backends import reference
+from fpi_cuda.capturing import UNDER_GRAD, being_captured
+from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
+from fpi_cuda.declined import Declined
+from fpi_cuda.faithful import Replay
 from fpi_cuda.loops import (
     BEING_CAPTURED,
     IN_TRANSFORM,
@@ -293,7 +293,8 @@ def solve_flat(
         value, result = reported(
             Solved(plan, flat_map, *solved), record, coupling, born_after if grad else None
         )
-    flat_map.over()
+    if flat_map.leaves_traces:
+        flat_map.over()
     record.joint = coupling is not None and coupling.joint
     _, status, num_steps, residual = result
     residual = residual_in(layout.dtype, residual)
@@ -306,7 +307,8 @@ def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling 
     """What is known of whether rows depend on one another; None where they cannot."""
     if rowwise:
         return None
-    rows = flat_map.layout.rows_together
+    layout = flat_map.layout
+    rows = layout.batch if layout.together is None else layout.together
     return None if rows < 2 else Coupling(key_of(flat_map, options), rows)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
+from fpi_cuda.autograd import FlatMap
 from fpi_cuda.cells.activation import DERIVATIVES
-from fpi_cuda.implicit import FlatMap
 from fpi_cuda.lowered import Layer, Lowered, NotLowered, activation_number
 
 

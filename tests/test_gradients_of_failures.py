@@ -55,9 +55,9 @@ def gradients_without_the_bad_one(a: Tensor, z: Tensor, **options: Any) -> tuple
 
 def test_rows_of_tiny_states_that_are_coupled_are_not_evaluated_elsewhere() -> None:
     """Whether that leaves the good ones alone is asked relative to them."""
+    from fpi_cuda.autograd.flat_map import FlatMap
+    from fpi_cuda.autograd.mending import mended_if_batchwise
     from fpi_cuda.faithful import Replay
-    from fpi_cuda.implicit.flat_map import FlatMap
-    from fpi_cuda.implicit.mending import mended_if_batchwise
     from fpi_cuda.state import layout_of
 
     x = 1e-25 * torch.randn(B, D, dtype=F64)

@@ -22,7 +22,7 @@ LEVELS = [
     {"request"},
     {"device_loop", "solution_check"},
     {"fused_evaluation"},
-    {"implicit", "solvers", "cells", "backends"},
+    {"autograd", "solvers", "cells", "backends"},
     {"rules", "unconverged"},
     {
         "options",

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fpi_cuda.autograd import Account, FlatMap, Jacobian, Linearization
 from fpi_cuda.device_loop.cache import Key, PlanCache
 from fpi_cuda.device_loop.graphs import Graphs, Refused
 from fpi_cuda.device_loop.method import Method, key_of
 from fpi_cuda.device_loop.plan import AdjointPlan
 from fpi_cuda.device_loop.planner import failures_refused, lent, require_agreement
 from fpi_cuda.device_loop.trace import Recorder, difference, require_repeatable
-from fpi_cuda.implicit import Account, FlatMap, Jacobian, Linearization
 from fpi_cuda.result import SolveResult
 from fpi_cuda.row_norm import row_norm
 from fpi_cuda.solvers import loop

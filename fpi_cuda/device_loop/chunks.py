@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fpi_cuda.autograd import FlatMap
 from fpi_cuda.device_loop import planner
 from fpi_cuda.device_loop.cache import PlanCache
 from fpi_cuda.device_loop.graphs import Graphs
 from fpi_cuda.device_loop.method import Method
-from fpi_cuda.implicit import FlatMap
 from fpi_cuda.options import Anderson
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.workspace import depth_of

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fpi_cuda.autograd import FlatMap
 from fpi_cuda.device_loop.graphs import Replayable, Session
 from fpi_cuda.device_loop.method import Method
-from fpi_cuda.implicit import FlatMap
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers.stepping import apart_from, step
 from fpi_cuda.solvers.workspace import allocate, reset

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fpi_cuda.autograd import FlatMap
 from fpi_cuda.coupling import site_of
-from fpi_cuda.implicit import FlatMap
 from fpi_cuda.options import FixedPointSolver
 from fpi_cuda.solvers.stepping import Backend
 

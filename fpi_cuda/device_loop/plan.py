@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fpi_cuda.autograd import FlatMap, Linearization
 from fpi_cuda.device_loop.cache import Key
 from fpi_cuda.device_loop.graphs import Graphs, Refused, Replayable
 from fpi_cuda.device_loop.memory import Arena, Standins, bytes_of
 from fpi_cuda.device_loop.method import Method
 from fpi_cuda.device_loop.trace import Call, Recorder, require_repeatable, require_same
-from fpi_cuda.implicit import FlatMap, Linearization
 from fpi_cuda.result import SolveResult
 
 

@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fpi_cuda.autograd import FlatMap
 from fpi_cuda.device_loop.cache import PlanCache
 from fpi_cuda.device_loop.graphs import Graphs, Refused, first_line
 from fpi_cuda.device_loop.method import Method, key_of
 from fpi_cuda.device_loop.plan import Plan, SolvePlan
-from fpi_cuda.implicit import FlatMap
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import row_norm
 from fpi_cuda.solvers import loop

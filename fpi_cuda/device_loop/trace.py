@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from fpi_cuda.autograd import FlatMap
 from fpi_cuda.device_loop.graphs import Refused
 from fpi_cuda.dispatch_modes import EagerMode
-from fpi_cuda.implicit import FlatMap
 from fpi_cuda.tensor_version import version_of
 
 Call = tuple[Any, ...]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fpi_cuda import backends
+from fpi_cuda.autograd import Account
 from fpi_cuda.declined import Declined
-from fpi_cuda.implicit import Account
 from fpi_cuda.loops import device, fused, host
 from fpi_cuda.loops.plan import Loop, LoopAdjoint, Plan, Prepare, Solved
 from fpi_cuda.options import Implicit

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from fpi_cuda import device_loop
+from fpi_cuda.autograd import Account, FlatMap
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.device_loop import DeviceAdjoint, Graphs, Method, Refused
-from fpi_cuda.implicit import Account, FlatMap
 from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.options import GMRES, ConjugateGradient
 from fpi_cuda.request import Options

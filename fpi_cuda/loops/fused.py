@@ -10,6 +10,8 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from fpi_cuda.autograd import Account, FlatMap, Jacobian, Linearization
+from fpi_cuda.autograd.flat_map import Recording
 from fpi_cuda.cells.lowering import (
     difference,
     lowered,
@@ -20,8 +22,6 @@ from fpi_cuda.cells.lowering import (
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.faithful import rehearsed
 from fpi_cuda.fused_evaluation import FusedEvaluation
-from fpi_cuda.implicit import Account, FlatMap, Jacobian, Linearization
-from fpi_cuda.implicit.flat_map import Recording
 from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.lowered import Lowered, NotLowered, added_functions
 from fpi_cuda.options import Anderson, FixedPointSolver, Implicit, LinearSolver, Picard

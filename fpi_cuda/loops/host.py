@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fpi_cuda.autograd import FlatMap
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.implicit import FlatMap
 from fpi_cuda.loops.plan import Plan
 from fpi_cuda.result import SolveResult
 from fpi_cuda.solvers import loop

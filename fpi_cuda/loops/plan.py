@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from fpi_cuda.autograd import Account, FlatMap, Jacobian
+from fpi_cuda.autograd.flat_map import Recording
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.implicit import Account, FlatMap, Jacobian
-from fpi_cuda.implicit.flat_map import Recording
 from fpi_cuda.options import FixedPointSolver, LinearSolver
 from fpi_cuda.request import Options
 from fpi_cuda.result import Reason, SolveResult

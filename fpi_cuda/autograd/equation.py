@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fpi_cuda.implicit.flat_map import has_rows, replace_rows
-from fpi_cuda.implicit.graph import mark_as_anchor
-from fpi_cuda.implicit.linear import Inputs, Opened
-from fpi_cuda.implicit.linearization import Jacobian, Linearization
-from fpi_cuda.implicit.mending import alike
-from fpi_cuda.implicit.same_value import require_same_value
-from fpi_cuda.implicit.strategy import Strategy
-from fpi_cuda.implicit.transformed import Transformed
+from fpi_cuda.autograd.flat_map import has_rows, replace_rows
+from fpi_cuda.autograd.graph import mark_as_anchor
+from fpi_cuda.autograd.linear import Inputs, Opened
+from fpi_cuda.autograd.linearization import Jacobian, Linearization
+from fpi_cuda.autograd.mending import alike
+from fpi_cuda.autograd.same_value import require_same_value
+from fpi_cuda.autograd.strategy import Strategy
+from fpi_cuda.autograd.transformed import Transformed
 from fpi_cuda.recomputed import tensors_saved_as_they_are
 
 Evaluate = Callable[[Tensor], Tensor]

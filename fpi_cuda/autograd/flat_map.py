@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fpi_cuda.autograd.replica import called_with
+from fpi_cuda.autograd.untouched import Untouched, parts_of
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
-from fpi_cuda.implicit.replica import called_with
-from fpi_cuda.implicit.untouched import Untouched, parts_of
 from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
 from fpi_cuda.shortcuts import why_not_hoisted
 from fpi_cuda.state import Layout
@@ -63,9 +63,11 @@ class FlatMap:
         g, layout, z, replay: as given.
         source_z: z, also where a mended map evaluates g on something else.
         hoisted: prepare and step stand for g.
+        leaves_traces: g has buffers that may move; see over.
         whole: why they do not, so that g(x, *z) is called in every evaluation; None if they do.
             Asked of g where nobody has: "".
         read: what g reads besides x: what prepare returned, else z.
+        damping: steps of g in one evaluation, and how long each is.
         arithmetic: what products in g are rounded to: autocast's dtype, else that of the state.
     """
 
@@ -90,6 +92,7 @@ class FlatMap:
         if self.hoisted:
             self._prepare_replay = Replay(layout.device, g, "prepare")
         self._buffers, self._prepare_buffers = moving_buffers(g)
+        self.leaves_traces = self._buffers is not None
         self._untouched = Untouched("z", z)
         self.read: Any = z
         if self.hoisted:
@@ -100,16 +103,10 @@ class FlatMap:
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
         self._mend: tuple[Tensor, int] | None = None
-        self._steps = 1
-        self._damping = 1.0
+        self.damping = (1, 1.0)
         self._watch: Watch | None = None
         self._second_watch: Watch | None = None
         self._recording: Recording | None = None
-
-    @property
-    def damping(self) -> tuple[int, float]:
-        """Steps of g in one evaluation, and how long each is."""
-        return self._steps, self._damping
 
     def reading(self, read: Any) -> FlatMap:
         """This map with other numbers in the place of `read`."""
@@ -206,7 +203,7 @@ class FlatMap:
     def damped(self, steps: int, damping: float) -> FlatMap:
         """The map x <- x + damping (g(x) - x), so many times."""
         other = copy.copy(self)
-        other._steps, other._damping = steps, damping
+        other.damping = (steps, damping)
         return other
 
     def watched(self, watch: Watch) -> FlatMap:
@@ -263,13 +260,14 @@ class FlatMap:
     def _iterated(self, x: Tensor, call: Callable[[Any], Any], read: Any) -> Tensor:
         if self._mend is not None:
             x = replace_rows(x, *self._mend)
-        for step in range(self._steps):
+        steps, damping = self.damping
+        for step in range(steps):
             gx = self._checked(x, call, read)
             if self._watch is not None and step == 0:
                 self._watch(x, gx)
             if self._second_watch is not None and step == 1:
                 self._second_watch(x, gx)
-            x = gx if self._damping == 1.0 else x + self._damping * (gx - x)
+            x = gx if damping == 1.0 else x + damping * (gx - x)
         return x
 
     def _call(self, state: Any) -> Any:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.attach import attach
-from fpi_cuda.implicit.flat_map import FlatMap, replace_rows
-from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.strategy import Account, Truncated, dropped, failed, unmeasured
+from fpi_cuda.autograd.attach import attach
+from fpi_cuda.autograd.flat_map import FlatMap, replace_rows
+from fpi_cuda.autograd.mending import mended_if_batchwise
+from fpi_cuda.autograd.strategy import Account, Truncated, dropped, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
 
 Run = Callable[[FlatMap, Tensor], SolveResult]

@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.cut_graph import notice_cut, notice_cut_in_step
-from fpi_cuda.implicit.equation import Equation, Evaluate
-from fpi_cuda.implicit.fixed_point import FixedPoint, pulled
-from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graft import MaybeTensor, follows, has_tangent
-from fpi_cuda.implicit.graph import mark_as_anchor
-from fpi_cuda.implicit.inputs import Inputs
-from fpi_cuda.implicit.linear import Opened, solution
-from fpi_cuda.implicit.linearization import Jacobian, Linearization
-from fpi_cuda.implicit.mending import mended_if_batchwise
-from fpi_cuda.implicit.strategy import Strategy, finite_rows
+from fpi_cuda.autograd.cut_graph import notice_cut, notice_cut_in_step
+from fpi_cuda.autograd.equation import Equation, Evaluate
+from fpi_cuda.autograd.fixed_point import FixedPoint, pulled
+from fpi_cuda.autograd.flat_map import FlatMap
+from fpi_cuda.autograd.graft import MaybeTensor, follows, has_tangent
+from fpi_cuda.autograd.graph import ANCHOR
+from fpi_cuda.autograd.inputs import Inputs
+from fpi_cuda.autograd.linear import Opened, solution
+from fpi_cuda.autograd.linearization import Jacobian, Linearization
+from fpi_cuda.autograd.mending import mended_if_batchwise
+from fpi_cuda.autograd.strategy import Strategy, finite_rows
 from fpi_cuda.recomputed import tensors_saved_as_they_are
 from fpi_cuda.state import Layout
 
@@ -287,7 +287,7 @@ def attach(
         return layout.taken_apart(x_star)
     x = x_star.detach()
     if strategy.truncation != 0:
-        mark_as_anchor(x.requires_grad_())
+        setattr(x.requires_grad_(), ANCHOR, True)
         # The user's backward pass also ends here, and nobody reads what it leaves.
         x.register_post_accumulate_grad_hook(drop_gradient)
     account = strategy.account
@@ -310,7 +310,7 @@ def attach(
     if inputs.unnamed and account.late and account.settle() is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
         return attach(flat_map, x_star, check, strategy, born_after)
-    if not inputs and not has_tangent(gx):
+    if not (inputs.originals or inputs.unnamed or has_tangent(gx)):
         return layout.taken_apart(x_star)
     if strategy.truncation != 0 and inputs.unreached:
         notice_cut(flat_map, x, inputs.unreached)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.graft import MaybeTensor
-from fpi_cuda.implicit.linearization import Jacobian
-from fpi_cuda.implicit.strategy import dropped, failed, finite_rows, series, zero_rows
+from fpi_cuda.autograd.graft import MaybeTensor
+from fpi_cuda.autograd.linearization import Jacobian
+from fpi_cuda.autograd.strategy import dropped, failed, finite_rows, series, zero_rows
 from fpi_cuda.result import Status
 
 Inputs = tuple[Tensor, ...]

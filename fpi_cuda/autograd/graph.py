@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +109,5 @@ def mark_as_anchor(x: Tensor) -> Tensor:
     return x
 
 
-def sequence_number() -> int:
-    """The number that the next autograd node of this thread will get."""
-    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+"""The number that the next autograd node of this thread will get."""

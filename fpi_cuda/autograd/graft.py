@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpi_cuda.implicit.graph import is_differentiable_once
+from fpi_cuda.autograd.graph import is_differentiable_once
 
 MaybeTensor = Tensor | None
 

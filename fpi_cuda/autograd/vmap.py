@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
+from fpi_cuda.autograd.closed_over import Substitution, Watch
+from fpi_cuda.autograd.lifted import matters
+from fpi_cuda.autograd.linear import side_by_side
 from fpi_cuda.faithful import rehearsal
-from fpi_cuda.implicit.closed_over import Substitution, Watch
-from fpi_cuda.implicit.lifted import matters
-from fpi_cuda.implicit.linear import side_by_side
 from fpi_cuda.state import Layout, layout_of
 
 BATCHED = (

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.backward_hooks import watches_gradients
-from fpi_cuda.implicit.closed_over import Substitution, Watch, here, surroundings
-from fpi_cuda.implicit.cut_graph import looks_left, notice_cut_lifted, unreached
-from fpi_cuda.implicit.equation import Equation, Evaluate, leaf_at
-from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graft import has_tangent
-from fpi_cuda.implicit.graph import edge_of, frontier_of, sequence_number
-from fpi_cuda.implicit.linear import Inputs
-from fpi_cuda.implicit.strategy import Strategy, failed
-from fpi_cuda.implicit.transformed import HIDDEN
+from fpi_cuda.autograd.backward_hooks import watches_gradients
+from fpi_cuda.autograd.closed_over import Substitution, Watch, here, surroundings
+from fpi_cuda.autograd.cut_graph import looks_left, notice_cut_lifted, unreached
+from fpi_cuda.autograd.equation import Equation, Evaluate, leaf_at
+from fpi_cuda.autograd.flat_map import FlatMap
+from fpi_cuda.autograd.graft import has_tangent
+from fpi_cuda.autograd.graph import edge_of, frontier_of, sequence_number
+from fpi_cuda.autograd.linear import Inputs
+from fpi_cuda.autograd.strategy import Strategy, failed
+from fpi_cuda.autograd.transformed import HIDDEN
 from fpi_cuda.moving_buffers import modules_of
 from fpi_cuda.result import SolveResult
 from fpi_cuda.weight_cache import laid_aside

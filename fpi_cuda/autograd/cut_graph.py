@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graft import has_tangent
-from fpi_cuda.implicit.graph import Edge, edges_of, is_edge_of, leads_to
+from fpi_cuda.autograd.flat_map import FlatMap
+from fpi_cuda.autograd.graft import has_tangent
+from fpi_cuda.autograd.graph import Edge, edges_of, is_edge_of, leads_to
 from fpi_cuda.unconverged import FixedPointWarning
 
 NOISE = 8.0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fpi_cuda.implicit.attach import attach
-from fpi_cuda.implicit.cut_graph import watching
-from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graph import sequence_number
-from fpi_cuda.implicit.linearization import Jacobian, Linearization
-from fpi_cuda.implicit.scaling import Apply, Scaling
-from fpi_cuda.implicit.strategy import (
+from fpi_cuda.autograd.attach import attach
+from fpi_cuda.autograd.cut_graph import watching
+from fpi_cuda.autograd.flat_map import FlatMap
+from fpi_cuda.autograd.graph import sequence_number
+from fpi_cuda.autograd.linearization import Jacobian, Linearization
+from fpi_cuda.autograd.scaling import Apply, Scaling
+from fpi_cuda.autograd.strategy import (
     Account,
     DeviceSolve,
     Exact,
@@ -18,7 +18,7 @@ from fpi_cuda.implicit.strategy import (
     Truncated,
     residual_in,
 )
-from fpi_cuda.implicit.unrolled import attach_unrolled
+from fpi_cuda.autograd.unrolled import attach_unrolled
 
 __all__ = [
     "Account",

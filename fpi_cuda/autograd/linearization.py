@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fpi_cuda.implicit.graft import ONCE, MaybeTensor, Tape, graft, stand_in
+from fpi_cuda.autograd.graft import ONCE, MaybeTensor, Tape, graft, stand_in
 
 # <J^T w, J^T w> and <w, J J^T w> may differ by rounding, in g too (autocast), not by this share.
 SAME_MATRIX = 0.1

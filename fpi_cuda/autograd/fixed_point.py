@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.equation import Equation
-from fpi_cuda.implicit.graft import MaybeTensor
-from fpi_cuda.implicit.linear import (
+from fpi_cuda.autograd.equation import Equation
+from fpi_cuda.autograd.graft import MaybeTensor
+from fpi_cuda.autograd.linear import (
     Inputs,
     Opened,
     as_lower_levels_see,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.implicit.graft import MaybeTensor
-from fpi_cuda.implicit.linear import Inputs
+from fpi_cuda.autograd.graft import MaybeTensor
+from fpi_cuda.autograd.linear import Inputs
 
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
 

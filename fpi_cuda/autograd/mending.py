@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpi_cuda.implicit.flat_map import FlatMap
+from fpi_cuda.autograd.flat_map import FlatMap
 
 
 def mended_if_batchwise(flat_map: FlatMap, x: Tensor, bad: Tensor) -> FlatMap:

@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fpi_cuda.autograd.linearization import Jacobian
+from fpi_cuda.autograd.scaling import Apply, Scaling, common_factor
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.implicit.linearization import Jacobian
-from fpi_cuda.implicit.scaling import Apply, Scaling, common_factor
 from fpi_cuda.late import Late
 from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
 from fpi_cuda.row_norm import row_norm
@@ -102,11 +102,11 @@ class Account:
     def hopeless(self) -> Tensor | None:
         """(B,) bool, samples that failed in the forward solve; None if none did."""
         self.late = False
-        return self._failed if self._worst.value() >= min(FAILED) else None
+        return self._failed
 
     @functools.cached_property
-    def _failed(self) -> Tensor:
-        return failed(self.status)
+    def _failed(self) -> Tensor | None:
+        return failed(self.status) if self._worst.value() >= min(FAILED) else None
 
     @property
     def joint(self) -> bool:

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fpi_cuda.implicit.backward_hooks import require_true_products, watches_gradients
-from fpi_cuda.implicit.closed_over import Substitution, Watch, here, surroundings
-from fpi_cuda.implicit.cut_graph import unreached
-from fpi_cuda.implicit.flat_map import FlatMap
-from fpi_cuda.implicit.graft import has_tangent, stand_in
-from fpi_cuda.implicit.graph import edge_of, frontier_of, mark_as_anchor
-from fpi_cuda.implicit.linearization import OpenLinearization
-from fpi_cuda.implicit.same_value import CHANGED, require_same_value
-from fpi_cuda.tensor_version import version_of
+from fpi_cuda.autograd.backward_hooks import require_true_products, watches_gradients
+from fpi_cuda.autograd.closed_over import Substitution, Watch, here, surroundings
+from fpi_cuda.autograd.cut_graph import unreached
+from fpi_cuda.autograd.flat_map import FlatMap
+from fpi_cuda.autograd.graft import has_tangent, stand_in
+from fpi_cuda.autograd.graph import edge_of, frontier_of, mark_as_anchor
+from fpi_cuda.autograd.linearization import OpenLinearization
+from fpi_cuda.autograd.same_value import CHANGED, require_same_value
+from fpi_cuda.tensor_version import counted_version, version_of
 from fpi_cuda.weight_cache import laid_aside
 
 UNNAMED = (
@@ -44,7 +44,7 @@ class Inputs:
     def __init__(self, flat_map: FlatMap, x: Tensor, gx: Tensor, born_after: int) -> None:
         self._z = flat_map.source_z
         self._around = here.substitution
-        named = flat_map.tensors()
+        named = flat_map.tensors() if isinstance(flat_map.g, nn.Module) else {}
         known = {(t.grad_fn, t.output_nr) for t in (*self._z, *named.values()) if t.requires_grad}
         leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
         tangents = forward_ad._current_level >= 0
@@ -66,13 +66,12 @@ class Inputs:
         self.originals = [*explicit.values(), *found.values(), *self._leaves]
         # Of every z: what a change in it does need not show in the value of g at x.
         watched = {id(t): t for t in (*self._z, *self.originals)}
-        self._versions = [(t, version_of(t)) for t in watched.values()]
-        sizes = flat_map.layout.sizes
-        whole = not x.requires_grad or (len(sizes) == 1 and id(x) in anchors)
-        self.unreached = [] if whole else unreached(gx, x, sizes, visited)
-
-    def __bool__(self) -> bool:
-        return bool(self.originals) or self.unnamed
+        self._versions = [
+            (t, 0 if t.is_inference() else counted_version(t)) for t in watched.values()
+        ]
+        layout = flat_map.layout
+        whole = not x.requires_grad or (len(layout.shapes) == 1 and id(x) in anchors)
+        self.unreached = [] if whole else unreached(gx, x, layout.sizes, visited)
 
     def opened(
         self, flat_map: FlatMap, x: Tensor, expected: Tensor, inputs: Sequence[Tensor],
