@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch.autograd import forward_ad
 
 active = torch._C._are_functorch_transforms_active
 """Whether any transform is active."""
+
+
+def in_dual_level() -> bool:
+    """Whether tensors may have tangents from torch.autograd.forward_ad."""
+    return forward_ad._current_level >= 0
 
 
 def require_working() -> None:

@@ -169,7 +169,7 @@ class SolvedEquation(Equation):
 
     def require_all_tangents(self) -> None:
         """Raise where a tangent of a gradient would come out too small."""
-        if forward_ad._current_level >= 0 and not transforms.active():
+        if transforms.in_dual_level() and not transforms.active():
             self._inputs.require_all_tangents(self._flat_map, self.x)
 
     def overflow(self, v: Tensor) -> list[Tensor] | None:
@@ -213,7 +213,7 @@ class Attached(torch.autograd.Function):
         if v is None:
             return (None, None, None, *nothing)
         legacy = transforms.is_legacy_batched(v)
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if torch.is_grad_enabled() or transforms.in_dual_level():
             if legacy:
                 raise RuntimeError(LEGACY)
             # Not read before: it raises where one of them was written to.
@@ -276,6 +276,8 @@ def attach(
 ) -> Any:
     """x_star, as the user's state, as a function of all that g depends on.
 
+    Grad mode is on, or a level of forward mode.
+
     Args:
         flat_map: g with its inputs, already evaluated.
         x_star: (B, D) its fixed point, plain.
@@ -283,8 +285,6 @@ def attach(
         born_after: autograd's sequence number before flat_map was made.
     """
     layout = flat_map.layout
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return layout.taken_apart(x_star)
     x = x_star.detach()
     if strategy.truncation != 0:
         setattr(x.requires_grad_(), ANCHOR, True)
@@ -325,7 +325,7 @@ def state_of(equation: SolvedEquation, layout: Layout, inputs: Sequence[Tensor])
     cycle that Python's collector sees only through nodes with one owner: the tensor's own.
     """
     # What changes a tensor in place must change its tangent in place: no parts there.
-    if not layout.is_tuple or forward_ad._current_level >= 0:
+    if not layout.is_tuple or transforms.in_dual_level():
         return Attached.apply(lambda: equation, layout, equation.gx, *inputs)
     parts = Attached.apply(weakref.ref(equation), layout, equation.gx, *inputs)
     return tuple(_Part.apply(equation, part) for part in parts)

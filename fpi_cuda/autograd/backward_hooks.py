@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fpi_cuda import transforms
 from fpi_cuda.shortcuts import any_backward_hooks
 
 CHANGED = (
@@ -42,7 +43,7 @@ def require_true_products(
     Raises:
         RuntimeError: they differ by more than rounding.
     """
-    if forward_ad._current_level >= 0 or not gx.requires_grad:
+    if transforms.in_dual_level() or not gx.requires_grad:
         return
     w = waves(gx, 0)
     pulled = torch.autograd.grad(gx, list(leaves), w, retain_graph=True, allow_unused=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from fpi_cuda import transforms
 from fpi_cuda.autograd.backward_hooks import require_true_products, watches_gradients
 from fpi_cuda.autograd.closed_over import Substitution, Watch, here, surroundings
 from fpi_cuda.autograd.cut_graph import unreached
@@ -47,7 +47,7 @@ class Inputs:
         named = flat_map.tensors() if isinstance(flat_map.g, nn.Module) else {}
         known = {(t.grad_fn, t.output_nr) for t in (*self._z, *named.values()) if t.requires_grad}
         leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
-        tangents = forward_ad._current_level >= 0
+        tangents = transforms.in_dual_level()
 
         def matters(t: Tensor) -> bool:
             there = id(t) in leaves or (t.grad_fn, t.output_nr) in edges
