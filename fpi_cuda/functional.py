@@ -263,7 +263,7 @@ def solve_flat(
     only_host = IN_TRANSFORM if transforms.active() else None
     if isinstance(options.adjoint, Unroll) and (grad or only_host is not None):
         only_host = UNROLLED
-    elif only_host is None and layout.device.type == "cuda" and being_captured(layout.device):
+    elif only_host is None and being_captured(layout.device):
         if grad:
             raise RuntimeError(UNDER_GRAD)
         only_host = BEING_CAPTURED

@@ -32,3 +32,8 @@ class Late:
         if self._arrived is not None and not self._arrived.query():
             return None
         return self._number.item()
+
+
+def worst_of(status: Tensor) -> Tensor:
+    """0-dim, the highest status: above CONVERGED if a sample has not, from DIVERGED on if lost."""
+    return status.max() if status.numel() else status.new_ones(())  # CONVERGED

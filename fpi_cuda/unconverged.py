@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.capturing import being_captured
-from fpi_cuda.late import Late
+from fpi_cuda.late import Late, worst_of
 from fpi_cuda.result import AdjointRecord, Status
 from fpi_cuda.row_norm import row_norm
 
@@ -275,11 +275,6 @@ def is_ignored(text: str, site: Site) -> bool:
         ):
             return bool(action == "ignore")
     return False
-
-
-def worst_of(status: Tensor) -> Tensor:
-    """0-dim, the highest status: above CONVERGED if a sample has not, from DIVERGED on if lost."""
-    return status.max() if status.numel() else status.new_full((), Status.CONVERGED)
 
 
 def worst_of_cpu(status: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,11 +101,13 @@ class Equation:
         if len(x) == 0:
             return Linearization(x, x)
         leaf = leaf_at(x)
-        if leaf is None or (self.hooked and not transpose):
-            return Transformed(self.evaluate, x, inputs)
+        there = Transformed(self.evaluate, x, inputs)
+        if leaf is None:
+            return there
         value = self.recorded(leaf, inputs)
         require_same_value(value, gx, self.arithmetic, self.sizes)
-        return Linearization(leaf, value)
+        by_graph = Linearization(leaf, value)
+        return by_graph if transpose or not self.hooked else ByForwardMode(by_graph, there)
 
     def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
         """g at x, as the levels that are active see it.
@@ -130,6 +133,21 @@ class Equation:
             dims: the dimension of the vmap in each input.
         """
         return MergedEquation(self, size, dims, randomness)
+
+
+class ByForwardMode(NamedTuple):
+    """A Jacobian whose products are those of forward mode, which runs no hook on gradients."""
+
+    by_graph: Jacobian
+    there: Transformed
+
+    def product(self, t: Tensor) -> Tensor:
+        """J t."""
+        return self.there.product(t)
+
+    def transposed(self, c: Tensor) -> Tensor:
+        """J^T c."""
+        return self.by_graph.transposed(c)
 
 
 class MergedEquation(Equation):

@@ -17,10 +17,9 @@ from torch import Tensor
 from fpi_cuda.autograd.linearization import Jacobian
 from fpi_cuda.autograd.scaling import Apply, Scaling, common_factor
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.late import Late
+from fpi_cuda.late import Late, worst_of
 from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
 from fpi_cuda.row_norm import row_norm
-from fpi_cuda.unconverged import worst_of
 
 
 class LinearSystem(NamedTuple):
