@@ -58,6 +58,7 @@ class LiftedEquation(Equation):
         self._values = [*flat_map.source_z]
         self._places: list[tuple[int, dict[str, Any], str]] = []
         self._inside = False
+        self._left: set[int] = set()
         self._notices: list[Callable[[], None]] = []
 
     @property
@@ -96,7 +97,7 @@ class LiftedEquation(Equation):
         known = set(map(id, (*plain, *self.hidden)))
         hidden = [t for i, t in leaves.items() if i not in known]
         self.hidden = (*self.hidden, *hidden)
-        if depends and not more:
+        if (depends or self._left) and not (more or hidden):
             raise RuntimeError(HIDDEN)
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
         self.once_only = flat_map.replay.stochastic
@@ -123,8 +124,7 @@ class LiftedEquation(Equation):
         if leaf is None:
             return whole.evaluate(x, *inputs) if len(x) else x.clone()
         gx = whole.recorded(leaf, inputs)
-        if frontier_of(gx, set(), -1).leaves.keys() - set(map(id, self.hidden)):
-            raise RuntimeError(HIDDEN)
+        self._left = set(frontier_of(gx, set(), -1).leaves) - set(map(id, self.hidden))
         once, step, flat_map = whole.bound(inputs, damped=False), gx, self._flat_map
         if self._damping[0] > 1 and looks_left(flat_map.g, used=0):
             with torch.enable_grad():
