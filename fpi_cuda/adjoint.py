@@ -81,7 +81,7 @@ def strategy_for(
     if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
         return Truncated(account, truncation=0)
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
-    system = linear_solve(
+    system = SystemSolve(
         solver or options.adjoint_solver(flat_map.layout.dim),
         options.adjoint_steps,
         engine,
@@ -117,27 +117,15 @@ def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) 
         return dataclasses.replace(strategy, rtol=share.clamp(max=most))
 
 
-def linear_solve(
-    solver: FixedPointSolver | LinearSolver,
-    max_steps: int,
-    engine: Backend,
-    arithmetic: torch.dtype,
-) -> LinearSolve:
-    """The solver of y = M y + b that an adjoint asks for.
+@dataclass(frozen=True)
+class SystemSolve:
+    """How y = M y + b is solved: as a fixed point, or as (I - M) y = b in Krylov spaces.
 
-    Args:
+    Attributes:
         arithmetic: what products in g are rounded to, and so those with its Jacobian.
     """
-    if isinstance(solver, (GMRES, ConjugateGradient)):
-        return KrylovSolve(solver, max_steps, engine, arithmetic)
-    return IteratedSolve(solver, max_steps, engine, arithmetic)
 
-
-@dataclass(frozen=True)
-class IteratedSolve:
-    """y = M y + b as a fixed point."""
-
-    solver: FixedPointSolver
+    solver: FixedPointSolver | LinearSolver
     max_steps: int
     engine: Backend
     arithmetic: torch.dtype
@@ -146,55 +134,39 @@ class IteratedSolve:
         self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None = None
     ) -> SolveResult:
         """See LinearSolve."""
-        if found is not None and coupling is not None:
-            return corrected(self, system, coupling, found)
-        return solve(
-            lambda y, rows: system.apply(y) + system.b,
-            system.b,
-            self.solver,
-            rtol=0.0,
-            atol=system.atol,
-            max_steps=self.max_steps,
-            backend=self.engine,
-            arithmetic=self.arithmetic,
-            coupling=coupling,
-            linear=True,
-        )
-
-
-@dataclass(frozen=True)
-class KrylovSolve:
-    """(I - M) y = b in Krylov spaces."""
-
-    solver: LinearSolver
-    max_steps: int
-    engine: Backend
-    arithmetic: torch.dtype
-
-    def __call__(
-        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None = None
-    ) -> SolveResult:
-        """See LinearSolve."""
-        if coupling is None:
-            return self._rows(system)
-        if coupling.joint:
+        krylov = isinstance(self.solver, (GMRES, ConjugateGradient))
+        if krylov and coupling is not None and coupling.joint:
             return self._joint(system, coupling.together)
-        return corrected(self, system, coupling, found or self._rows(system))
+        if coupling is None or (found is None and not krylov):
+            return self._rows(system, coupling)
+        return corrected(self, system, coupling, found or self._rows(system, None))
 
-    def _rows(self, system: LinearSystem) -> SolveResult:
-        def minus(product: Apply) -> Apply:
-            return lambda y: y - product(y)
-
+    def _rows(self, system: LinearSystem, coupling: Coupling | None) -> SolveResult:
+        solver, b = self.solver, system.b
         limits: dict[str, Any] = {
             "atol": system.atol,
             "max_steps": self.max_steps,
             "arithmetic": self.arithmetic,
         }
-        if isinstance(self.solver, GMRES):
-            restart = self.solver.restart
-            return gmres(minus(system.apply), system.b, restart=restart, **limits)
-        return conjugate_gradient(
-            minus(system.apply), minus(system.apply_transpose), system.b, **limits
+
+        def minus(product: Apply) -> Apply:
+            return lambda y: y - product(y)
+
+        if isinstance(solver, GMRES):
+            return gmres(minus(system.apply), b, restart=solver.restart, **limits)
+        if isinstance(solver, ConjugateGradient):
+            return conjugate_gradient(
+                minus(system.apply), minus(system.apply_transpose), b, **limits
+            )
+        return solve(
+            lambda y, rows: system.apply(y) + b,
+            b,
+            solver,
+            rtol=0.0,
+            backend=self.engine,
+            coupling=coupling,
+            linear=True,
+            **limits,
         )
 
     def _joint(self, system: LinearSystem, rows: int) -> SolveResult:
@@ -202,7 +174,7 @@ class KrylovSolve:
         total = atol.reshape(-1, rows).norm(dim=1)
         right = b.reshape(len(total), -1)
         whole = self._rows(
-            LinearSystem(jointly(apply, b, rows), jointly(transpose, b, rows), right, total)
+            LinearSystem(jointly(apply, b, rows), jointly(transpose, b, rows), right, total), None
         )
         y = whole.x.view(b.shape)
         residual = difference_norm(apply(y) + b, y)

@@ -110,12 +110,8 @@ class FlatMap:
 
     def reading(self, read: Any) -> FlatMap:
         """This map with other numbers in the place of `read`."""
-        other = copy.copy(self)
-        other._selection = (None, None)
-        other.read = read
-        if not self.hoisted:
-            other.z = other.source_z = read
-        return other
+        z = {} if self.hoisted else {"z": read, "source_z": read}
+        return self._but(_selection=(None, None), read=read, **z)
 
     def part(self, begin: int, end: int) -> FlatMap:
         """This map for some of the samples, where g is row-wise and selectable."""
@@ -124,15 +120,11 @@ class FlatMap:
             rows: Any = read[begin:end]
         else:
             rows = type(read)(t[begin:end] for t in read)
-        other = self.reading(rows)
-        other.layout = replace(self.layout, batch=end - begin)
-        return other
+        return self.reading(rows)._but(layout=replace(self.layout, batch=end - begin))
 
     def recorded(self, record: Recording) -> FlatMap:
         """This map with every evaluation of g on the whole batch made by `record`."""
-        other = copy.copy(self)
-        other._recording = record
-        return other
+        return self._but(_recording=record)
 
     def selectable(self) -> bool:
         """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
@@ -194,29 +186,21 @@ class FlatMap:
 
     def bound(self, z: Sequence[Tensor]) -> FlatMap:
         """This map with other tensors in the place of z."""
-        other = copy.copy(self)
-        other._selection = (None, None)
-        other.z = other.source_z = tuple(z)
-        other.read = self._prepare(other.z) if self.hoisted else other.z
-        return other
+        z = tuple(z)
+        read = self._prepare(z) if self.hoisted else z
+        return self._but(_selection=(None, None), z=z, source_z=z, read=read)
 
     def damped(self, steps: int, damping: float) -> FlatMap:
         """The map x <- x + damping (g(x) - x), so many times."""
-        other = copy.copy(self)
-        other.damping = (steps, damping)
-        return other
+        return self._but(damping=(steps, damping))
 
     def watched(self, watch: Watch) -> FlatMap:
         """This map, whose calls show `watch` the x that they are given and g at it."""
-        other = copy.copy(self)
-        other._watch = watch
-        return other
+        return self._but(_watch=watch)
 
     def watched_twice(self, watch: Watch) -> FlatMap:
         """This map, damped, whose second step in one evaluation is shown to `watch`."""
-        other = copy.copy(self)
-        other._second_watch = watch
-        return other
+        return self._but(_second_watch=watch)
 
     def mended(self, bad: Tensor) -> FlatMap:
         """This map with a good sample's x and z in the place of those of the bad ones.
@@ -225,11 +209,14 @@ class FlatMap:
             bad: (B,) bool, not all True.
         """
         good = int(torch.nonzero(~bad)[0])
-        other = copy.copy(self)
-        other._mend = (bad, good)
-        other.z = tuple(self._mended_inputs(self.source_z, bad, good))
-        other.read = self._prepare(other.z) if self.hoisted else other.z
-        return other
+        z = tuple(self._mended_inputs(self.source_z, bad, good))
+        return self._but(_mend=(bad, good), z=z, read=self._prepare(z) if self.hoisted else z)
+
+    def _but(self, **other: Any) -> FlatMap:
+        """This map with some attributes other ones."""
+        again = copy.copy(self)
+        again.__dict__.update(other)
+        return again
 
     def _mended_inputs(self, z: Sequence[Tensor], bad: Tensor, good: int) -> list[Tensor]:
         batch = self.layout.batch

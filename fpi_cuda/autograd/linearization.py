@@ -120,62 +120,45 @@ class OpenLinearization(Linearization):
         self.tape = Tape([gx] if gx.requires_grad else [], self.leaves)
 
     def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
-        """J^T y or J y as a function of y, x and the inputs."""
-        given = stand_in(y)
-        with torch.enable_grad():
-            result = self._product(given, transpose=transpose)
-        (grown,) = graft([result], [*self.leaves, given], [*self.originals, y])
-        return torch.zeros_like(y) if grown is None else grown
+        """See Opened."""
+        (found,) = self._reattached(lambda y: [self._product(y, transpose=transpose)], y)
+        return torch.zeros_like(y) if found is None else found
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
         """See Opened."""
-        given = stand_in(c)
-        with torch.enable_grad():
-            weights: list[MaybeTensor] = [given] * len(self.tape.outputs)
-            pulled = self.tape.pull(weights, create_graph=True)
-        return graft(pulled, [*self.leaves, given], [*self.originals, c])
+        outputs = self.tape.outputs
+        return self._reattached(lambda c: self.tape.pull([c] * len(outputs), create_graph=True), c)
 
     def through_product(self, y: Tensor, *, transpose: bool) -> Pull:
         """See Opened."""
-        return lambda s: self._pulled_product(*((y, s) if transpose else (s, y)))
 
-    def _pulled_product(self, left: Tensor, right: Tensor) -> list[MaybeTensor]:
-        """The derivative of <left, J right> in x and each input."""
-        left_given, right_given = stand_in(left), stand_in(right)
-        pulled: list[MaybeTensor] = [None] * len(self.leaves)
-        with torch.enable_grad():
-            slope = self._product(left_given, transpose=True)
-            if slope is not None and slope.requires_grad:
-                pulled = Tape([slope], self.leaves).pull([right_given], create_graph=True)
-        return graft(
-            pulled,
-            [*self.leaves, left_given, right_given],
-            [*self.originals, left, right],
-        )
+        def slopes(left: Tensor, right: Tensor) -> list[MaybeTensor]:
+            product = self._moving_product(left, transpose=True)
+            return Tape(product, self.leaves).pull([right] * len(product), create_graph=True)
+
+        return lambda s: self._reattached(slopes, *((y, s) if transpose else (s, y)))
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
         """See Opened."""
-        return self._pushed(self.tape.outputs, tangents, [], [])
+        return self._pushed(lambda: self.tape.outputs, [], tangents)
 
     def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
         """See Opened."""
-        given = stand_in(y)
-        with torch.enable_grad():
-            product = self._product(given, transpose=transpose)
-        moving = [] if product is None or not product.requires_grad else [product]
-        return self._pushed(moving, tangents, [given], [y])
+        return self._pushed(lambda y: self._moving_product(y, transpose=transpose), [y], tangents)
 
     def _pushed(
-        self, outputs: list[Tensor], tangents: list[MaybeTensor], more: list[Tensor],
-        originals: list[Tensor],
-    ) -> Tensor:  # fmt: skip
-        """The derivative of the output, if there is one, along tangents of the leaves."""
-        given = [None if t is None else stand_in(t) for t in tangents]
-        with torch.enable_grad():
-            pushed = Tape(outputs, self.leaves).push(given)
-        leaves = [*self.leaves, *more, *(t for t in given if t is not None)]
-        there = [*self.originals, *originals, *(t for t in tangents if t is not None)]
-        (found,) = graft(pushed or [None], leaves, there)
+        self,
+        make: Callable[..., list[Tensor]],
+        given: list[MaybeTensor],
+        tangents: list[MaybeTensor],
+    ) -> Tensor:
+        """The derivative of what is made, if that is anything, along tangents of the leaves."""
+
+        def push(*aside: MaybeTensor) -> list[MaybeTensor]:
+            outputs = make(*aside[: len(given)])
+            return Tape(outputs, self.leaves).push([*aside[len(given) :]]) or [None]
+
+        (found,) = self._reattached(push, *given, *tangents)
         return torch.zeros_like(self.gx) if found is None else found
 
     def _product(self, y: Tensor, *, transpose: bool) -> MaybeTensor:
@@ -185,3 +168,18 @@ class OpenLinearization(Linearization):
         if transpose:
             return self.tape.pull([y], create_graph=True)[0]
         return self.tape.push([y, *[None] * (len(self.leaves) - 1)])[0]
+
+    def _moving_product(self, y: Tensor, *, transpose: bool) -> list[Tensor]:
+        """The same in a list, which is empty where there is nothing to differentiate."""
+        product = self._product(y, transpose=transpose)
+        return [product] if product is not None and product.requires_grad else []
+
+    def _reattached(
+        self, make: Callable[..., list[MaybeTensor]], *given: MaybeTensor
+    ) -> list[MaybeTensor]:
+        """make(*given), from stand-ins and the leaves, as a function of given and the originals."""
+        aside = [None if t is None else stand_in(t) for t in given]
+        with torch.enable_grad():
+            outputs = make(*aside)
+        leaves = [*self.leaves, *(t for t in aside if t is not None)]
+        return graft(outputs, leaves, [*self.originals, *(t for t in given if t is not None)])
