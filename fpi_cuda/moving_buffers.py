@@ -158,9 +158,15 @@ class MovingBuffers:
             kept.look()
 
 
-def moving_buffers(g: object) -> tuple[MovingBuffers | None, MovingBuffers | None]:
-    """What evaluations of g, and of its prepare, may change; None where there is nothing."""
-    modules = [m for m in modules_of(g) if m._buffers and getattr(m, "training", False)]
+def moving_buffers(
+    modules: list[nn.Module],
+) -> tuple[MovingBuffers | None, MovingBuffers | None]:
+    """What evaluations of a g, and of its prepare, may change; None where there is nothing.
+
+    Args:
+        modules: of g.
+    """
+    modules = [m for m in modules if m._buffers and getattr(m, "training", False)]
     if not modules:
         return None, None
     return MovingBuffers(modules), MovingBuffers(modules)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import parametrize
 
-from fpi_cuda.autograd.replica import called_with
 from fpi_cuda.autograd.untouched import Untouched, parts_of
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
-from fpi_cuda.moving_buffers import moving_buffers, one_evaluation
+from fpi_cuda.moving_buffers import modules_of, moving_buffers
 from fpi_cuda.shortcuts import why_not_hoisted
 from fpi_cuda.state import Layout
 from fpi_cuda.tensor_version import counted_version
@@ -63,6 +62,7 @@ class FlatMap:
         g, layout, z, replay: as given.
         source_z: z, also where a mended map evaluates g on something else.
         hoisted: prepare and step stand for g.
+        modules: that g is or holds.
         leaves_traces: g has buffers that may move; see over.
         whole: why they do not, so that g(x, *z) is called in every evaluation; None if they do.
             Asked of g where nobody has: "".
@@ -91,7 +91,8 @@ class FlatMap:
         self._habit = Habit()
         if self.hoisted:
             self._prepare_replay = Replay(layout.device, g, "prepare")
-        self._buffers, self._prepare_buffers = moving_buffers(g)
+        self.modules = modules_of(g)
+        self._buffers, self._prepare_buffers = moving_buffers(self.modules)
         self.leaves_traces = self._buffers is not None
         self._untouched = Untouched("z", z)
         self.read: Any = z
@@ -160,22 +161,10 @@ class FlatMap:
         """g of the whole batch, with the graph that the grad mode allows."""
         return self._iterated(x, self._call, self.read)
 
-    def with_inputs(
-        self, x: Tensor, z: Sequence[Tensor], tensors: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
-        """g(x, *z) once more, with other tensors in the place of z.
-
-        Args:
-            x: (B, D).
-            z: as many tensors as source_z.
-            tensors: for a module g, parameters and buffers by name.
-        """
+    def with_inputs(self, x: Tensor, z: Sequence[Tensor]) -> Tensor:
+        """g(x, *z) once more, x (B, D), with other tensors in the place of z."""
 
         def call(state: Any) -> Any:
-            if tensors:
-                # Its forward prepares too.
-                with one_evaluation(self._prepare_buffers if self.hoisted else None):
-                    return called_with(self.g, tensors, (state, *z))
             if self.hoisted:
                 return self.g.step(state, self._prepare(z))
             return self.g(state, *z)
@@ -234,15 +223,6 @@ class FlatMap:
             return self._prepare_replay(prepare)
         with self._prepare_buffers.one_evaluation():
             return self._prepare_replay(prepare)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name, as they are now; empty unless g is a module.
-
-        Those of a TorchScript module cannot be exchanged by name: they are met as any leaves.
-        """
-        if not isinstance(self.g, nn.Module) or isinstance(self.g, torch.jit.ScriptModule):
-            return {}
-        return dict(self.g.named_parameters()) | dict(self.g.named_buffers())
 
     def _iterated(self, x: Tensor, call: Callable[[Any], Any], read: Any) -> Tensor:
         if self._mend is not None:

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.backward_hooks import require_true_products, watches_gradients
-from fpi_cuda.autograd.closed_over import Substitution, Watch, here, surroundings
+from fpi_cuda.autograd.closed_over import (
+    Substitution,
+    Watch,
+    here,
+    surroundings,
+)
 from fpi_cuda.autograd.cut_graph import unreached
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import has_tangent, stand_in
@@ -44,8 +49,7 @@ class Inputs:
     def __init__(self, flat_map: FlatMap, x: Tensor, gx: Tensor, born_after: int) -> None:
         self._z = flat_map.source_z
         self._around = here.substitution
-        named = flat_map.tensors() if isinstance(flat_map.g, nn.Module) else {}
-        known = {(t.grad_fn, t.output_nr) for t in (*self._z, *named.values()) if t.requires_grad}
+        known = {(t.grad_fn, t.output_nr) for t in self._z if t.requires_grad}
         leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
         tangents = transforms.in_dual_level()
 
@@ -53,14 +57,22 @@ class Inputs:
             there = id(t) in leaves or (t.grad_fn, t.output_nr) in edges
             return there or (tangents and has_tangent(t))
 
-        self._named = {name: t for name, t in named.items() if matters(t)}
         explicit = {id(t): t for t in self._z if matters(t)}
-        explicit |= {id(t): t for t in self._named.values()}
         captured = edges - {(t.grad_fn, t.output_nr) for t in explicit.values()}
         found: dict[Any, Tensor] = {}
-        if captured:
-            used = used_by(flat_map, x, [x, *self._z, *named.values()])
-            found = {edge: t for t in used if (edge := edge_of(t)) in captured}
+        # Where modules hold some of them: functional_call has put others there by backward.
+        self._places: list[tuple[Tensor, dict[str, Any], str]] = []
+        exchanged = captured or any(type(t) is not nn.Parameter for t in leaves.values())
+        if exchanged or isinstance(flat_map.g, nn.Module):
+            for held in (h for m in flat_map.modules for h in (m._parameters, m._buffers)):
+                for name, t in held.items():
+                    edge = None if t is None or not captured else edge_of(t)
+                    if t is not None and (id(t) in leaves or edge in captured):
+                        self._places.append((t, held, name))
+                        found |= {edge: t} if edge in captured else {}
+        if captured - found.keys():
+            used = used_by(flat_map, x, [x, *self._z, *found.values()])
+            found |= {edge: t for t in used if (edge := edge_of(t)) in captured}
         self.unnamed = not captured <= found.keys()
         self._leaves = [t for t in leaves.values() if id(t) not in explicit]
         self.originals = [*explicit.values(), *found.values(), *self._leaves]
@@ -127,7 +139,7 @@ class Inputs:
     def require_all_tangents(self, flat_map: FlatMap, x: Tensor) -> None:
         """Raise where g closes over tensors with tangents that were not found to matter."""
         known = set(map(id, self.originals))
-        for t in used_by(flat_map, x, [x, *self._z, *flat_map.tensors().values()]):
+        for t in used_by(flat_map, x, [x, *self._z]):
             if id(t) not in known and has_tangent(t):
                 raise RuntimeError(TANGENT)
 
@@ -136,11 +148,12 @@ class Inputs:
     ) -> tuple[Tensor, Substitution]:
         now = {id(t): other for t, other in zip(self.originals, given, strict=True)}
         z = [now.get(id(t), t.detach()) for t in self._z]
-        named = {name: now[id(t)] for name, t in self._named.items()}
-        # What g is given as z, or holds as a module, it may close over as well.
-        exchange = Substitution((t, now[id(t)]) for t in self.originals if now[id(t)] is not t)
+        # What g is given as z it may close over as well.
+        pairs = [(t, now[id(t)]) for t in self.originals if now[id(t)] is not t]
+        pairs += [(held[name], now[id(t)]) for t, held, name in self._places if name in held]
+        exchange = Substitution(pairs)
         with surroundings(self._around), laid_aside(covers=True), exchange:
-            return flat_map.with_inputs(x, z, named), exchange
+            return flat_map.with_inputs(x, z), exchange
 
     def _require_usable(self) -> None:
         if self.unnamed:

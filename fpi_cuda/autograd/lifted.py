@@ -10,7 +10,12 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.backward_hooks import watches_gradients
-from fpi_cuda.autograd.closed_over import Substitution, Watch, here, surroundings
+from fpi_cuda.autograd.closed_over import (
+    Substitution,
+    Watch,
+    here,
+    surroundings,
+)
 from fpi_cuda.autograd.cut_graph import looks_left, notice_cut_lifted, unreached
 from fpi_cuda.autograd.equation import Equation, Evaluate, leaf_at
 from fpi_cuda.autograd.flat_map import FlatMap
@@ -19,9 +24,10 @@ from fpi_cuda.autograd.graph import edge_of, frontier_of, sequence_number
 from fpi_cuda.autograd.linear import Inputs
 from fpi_cuda.autograd.strategy import Strategy, failed
 from fpi_cuda.autograd.transformed import HIDDEN
-from fpi_cuda.moving_buffers import modules_of
 from fpi_cuda.result import SolveResult
 from fpi_cuda.weight_cache import laid_aside
+
+HELD = ("_parameters", "_buffers")
 
 Solve = Callable[[Callable[[Tensor, "Tensor | None"], Tensor], Tensor], SolveResult]
 """solve(evaluate, x0): numbers from numbers."""
@@ -83,14 +89,23 @@ class LiftedEquation(Equation):
         leaves, edges, *_ = frontier_of(transforms.numbers(gx), set(), born_after)
         del gx, _  # By now what was made inside is gone.
         captured = watch.captured()
-        places = places_of([t for t, _ in captured], flat_map.g)
-        held = {place for place, *_ in places}
-        more = [i for i, (_, t) in enumerate(captured) if i in held or matters(t)]
-        first = len(self._originals)
-        self._places += [(first + more.index(i), where, name) for i, where, name in places]
-        self._originals += [captured[i][0] for i in more]
-        self._values += [captured[i][1] for i in more]
-        plain = [transforms.numbers(captured[i][1]) for i in more]
+        # functional_call exchanges them, whether they have a gradient or not.
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {id(t): [] for t, _ in captured}
+        for module in flat_map.modules:
+            # Not buffers in training, which g may write to.
+            for held in (
+                module._parameters,
+                {} if getattr(module, "training", True) else module._buffers,
+            ):
+                for name, t in held.items():
+                    if id(t) in places:
+                        places[id(t)].append((held, name))
+        more = [(t, value) for t, value in captured if places[id(t)] or matters(value)]
+        for t, value in more:
+            self._places += [(len(self._originals), *place) for place in places[id(t)]]
+            self._originals.append(t)
+            self._values.append(value)
+        plain = [transforms.numbers(value) for _, value in more]
         if edges.difference(map(edge_of, plain)):
             raise RuntimeError(HIDDEN)
         # Plain autograd finds them behind g, though no function of torch was given them.
@@ -188,16 +203,3 @@ def is_followed(t: Tensor) -> bool:
             return True
         t = transforms.unwrapped(t)
     return has_tangent(t)
-
-
-def places_of(tensors: Sequence[Tensor], g: object) -> list[tuple[int, dict[str, Any], str]]:
-    """(which of the tensors, what holds it, its name there), where it is held by modules of g.
-
-    Not buffers of a module in training, which may write to them.
-    """
-    by_id = {id(t): i for i, t in enumerate(tensors)}
-    modules = modules_of(g) if by_id else []
-    holders = [m._parameters for m in modules] + [m._buffers for m in modules if not m.training]
-    return [
-        (by_id[id(t)], held, name) for held in holders for name, t in held.items() if id(t) in by_id
-    ]
