@@ -55,6 +55,17 @@ unwrapped = functorch.get_unwrapped
 """What lies in t, without the wrapper of the transform that sees it first."""
 
 
+def batches_of(*tensors: Tensor) -> set[int]:
+    """The levels of the vmaps that some of the tensors have a dimension of."""
+    found = set()
+    for t in tensors:
+        while functorch.is_functorch_wrapped_tensor(t):
+            if is_batched(t):
+                found.add(functorch.maybe_get_level(t))
+            t = unwrapped(t)
+    return found
+
+
 def is_batched(t: Tensor) -> bool:
     """Whether t has a dimension of the vmap that sees it first."""
     return functorch.is_batchedtensor(t)

@@ -73,6 +73,7 @@ class SolvedEquation(Equation):
         self._inputs = inputs
         self._strategy = strategy
         self._opened: Any = None
+        self.changes = []
 
     # ---- as FixedPoint and Linear see it, for whatever is differentiated again ----
 
@@ -96,6 +97,7 @@ class SolvedEquation(Equation):
     ) -> Opened:
         """See Equation."""
         if transforms.active():
+            self._inputs.require_all_exchanged(self._flat_map, self.x)
             return super().opened(x, gx, tuple(inputs))
         if self._opened is not None and bad is None:
             known: Opened = self._opened

@@ -57,21 +57,25 @@ def require_true_products(
             pushed = forward_ad.unpack_dual(evaluate(duals)).tangent
     except (NotImplementedError, RuntimeError) as error:
         raise RuntimeError(CHANGED + ". Whether it does cannot be told, see above") from error
-    along = 0.0 if pushed is None else float((pushed.double() * w).sum())
-    back = sum(
-        float((p.double() * d).sum())
-        for p, d in zip(pulled, directions, strict=True)
-        if p is not None
-    )
-    size = 0.0 if pushed is None else float(pushed.double().norm() * w.double().norm())
-    size += sum(
-        float(p.double().norm() * d.double().norm())
-        for p, d in zip(pulled, directions, strict=True)
-        if p is not None
-    )
-    rounding = max(torch.finfo(gx.dtype).eps ** 0.5, ROUNDINGS * torch.finfo(arithmetic).eps)
-    if abs(along - back) > rounding * size:
+    if differ(pushed, w, list(pulled), directions, arithmetic):
         raise RuntimeError(CHANGED)
+
+
+def differ(
+    pushed: Tensor | None,
+    w: Tensor,
+    pulled: Sequence[Tensor | None],
+    directions: Sequence[Tensor],
+    arithmetic: torch.dtype,
+) -> bool:
+    """Whether <w, pushed> and the sum of <directions, pulled> differ by more than rounding."""
+    pairs = [(p, d) for p, d in zip(pulled, directions, strict=True) if p is not None]
+    pairs += [] if pushed is None else [(pushed, w)]
+    products = [float((p.double() * d).sum()) for p, d in pairs]
+    size = sum(float(p.double().norm() * d.double().norm()) for p, d in pairs)
+    along = 0.0 if pushed is None else products.pop()
+    rounding = max(torch.finfo(w.dtype).eps ** 0.5, ROUNDINGS * torch.finfo(arithmetic).eps)
+    return abs(along - sum(products)) > rounding * size
 
 
 def waves(t: Tensor, phase: int) -> Tensor:

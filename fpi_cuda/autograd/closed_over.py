@@ -73,14 +73,12 @@ class Substitution(TorchFunctionMode):
 
     Attributes:
         hooks_set: g has set hooks on tensors meanwhile.
-        used: ids of the originals that were met.
     """
 
     def __init__(self, stand_ins: Iterable[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self._pairs = {id(original): (original, other) for original, other in stand_ins}
         self.hooks_set = False
-        self.used: set[int] = set()
 
     def __enter__(self) -> Substitution:
         self._around = here.substitution
@@ -106,7 +104,6 @@ class Substitution(TorchFunctionMode):
         for key in (t,) if self._around is None else (t, self._around.exchanged(t)):
             pair = self._pairs.get(id(key))
             if pair is not None:
-                self.used.add(id(key))
                 return pair[1]
         return t if self._around is None else self._around.exchanged(t)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fpi_cuda.autograd.backward_hooks import CHANGED, differ, waves
 from fpi_cuda.autograd.flat_map import has_rows, replace_rows
 from fpi_cuda.autograd.graph import mark_as_anchor
 from fpi_cuda.autograd.linear import Inputs, Opened
@@ -34,6 +35,7 @@ class Equation:
         sizes: of the parts of the state, which add up to D.
         once_only: a backward pass may come where g cannot be evaluated.
         hooked: hooks in g may change gradients.
+        changes: whether they do, once that was seen.
         bad: (B,) bool, samples that failed, to be evaluated where another one is; None: none.
         hidden: the last inputs, where nothing can stand in for them.
     """
@@ -46,6 +48,7 @@ class Equation:
     hidden: Inputs = ()
     bad: Tensor | None = None
     hooked = False
+    changes: list[bool]
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """g with these inputs, what does not depend on x done once.
@@ -107,13 +110,25 @@ class Equation:
         value = self.recorded(leaf, inputs)
         require_same_value(value, gx, self.arithmetic, self.sizes)
         by_graph = Linearization(leaf, value)
-        return by_graph if transpose or not self.hooked else ByForwardMode(by_graph, there)
+        if not self.hooked:
+            return by_graph
+        if not self.changes and self.truncation != 0:
+            w, t = waves(value, 0), waves(leaf, 1)
+            pushed, pulled = there.product(t), by_graph.transposed(w)
+            self.changes.append(differ(pushed, w, [pulled], [t], self.arithmetic))
+        return by_graph if transpose else ByForwardMode(by_graph, there)
+
+    def require_true_products(self) -> None:
+        """Raise where hooks make the products with the Jacobian those of no function."""
+        if any(self.changes):
+            raise RuntimeError(CHANGED)
 
     def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
         """g at x, as the levels that are active see it.
 
         Args:
             hooked: hooks in g may change gradients.
+        changes: whether they do, once that was seen.
         bad: (B,) bool, samples to evaluate where another one is.
         """
         return Transformed(self.evaluate, x, inputs, self.hidden)
@@ -150,6 +165,13 @@ class ByForwardMode(NamedTuple):
         return self.by_graph.transposed(c)
 
 
+SHARED = (
+    "strategy", "look", "truncation", "arithmetic", "sizes", "once_only", "hooked", "changes",
+    "hidden",
+)  # fmt: skip
+"""What is the same for an equation and for that of several side by side."""
+
+
 class MergedEquation(Equation):
     """See Equation.merged; `one` is the equation of each sample of the vmap."""
 
@@ -160,17 +182,8 @@ class MergedEquation(Equation):
         self._size = size
         self._dims = dims
         self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
-        for name in (
-            "strategy",
-            "look",
-            "truncation",
-            "arithmetic",
-            "sizes",
-            "once_only",
-            "hooked",
-        ):
+        for name in SHARED:
             setattr(self, name, getattr(one, name))
-        self.hidden = one.hidden
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """See Equation."""

@@ -125,16 +125,20 @@ class Inputs:
         return OpenLinearization(x_leaf, gx, aside, x, inputs)
 
     def evaluate(self, flat_map: FlatMap, x: Tensor, inputs: Sequence[Tensor]) -> Tensor:
-        """g(x) with others in the place of `originals`, for torch.func.
+        """g(x) with others in the place of `originals`, for torch.func."""
+        return self._evaluated(flat_map, x, inputs)[0]
 
-        Raises:
-            RuntimeError: one of them is out of reach.
-        """
+    def require_all_exchanged(self, flat_map: FlatMap, x: Tensor) -> None:
+        """Raise unless something else can stand in for everything that g depends on."""
         self._require_usable()
-        gx, exchange = self._evaluated(flat_map, x, inputs)
-        if not exchange.used.issuperset(id(t) for t in self._leaves):
+        with torch.enable_grad():
+            gx, _ = self._evaluated(flat_map, x, [t.detach() for t in self.originals])
+        left = leaves_of(gx).keys()
+        while transforms.numbers(gx) is not gx:  # TorchScript takes leaves into the graph inside
+            gx = transforms.unwrapped(gx)
+            left |= leaves_of(gx).keys()
+        if not left.isdisjoint(map(id, self._leaves)):
             raise RuntimeError(UNNAMED)
-        return gx
 
     def require_all_tangents(self, flat_map: FlatMap, x: Tensor) -> None:
         """Raise where g closes over tensors with tangents that were not found to matter."""

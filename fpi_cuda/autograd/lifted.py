@@ -65,6 +65,7 @@ class LiftedEquation(Equation):
         self._places: list[tuple[int, dict[str, Any], str]] = []
         self._inside = False
         self._left: set[int] = set()
+        self.changes = []
         self._notices: list[Callable[[], None]] = []
 
     @property
@@ -86,6 +87,8 @@ class LiftedEquation(Equation):
         with laid_aside(covers=True), exchange, watch:
             gx = flat_map.bound(aside[: len(z)])(at)
         depends = is_followed(gx)
+        if not flat_map.replay.stochastic:
+            depends |= not transforms.batches_of(gx) <= transforms.batches_of(at, *aside)
         leaves, edges, *_ = frontier_of(transforms.numbers(gx), set(), born_after)
         del gx, _  # By now what was made inside is gone.
         captured = watch.captured()

@@ -87,6 +87,7 @@ class Linear(torch.autograd.Function):
         v = without_failed(v, status)
         if equation.truncation == 0:
             return (None, None, v, None, None, None, *nothing)
+        equation.require_true_products()
         opened, through = ctx.through or through_product(ctx, y, x, gx, *inputs)
         s, _ = Linear.apply(equation.at(opened), not transpose, v, status, x, gx, *inputs)
         of_x, *of_inputs = through(s)
@@ -102,6 +103,7 @@ class Linear(torch.autograd.Function):
             y, status, x, gx, *inputs = map(primal, ctx.saved_tensors)
             if equation.truncation == 0:
                 return (torch.zeros_like(y) if tb is None else without_failed(tb, status)), None
+            equation.require_true_products()
             opened = equation.opened(x, gx, tuple(inputs))
             t = opened.pushed_product(y, [tx, *ti], transpose=transpose)
             t = without_failed(t if tb is None else t + tb, status)
