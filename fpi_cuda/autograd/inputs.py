@@ -133,10 +133,10 @@ class Inputs:
         self._require_usable()
         with torch.enable_grad():
             gx, _ = self._evaluated(flat_map, x, [t.detach() for t in self.originals])
-        left = leaves_of(gx).keys()
+        left = set(leaves_of(gx))
         while transforms.numbers(gx) is not gx:  # TorchScript takes leaves into the graph inside
             gx = transforms.unwrapped(gx)
-            left |= leaves_of(gx).keys()
+            left |= set(leaves_of(gx))
         if not left.isdisjoint(map(id, self._leaves)):
             raise RuntimeError(UNNAMED)
 
