@@ -51,7 +51,6 @@ from fpi_cuda.options import (
     Anderson,
     FixedPointSolver,
     Implicit,
-    Phantom,
     Picard,
     Unroll,
 )
@@ -441,9 +440,8 @@ def solved_lifted(
         chosen = strategy_for(options, engine, account, flat_map)
         return with_forward_accuracy(chosen, options, x)
 
-    adjoint = options.adjoint
-    damping = (adjoint.k, adjoint.tau) if isinstance(adjoint, Phantom) else (1, 1.0)
-    equation = LiftedEquation(flat_map, run, strategy, truncation_of(adjoint), damping)
+    damping = differentiated_map(flat_map, options.adjoint).damping
+    equation = LiftedEquation(flat_map, run, strategy, truncation_of(options.adjoint), damping)
     equation.sees_more_at(start)
     x, _, *told = FixedPoint.apply(equation, start, *equation.inputs)
     # What g closes over at the solution alone, it may find on the way.

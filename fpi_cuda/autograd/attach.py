@@ -75,8 +75,6 @@ class SolvedEquation(Equation):
         self._opened: Any = None
         self.changes = []
 
-    # ---- as FixedPoint and Linear see it, for whatever is differentiated again ----
-
     def solved(self, x0: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """See Equation."""
         return self.x.detach(), self.gx.detach(), self._strategy.account.status.detach()
@@ -118,8 +116,6 @@ class SolvedEquation(Equation):
     def sees(self, bad: Tensor) -> bool:
         """See Equation."""
         return not transforms.active() and bool(bad.any())
-
-    # ---- in a backward or forward-mode pass ----
 
     @functools.cached_property
     def jacobian(self) -> Jacobian:

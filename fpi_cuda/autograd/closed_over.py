@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fpi_cuda.weight_cache import laid_aside
+
 
 class Here(threading.local):
     """What is exchanged on this thread.
@@ -116,6 +118,19 @@ def surroundings(then: Substitution | None) -> Iterator[None]:
         return
     with surroundings(then._around), Substitution(then._pairs.values()):
         yield
+
+
+@contextlib.contextmanager
+def exchanging(
+    pairs: Iterable[tuple[Tensor, Tensor]], around: Substitution | None
+) -> Iterator[Substitution]:
+    """Around an evaluation of g on stand-ins.
+
+    Args:
+        around: what was exchanged around the solve that g belongs to.
+    """
+    with surroundings(around), laid_aside(covers=True), Substitution(pairs) as exchange:
+        yield exchange
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.autograd.backward_hooks import CHANGED, differ, waves
-from fpi_cuda.autograd.flat_map import has_rows, replace_rows
+from fpi_cuda.autograd.flat_map import first_good, has_rows, replace_rows
 from fpi_cuda.autograd.graph import mark_as_anchor
 from fpi_cuda.autograd.linear import Inputs, Opened
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
@@ -127,9 +127,7 @@ class Equation:
         """g at x, as the levels that are active see it.
 
         Args:
-            hooked: hooks in g may change gradients.
-        changes: whether they do, once that was seen.
-        bad: (B,) bool, samples to evaluate where another one is.
+            bad: (B,) bool, samples to evaluate where another one is.
         """
         return Transformed(self.evaluate, x, inputs, self.hidden)
 
@@ -225,11 +223,6 @@ class MergedEquation(Equation):
     def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
         return self._one.solved_of(whole, x0, inputs)
-
-
-def first_good(bad: Tensor) -> int:
-    """The first sample that is not bad (B,); 0 where all are."""
-    return int(torch.argmin(bad.to(torch.uint8)))
 
 
 def leaf_at(x: Tensor) -> Tensor | None:

@@ -197,7 +197,7 @@ class FlatMap:
         Args:
             bad: (B,) bool, not all True.
         """
-        good = int(torch.nonzero(~bad)[0])
+        good = first_good(bad)
         z = tuple(self._mended_inputs(self.source_z, bad, good))
         return self._but(_mend=(bad, good), z=z, read=self._prepare(z) if self.hoisted else z)
 
@@ -356,6 +356,11 @@ def select(read: Any, rows: Tensor) -> Any:
         return read.index_select(0, rows)
     selected = (part.index_select(0, rows) for part in read)
     return read._make(selected) if hasattr(read, "_make") else type(read)(selected)
+
+
+def first_good(bad: Tensor) -> int:
+    """The first sample that is not bad (B,); 0 where all are."""
+    return int(torch.argmin(bad.to(torch.uint8)))
 
 
 def replace_rows(t: Tensor, bad: Tensor, good: int) -> Tensor:

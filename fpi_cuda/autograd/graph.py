@@ -69,6 +69,11 @@ def frontier_of(out: Tensor, known: Set[Edge], born_after: int) -> Frontier:
     return found
 
 
+def leaves_of(out: Tensor) -> dict[int, Tensor]:
+    """The leaves that require grad behind `out`, anchors apart, by id."""
+    return frontier_of(out, set(), -1).leaves
+
+
 def edges_of(out: Tensor) -> Iterator[Edge]:
     """The edges of the graph of out, each once; none of a leaf."""
     seen: set[Edge] = set()

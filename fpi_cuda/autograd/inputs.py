@@ -13,17 +13,16 @@ from fpi_cuda.autograd.backward_hooks import require_true_products, watches_grad
 from fpi_cuda.autograd.closed_over import (
     Substitution,
     Watch,
+    exchanging,
     here,
-    surroundings,
 )
 from fpi_cuda.autograd.cut_graph import unreached
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import has_tangent, stand_in
-from fpi_cuda.autograd.graph import edge_of, frontier_of, mark_as_anchor
+from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, mark_as_anchor
 from fpi_cuda.autograd.linearization import OpenLinearization
 from fpi_cuda.autograd.same_value import CHANGED, require_same_value
 from fpi_cuda.tensor_version import counted_version, version_of
-from fpi_cuda.weight_cache import laid_aside
 
 UNNAMED = (
     "fixed_point: a second derivative needs every tensor that g depends on, and g closes over one "
@@ -155,8 +154,7 @@ class Inputs:
         # What g is given as z it may close over as well.
         pairs = [(t, now[id(t)]) for t in self.originals if now[id(t)] is not t]
         pairs += [(held[name], now[id(t)]) for t, held, name in self._places if name in held]
-        exchange = Substitution(pairs)
-        with surroundings(self._around), laid_aside(covers=True), exchange:
+        with exchanging(pairs, self._around) as exchange:
             return flat_map.with_inputs(x, z), exchange
 
     def _require_usable(self) -> None:
@@ -193,11 +191,6 @@ class Inputs:
                 "depended on other tensors than in the forward pass. Pass what changes between "
                 "the two as z, or make g an nn.Module so that its parameters are remembered"
             )
-
-
-def leaves_of(out: Tensor) -> dict[int, Tensor]:
-    """The leaves that require grad behind `out`, by id."""
-    return frontier_of(out, set(), -1).leaves
 
 
 def used_by(flat_map: FlatMap, x: Tensor, given: Sequence[Tensor]) -> list[Tensor]:

@@ -13,21 +13,19 @@ from fpi_cuda.autograd.backward_hooks import watches_gradients
 from fpi_cuda.autograd.closed_over import (
     Substitution,
     Watch,
+    exchanging,
     here,
-    surroundings,
 )
 from fpi_cuda.autograd.cut_graph import looks_left, notice_cut_lifted, unreached
 from fpi_cuda.autograd.equation import Equation, Evaluate, leaf_at
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import has_tangent
-from fpi_cuda.autograd.graph import edge_of, frontier_of, sequence_number
+from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, sequence_number
 from fpi_cuda.autograd.linear import Inputs
 from fpi_cuda.autograd.strategy import Strategy, failed
 from fpi_cuda.autograd.transformed import HIDDEN
 from fpi_cuda.result import SolveResult
 from fpi_cuda.weight_cache import laid_aside
-
-HELD = ("_parameters", "_buffers")
 
 Solve = Callable[[Callable[[Tensor, "Tensor | None"], Tensor], Tensor], SolveResult]
 """solve(evaluate, x0): numbers from numbers."""
@@ -142,7 +140,7 @@ class LiftedEquation(Equation):
         if leaf is None:
             return whole.evaluate(x, *inputs) if len(x) else x.clone()
         gx = whole.recorded(leaf, inputs)
-        self._left = set(frontier_of(gx, set(), -1).leaves) - set(map(id, self.hidden))
+        self._left = set(leaves_of(gx)) - set(map(id, self.hidden))
         once, step, flat_map = whole.bound(inputs, damped=False), gx, self._flat_map
         if self._damping[0] > 1 and looks_left(flat_map.g, used=0):
             with torch.enable_grad():
@@ -180,11 +178,7 @@ class LiftedEquation(Equation):
         pairs += [(held[name], inputs[i]) for i, held, name in self._places if name in held]
 
         def within(call: Callable[[], Any]) -> Any:
-            with (
-                surroundings(self._around),
-                laid_aside(covers=True),
-                Substitution(pairs) as exchange,
-            ):
+            with exchanging(pairs, self._around) as exchange:
                 result = call()
             self.hooked |= exchange.hooks_set
             return result
@@ -201,7 +195,7 @@ def is_followed(t: Tensor) -> bool:
     """Whether a transform is after a derivative of t in a tensor of its own."""
     while transforms.numbers(t) is not t:
         # TorchScript takes plain leaves into the graph of the innermost transform.
-        leaves = frontier_of(t, set(), -1).leaves.values() if t.requires_grad else ()
+        leaves = leaves_of(t).values() if t.requires_grad else ()
         if has_tangent(t) or any(transforms.numbers(leaf) is not leaf for leaf in leaves):
             return True
         t = transforms.unwrapped(t)

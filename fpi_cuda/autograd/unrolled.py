@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.attach import attach
-from fpi_cuda.autograd.flat_map import FlatMap, replace_rows
+from fpi_cuda.autograd.flat_map import FlatMap, first_good, replace_rows
 from fpi_cuda.autograd.mending import mended_if_batchwise
 from fpi_cuda.autograd.strategy import Account, Truncated, dropped, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
@@ -42,8 +42,7 @@ def attach_unrolled(
     if bool(bad.all()):
         return attach(flat_map, plain, None, Truncated(account, truncation=0), born_after)
     mended = mended_if_batchwise(flat_map, plain, bad)
-    good = int(torch.nonzero(~bad)[0])
-    again = run(mended, replace_rows(x0, bad, good))
+    again = run(mended, replace_rows(x0, bad, first_good(bad)))
     value = again.x.clone()
     with torch.no_grad():
         value.copy_(torch.where(bad[:, None], plain, value))
