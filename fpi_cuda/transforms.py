@@ -21,6 +21,10 @@ def in_dual_level() -> bool:
     return forward_ad._current_level >= 0
 
 
+in_forward_mode = functools.partial(forward_ad._set_fwd_grad_enabled, True)
+"""A context in which tensors have tangents, which the jvp of a Function is outside of."""
+
+
 def require_working() -> None:
     """Raise where torch itself loses the derivatives that an active transform asks for.
 
@@ -41,34 +45,31 @@ def works_in_inference() -> bool:
         return bool(torch.func.grad(torch.square)(torch.ones(())) == 2)
 
 
-def numbers(t: Tensor) -> Tensor:
-    """What lies in t, without the wrapper of any transform; t itself where there is none."""
-    while functorch.is_functorch_wrapped_tensor(t):
-        t = unwrapped(t)
-    return t
+numbers = torch.func.debug_unwrap
+"""What lies in t, without the wrapper of any transform; t itself where there is none."""
 
+unwrapped = functools.partial(torch.func.debug_unwrap, recurse=False)
+"""What lies in t, without the wrapper of the transform that sees it first."""
 
 unwrap_if_dead = functorch.unwrap_if_dead
 """t without the wrappers of transforms that have ended."""
 
-unwrapped = functorch.get_unwrapped
-"""What lies in t, without the wrapper of the transform that sees it first."""
+
+def zero_of(*tensors: Tensor) -> Tensor:
+    """0, as a 0-dim bool, with the dimension of every vmap that one of the tensors has."""
+    device = tensors[0].device
+    zeros = [t.new_zeros((), dtype=torch.bool, device=device) for t in tensors]
+    return torch.stack(zeros).any()
 
 
-def batches_of(*tensors: Tensor) -> set[int]:
-    """The levels of the vmaps that some of the tensors have a dimension of."""
-    found = set()
-    for t in tensors:
-        while functorch.is_functorch_wrapped_tensor(t):
-            if is_batched(t):
-                found.add(functorch.maybe_get_level(t))
-            t = unwrapped(t)
-    return found
+def num_batches(*tensors: Tensor) -> int:
+    """How many vmaps the tensors have a dimension of, all together."""
+    return numbers(zero_of(*tensors)).dim()
 
 
 def is_batched(t: Tensor) -> bool:
     """Whether t has a dimension of the vmap that sees it first."""
-    return functorch.is_batchedtensor(t)
+    return unwrapped(t).dim() > t.dim()
 
 
 def is_legacy_batched(t: Tensor) -> bool:

@@ -158,7 +158,7 @@ class SolvedEquation(Equation):
         """The tangent of x, as a function of the inputs, whose tangents g has as well."""
         # Forward mode is off here, so this one has the graph alone.
         x, gx, status = FixedPoint.apply(self, self.x, *inputs)
-        with forward_ad._set_fwd_grad_enabled(True):
+        with transforms.in_forward_mode():
             tangent = forward_ad.unpack_dual(self._flat_map(x)).tangent
         if tangent is None or self.all_failed is not None:
             return torch.zeros_like(x)
@@ -216,8 +216,7 @@ class Attached(torch.autograd.Function):
                 raise RuntimeError(LEGACY)
             # Not read before: it raises where one of them was written to.
             inputs = ctx.saved_tensors
-            if torch._C._is_fwd_grad_enabled():
-                equation.require_all_tangents()
+            equation.require_all_tangents()
             if follows(v, *inputs):
                 more = None if transforms.active() else equation.overflow(v)
                 return (None, None, None, *added(equation.pulled(v, inputs), more))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpi_cuda import transforms
 from fpi_cuda.autograd.graph import is_differentiable_once
 
 MaybeTensor = Tensor | None
@@ -52,8 +51,6 @@ def stand_in(t: Tensor) -> Tensor:
 
 def has_tangent(*tensors: MaybeTensor) -> bool:
     """Whether forward-mode differentiation follows any of them."""
-    if not transforms.in_dual_level():
-        return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 

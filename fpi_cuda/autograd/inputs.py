@@ -50,11 +50,10 @@ class Inputs:
         self._around = here.substitution
         known = {(t.grad_fn, t.output_nr) for t in self._z if t.requires_grad}
         leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
-        tangents = transforms.in_dual_level()
 
         def matters(t: Tensor) -> bool:
             there = id(t) in leaves or (t.grad_fn, t.output_nr) in edges
-            return there or (tangents and has_tangent(t))
+            return there or has_tangent(t)
 
         explicit = {id(t): t for t in self._z if matters(t)}
         captured = edges - {(t.grad_fn, t.output_nr) for t in explicit.values()}

@@ -86,7 +86,8 @@ class LiftedEquation(Equation):
             gx = flat_map.bound(aside[: len(z)])(at)
         depends = is_followed(gx)
         if not flat_map.replay.stochastic:
-            depends |= not transforms.batches_of(gx) <= transforms.batches_of(at, *aside)
+            given = (at, *aside)
+            depends |= transforms.num_batches(gx, *given) > transforms.num_batches(*given)
         leaves, edges, *_ = frontier_of(transforms.numbers(gx), set(), born_after)
         del gx, _  # By now what was made inside is gone.
         captured = watch.captured()

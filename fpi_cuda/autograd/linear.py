@@ -189,6 +189,6 @@ def as_lower_levels_see() -> contextlib.AbstractContextManager[Any]:
     if not transforms.active():
         return contextlib.nullcontext()
     stack = contextlib.ExitStack()
-    stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
+    stack.enter_context(transforms.in_forward_mode())
     stack.enter_context(torch.enable_grad())
     return stack
