@@ -342,10 +342,9 @@ def reported(
     strategy = strategy_for(options, engine, account, flat_map, by_loop, plan.adjoint_solver)
     strategy = with_forward_accuracy(strategy, options, result.x)
     evaluated = differentiated_map(flat_map, options.adjoint)
-    if adjoint is not None and adjoint.record is not None:
-        evaluated = evaluated.recorded(adjoint.record)
+    evaluate = None if adjoint is None else adjoint.evaluate
     watch = None if loop.is_late else check
-    value = attach(evaluated, result.x, watch, strategy, born_after)
+    value = attach(evaluated, result.x, watch, strategy, born_after, evaluate)
     if adjoint is not None and adjoint.prepare is not None:
         parts = value if plan.layout.is_tuple else (value,)
         if any(part.requires_grad for part in parts):

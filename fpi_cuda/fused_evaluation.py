@@ -2,70 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
-from fpi_cuda.autograd import FlatMap
 from fpi_cuda.cells.activation import DERIVATIVES
-from fpi_cuda.lowered import Layer, Lowered, NotLowered, activation_number
+from fpi_cuda.lowered import Layer, Lowered, activation_number
 
 
-@dataclass
 class FusedEvaluation:
     """Evaluates g at the fixed point, and keeps the slopes that the adjoint needs there.
 
-    Only for the cells of this package: that lower() of another has step()'s derivatives too is
-    not known.
-
-    Attributes:
-        flat_map: g, a cell of this package.
+    Args:
+        described: g, with its graph.
+        derivatives: names of those of its activations.
         engine: that has cell_layer_, in the schema of csrc/layer_ops.cpp.
+    Attributes:
         slopes: derivative of each layer in its sums (B, outputs) at the point that was evaluated
             last, None for ones; None as a whole before that.
     """
 
-    flat_map: FlatMap
-    engine: Any
-    slopes: tuple[Tensor | None, ...] | None = None
+    def __init__(self, described: Lowered, derivatives: Sequence[str], engine: Any) -> None:
+        self._described = described
+        self._derivatives = derivatives
+        self._engine = engine
+        self.slopes: tuple[Tensor | None, ...] | None = None
 
-    def record(self, g: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """g(x), x (B, D): by kernels where a graph in x is asked for."""
-        layers = self._layers() if x.requires_grad and forward_ad._current_level < 0 else None
-        if layers is None:
-            return g(x)
-        lowered, derivatives = layers
+    def __call__(self, x: Tensor) -> Tensor:
+        """g(x), x (B, D) and that with its graph."""
         h, slopes = x, []
-        for layer, derivative in zip(lowered.layers, derivatives, strict=True):
+        for layer, derivative in zip(self._described.layers, self._derivatives, strict=True):
             h, slope = CellLayer.apply(
-                self.engine, layer.activation, derivative, h, layer.weight, layer.bias, layer.shift
+                self._engine, layer.activation, derivative, h, layer.weight, layer.bias, layer.shift
             )
             slopes.append(slope)
         self.slopes = tuple(slopes)
-        return h + lowered.carry * x if lowered.carry else h
+        carry = self._described.carry
+        return h + carry * x if carry else h
 
-    def _layers(self) -> tuple[Lowered, list[str]] | None:
-        """The map with its graph, and the derivatives of its activations; None where none."""
-        try:
-            lowered: Lowered = self.flat_map.g.lower(self.flat_map.read)
-        except NotLowered:
+
+def fused_evaluation(described: Lowered, engine: Any) -> FusedEvaluation | None:
+    """That of a cell of this package; None where kernels do not have it.
+
+    That lower() of another cell has step()'s derivatives too is not known.
+    """
+    if described.x_factor is not None:
+        return None
+    derivatives = []
+    for layer in described.layers:
+        derivative = DERIVATIVES.get(layer.activation)
+        if layer.factor is not None or derivative is None:
             return None
-        if lowered.x_factor is not None:
-            return None
-        derivatives = []
-        for layer in lowered.layers:
-            derivative = DERIVATIVES.get(layer.activation)
-            if layer.factor is not None or derivative is None:
-                return None
-            if activation_number(derivative) is None:
-                return None
-            derivatives.append(derivative)
-        return lowered, derivatives
+        derivatives.append(derivative)
+    return FusedEvaluation(described, derivatives, engine)
 
 
 class CellLayer(torch.autograd.Function):

@@ -67,7 +67,6 @@ class SolvedEquation(Equation):
         self.strategy = lambda status, x: strategy.over(status)
         self.truncation = strategy.truncation
         self.arithmetic = flat_map.arithmetic
-        self.sizes = flat_map.layout.sizes
         self._flat_map = flat_map
         self._leaf = leaf
         self._inputs = inputs
@@ -116,6 +115,10 @@ class SolvedEquation(Equation):
     def sees(self, bad: Tensor) -> bool:
         """See Equation."""
         return not transforms.active() and bool(bad.any())
+
+    @property
+    def sizes(self) -> Sequence[int]:  # type: ignore[override]
+        return self._flat_map.layout.sizes
 
     @functools.cached_property
     def jacobian(self) -> Jacobian:
@@ -270,6 +273,7 @@ def attach(
     check: Check | None,
     strategy: Strategy,
     born_after: int,
+    evaluate: Evaluate | None = None,
 ) -> Any:
     """x_star, as the user's state, as a function of all that g depends on.
 
@@ -280,6 +284,7 @@ def attach(
         x_star: (B, D) its fixed point, plain.
         check: looks at x_star and g there, and at the samples that failed; None: nobody does.
         born_after: autograd's sequence number before flat_map was made.
+        evaluate: another way to the value of flat_map and its graph, where no sample failed.
     """
     layout = flat_map.layout
     x = x_star.detach()
@@ -289,15 +294,17 @@ def attach(
         x.register_post_accumulate_grad_hook(drop_gradient)
     account = strategy.account
     hopeless = None if account.late else account.settle()
-    if hopeless is not None and not bool(hopeless.all()):
-        flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
+    if hopeless is not None:
+        evaluate = None
+        if not bool(hopeless.all()):
+            flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
     evaluated, once = flat_map, flat_map.damping == (1, 1.0)
     if check is not None and not once:
         evaluated = flat_map.watched(functools.partial(check, ignored=hopeless))
     if strategy.truncation == 0 and not once:
         evaluated = evaluated.watched_twice(functools.partial(notice_cut_in_step, flat_map))
     with torch.enable_grad(), tensors_saved_as_they_are():
-        gx = evaluated(x)
+        gx = (evaluate or evaluated)(x)
     if check is not None and once:
         check(x, gx, hopeless)
     inputs = Inputs(flat_map, x, gx, born_after)

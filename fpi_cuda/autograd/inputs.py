@@ -22,6 +22,7 @@ from fpi_cuda.autograd.graft import has_tangent, stand_in
 from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, mark_as_anchor
 from fpi_cuda.autograd.linearization import OpenLinearization
 from fpi_cuda.autograd.same_value import CHANGED, require_same_value
+from fpi_cuda.module_tree import held_by
 from fpi_cuda.tensor_version import counted_version, version_of
 
 UNNAMED = (
@@ -59,15 +60,14 @@ class Inputs:
         captured = edges - {(t.grad_fn, t.output_nr) for t in explicit.values()}
         found: dict[Any, Tensor] = {}
         # Where modules hold some of them: functional_call has put others there by backward.
-        self._places: list[tuple[Tensor, dict[str, Any], str]] = []
+        self._places: list[tuple[Tensor, nn.Module, str]] = []
         exchanged = captured or any(type(t) is not nn.Parameter for t in leaves.values())
         if exchanged or isinstance(flat_map.g, nn.Module):
-            for held in (h for m in flat_map.modules for h in (m._parameters, m._buffers)):
-                for name, t in held.items():
-                    edge = None if t is None or not captured else edge_of(t)
-                    if t is not None and (id(t) in leaves or edge in captured):
-                        self._places.append((t, held, name))
-                        found |= {edge: t} if edge in captured else {}
+            for module, name, t in held_by(flat_map.modules):
+                edge = edge_of(t) if captured else None
+                if id(t) in leaves or edge in captured:
+                    self._places.append((t, module, name))
+                    found |= {edge: t} if edge in captured else {}
         if captured - found.keys():
             used = used_by(flat_map, x, [x, *self._z, *found.values()])
             found |= {edge: t for t in used if (edge := edge_of(t)) in captured}
@@ -152,7 +152,7 @@ class Inputs:
         z = [now.get(id(t), t.detach()) for t in self._z]
         # What g is given as z it may close over as well.
         pairs = [(t, now[id(t)]) for t in self.originals if now[id(t)] is not t]
-        pairs += [(held[name], now[id(t)]) for t, held, name in self._places if name in held]
+        pairs += [(getattr(module, name, t), now[id(t)]) for t, module, name in self._places]
         with exchanging(pairs, self._around) as exchange:
             return flat_map.with_inputs(x, z), exchange
 

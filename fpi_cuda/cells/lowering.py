@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.lowered import Layer, Lowered, NotLowered, activation_number
+from fpi_cuda.lowered import Layer, Lowered, NotLowered
 from fpi_cuda.shortcuts import (
     LINEAR,
     plain_classes,
@@ -33,17 +33,12 @@ def describes(lower: Any, kind: type, *methods: str) -> None:
     _described[lower] = (kind, {name: getattr(kind, name) for name in methods})
 
 
-def lowered(
-    cell: Any, prepared: object, layout: Layout
-) -> tuple[Lowered, tuple[Tensor, ...], bool]:
-    """A cell as the fused loop runs it.
+def described(cell: Any, prepared: object) -> tuple[Lowered, bool]:
+    """What lower() says of a cell, and is_lowered_here.
 
     Args:
         cell: for which why_not_lowerable has nothing to say.
         prepared: what cell.prepare returned.
-        layout: of its states.
-    Returns:
-        It without a graph, the tensors that it is made of, and is_lowered_here.
     Raises:
         NotLowered: it is none that the kernels can run.
         TypeError: lower() returned something else than it has to.
@@ -54,13 +49,7 @@ def lowered(
     ours = is_lowered_here(cell)
     if not ours:
         require_types(type(cell).__name__, result)
-    for layer in result.layers:
-        if activation_number(layer.activation) is None:
-            raise NotLowered(f"no kernel knows the activation {layer.activation!r}")
-    result = result.detached()
-    tensors = result.tensors()
-    require_shapes(result, tensors, layout)
-    return result, tensors, ours
+    return result, ours
 
 
 def require_types(name: str, result: Any) -> None:

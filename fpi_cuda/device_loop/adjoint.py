@@ -32,6 +32,8 @@ class DeviceAdjoint:
     Args:
         flat_map: g, plain.
         method: of the adjoint solve.
+    Attributes:
+        evaluate: g, written down where it is evaluated.
     """
 
     def __init__(self, flat_map: FlatMap, method: Method, graphs: Graphs, cache: PlanCache) -> None:
@@ -40,8 +42,9 @@ class DeviceAdjoint:
         self._graphs = graphs
         self._cache = cache
         self._recorder: Recorder | None = None
+        self.evaluate = flat_map.recorded(self._record)
 
-    def record(self, evaluate: Callable[[Any], Any], state: Any) -> Any:
+    def _record(self, evaluate: Callable[[Any], Any], state: Any) -> Any:
         """evaluate(state), written down where it is the one that will be differentiated."""
         differentiated = torch.is_grad_enabled() and any(
             t.requires_grad for t in pytree.tree_leaves(state)

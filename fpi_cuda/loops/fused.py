@@ -9,21 +9,22 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fpi_cuda.autograd import Account, FlatMap, Jacobian, Linearization
-from fpi_cuda.autograd.flat_map import Recording
 from fpi_cuda.cells.lowering import (
+    described,
     difference,
-    lowered,
     require_no_decline,
     require_same_map,
+    require_shapes,
     why_not_lowerable,
 )
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.faithful import rehearsed
-from fpi_cuda.fused_evaluation import FusedEvaluation
+from fpi_cuda.fused_evaluation import FusedEvaluation, fused_evaluation
 from fpi_cuda.loops.plan import Plan, Solved
-from fpi_cuda.lowered import Lowered, NotLowered, added_functions
+from fpi_cuda.lowered import Lowered, NotLowered, activation_number, added_functions
 from fpi_cuda.options import Anderson, FixedPointSolver, Implicit, LinearSolver, Picard
 from fpi_cuda.precision import NAMES
 from fpi_cuda.result import SolveResult
@@ -128,12 +129,10 @@ def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
         reason = why_no_adjoint(flat_map, fused, solved.result.x)
     if reason is not None:
         raise NotLowered(reason)
-    hopeless, evaluation = account.hopeless, None
-    # A map whose failed samples are replaced is evaluated as it is.
-    if hopeless is None and fused.ours and hasattr(plan.engine, "cell_layer_"):
-        evaluation = FusedEvaluation(flat_map, plan.engine)
-    record = None if evaluation is None else evaluation.record
-    return FusedAdjoint(plan, fused, solver, hopeless, evaluation, record)
+    evaluate = None
+    if fused.ours and hasattr(plan.engine, "cell_layer_") and forward_ad._current_level < 0:
+        evaluate = fused_evaluation(fused.described, plan.engine)
+    return FusedAdjoint(plan, fused, solver, account.hopeless, evaluate)
 
 
 def no_deeper(
@@ -150,11 +149,13 @@ class FusedMap:
     """A lowered map, and whether it still is what it was made from.
 
     Attributes:
-        lowered: the map.
+        described: the map, with its graph.
+        lowered: the same without.
         ours: lower() is this package's own, so nobody's word is needed for it.
         sources, versions: the tensors that it was made from, and how often each was written to.
     """
 
+    described: Lowered
     lowered: Lowered
     ours: bool
     sources: tuple[Tensor, ...]
@@ -166,7 +167,7 @@ class FusedMap:
 
 
 def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
-    """g with its inputs bound, as the fused loop runs it; under no_grad.
+    """g with its inputs bound, as the fused loop runs it.
 
     Raises:
         NotLowered: it cannot, and why.
@@ -176,15 +177,21 @@ def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
     if flat_map.replay.autocast_dtype is not None:
         raise NotLowered("autocast is on")
     # Not by the replay: the first evaluation of g is yet to come.
-    lower = functools.partial(lowered, g, flat_map.read, layout)
-    (result, tensors, ours), random = rehearsed(lower, layout.device, g, "lower")
+    lower = functools.partial(described, g, flat_map.read)
+    with torch.enable_grad():
+        (result, ours), random = rehearsed(lower, layout.device, g, "lower")
     if random:
         raise NotLowered(DRAWN)
     for layer in result.layers:
+        if activation_number(layer.activation) is None:
+            raise NotLowered(f"no kernel knows the activation {layer.activation!r}")
         if layer.activation in added_functions and not hasattr(engine, "CELL_LOOP_TAKES_ADDED"):
             raise NotLowered(f"the {engine.name} backend knows no added {layer.activation!r}")
+    plain = result.detached()
+    tensors = plain.tensors()
+    require_shapes(plain, tensors, layout)
     sources = (*g.parameters(), *g.buffers(), *tensors)
-    return FusedMap(result, ours, sources, tuple(map(version_of, sources)))
+    return FusedMap(result, plain, ours, sources, tuple(map(version_of, sources)))
 
 
 def why_not_worth(fused: FusedMap, plan: Plan) -> str | None:
@@ -257,16 +264,14 @@ class FusedAdjoint:
         solver: of the adjoint system.
         hopeless: (B,) bool, samples without a fixed point to differentiate; None if there are
             none.
-        evaluation: what g is evaluated by at the fixed point, if by that.
-        record: see LoopAdjoint.
+        evaluate: see LoopAdjoint.
     """
 
     plan: Plan
     fused: FusedMap
     solver: FixedPointSolver | LinearSolver
     hopeless: Tensor | None
-    evaluation: FusedEvaluation | None
-    record: Recording | None
+    evaluate: FusedEvaluation | None
     prepare: ClassVar[None] = None
 
     def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
@@ -277,7 +282,7 @@ class FusedAdjoint:
         """
         if type(matrix) is not Linearization or not self.fused.unchanged():
             return None
-        known = None if self.evaluation is None else self.evaluation.slopes
+        known = None if self.evaluate is None else self.evaluate.slopes
         return solve_fused(
             self.fused.lowered.adjoint(matrix.x.detach(), b, self.hopeless, known),
             b,

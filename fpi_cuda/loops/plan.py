@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from fpi_cuda.autograd import Account, FlatMap, Jacobian
-from fpi_cuda.autograd.flat_map import Recording
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import FixedPointSolver, LinearSolver
 from fpi_cuda.request import Options
@@ -98,8 +97,11 @@ class LoopAdjoint(Protocol):
     """Solves c = J^T c + b at the fixed point that its loop has found."""
 
     @property
-    def record(self) -> Recording | None:
-        """What makes the evaluation of g that is differentiated; None: nobody needs to."""
+    def evaluate(self) -> Callable[[Tensor], Tensor] | None:
+        """g at the fixed point (B, D), with the graph that is differentiated; None: as torch does.
+
+        Where samples failed it is not called.
+        """
 
     @property
     def prepare(self) -> Prepare | None:
