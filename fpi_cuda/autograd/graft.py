@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,28 +20,36 @@ ONCE = (
 )
 
 
-def graft(
-    outputs: Sequence[MaybeTensor], stand_ins: Sequence[Tensor], originals: Sequence[Tensor]
+def reattached(
+    make: Callable[..., Sequence[MaybeTensor]],
+    given: Sequence[MaybeTensor],
+    leaves: Sequence[Tensor],
+    originals: Sequence[Tensor],
 ) -> list[MaybeTensor]:
-    """`outputs`, computed from `stand_ins`, as functions of `originals`; to any order.
+    """make(*given), computed from stand-ins, as functions of given and originals; to any order.
 
     A partial derivative with respect to x and z must not follow the graph that makes x depend
     on z: autograd would enter the very node that asks. So it is taken with respect to leaves
     that stand in for them, and then put back into the graph here.
 
     Args:
-        outputs: tensors whose graph leads to the stand-ins and nowhere else; None stays None.
-        stand_ins: leaves that require grad, with the values of the originals. A leaf of the
-            user's own (a parameter) stands in for itself.
-        originals: like stand_ins; may carry a graph or a forward-mode tangent.
+        make: returns tensors whose graph leads to what it is given and to the leaves, and nowhere
+            else.
+        given: tensors that may carry a graph or a forward-mode tangent; None stays None.
+        leaves: that require grad, with the values of the originals. A leaf of the user's own (a
+            parameter) stands in for itself.
+        originals: like leaves; may carry a graph or a forward-mode tangent.
     """
-    grown = list(outputs)
-    places = [i for i, out in enumerate(grown) if out is not None and out.requires_grad]
-    if places:
-        tape = Tape([grown[i] for i in places], list(stand_ins))  # type: ignore[misc]
-        for place, out in zip(places, _Graft.apply(tape, *originals), strict=True):
-            grown[place] = out
-    return grown
+    aside = [None if t is None else stand_in(t) for t in given]
+    with torch.enable_grad():
+        outputs = make(*aside)
+    moving = {i: out for i, out in enumerate(outputs) if out is not None and out.requires_grad}
+    if not moving:
+        return list(outputs)
+    tape = Tape([*moving.values()], [*leaves, *(t for t in aside if t is not None)])
+    grown = _Reattached.apply(tape, *originals, *(t for t in given if t is not None))
+    moving.update(zip(moving, grown, strict=True))
+    return [moving.get(i, out) for i, out in enumerate(outputs)]
 
 
 def stand_in(t: Tensor) -> Tensor:
@@ -60,59 +68,63 @@ def follows(*tensors: MaybeTensor) -> bool:
 
 
 class Tape:
-    """A computation on stand-ins: its outputs, and the leaves they were computed from."""
+    """A computation on stand-ins: its outputs, and the leaves they were computed from.
 
-    def __init__(self, outputs: list[Tensor], leaves: list[Tensor]) -> None:
+    An output may be None, or have no graph: it is constant.
+    """
+
+    def __init__(self, outputs: Sequence[MaybeTensor], leaves: list[Tensor]) -> None:
         self.outputs = outputs
         self.leaves = leaves
 
-    def pull(self, weights: list[MaybeTensor], *, create_graph: bool) -> list[MaybeTensor]:
+    def pull(self, weights: Sequence[MaybeTensor], *, create_graph: bool) -> list[MaybeTensor]:
         """The derivative of <weights, outputs> in every leaf; the graph is kept.
 
         Raises:
             RuntimeError: it shall have a graph itself, which some operation in g does not give.
         """
-        pairs = [(o, w) for o, w in zip(self.outputs, weights, strict=True) if w is not None]
-        if not pairs:
-            return [None] * len(self.leaves)
-        outputs, given = zip(*pairs, strict=True)
-        pulled: list[MaybeTensor] = list(
-            torch.autograd.grad(
-                outputs,
-                self.leaves,
-                given,
-                retain_graph=True,
-                create_graph=create_graph,
-                allow_unused=True,
-            )
-        )
+        pulled = gradients(self.outputs, self.leaves, weights, create_graph=create_graph)
         if create_graph and any(t is not None and is_differentiable_once(t) for t in pulled):
             raise RuntimeError(ONCE)
         return pulled
 
-    def push(self, tangents: list[MaybeTensor]) -> list[MaybeTensor]:
+    def push(self, tangents: Sequence[MaybeTensor]) -> list[MaybeTensor]:
         """The derivative of every output along the tangents of the leaves, with its graph.
 
         Source:
             The derivative of a vector-Jacobian product in its vector is the Jacobian-vector
             product.
         """
-        weights = [torch.zeros_like(out).requires_grad_() for out in self.outputs]
-        pulled = self.pull(list(weights), create_graph=True)
-        pairs = [
-            (p, t)
-            for p, t in zip(pulled, tangents, strict=True)
-            if p is not None and p.requires_grad and t is not None
-        ]
-        if not pairs:
-            return [None] * len(weights)
-        outputs, given = zip(*pairs, strict=True)
-        return list(
-            torch.autograd.grad(outputs, weights, given, create_graph=True, allow_unused=True)
+        zeros = (torch.zeros(()) if out is None else torch.zeros_like(out) for out in self.outputs)
+        weights = [zero.requires_grad_() for zero in zeros]
+        pulled = self.pull(weights, create_graph=True)
+        return gradients(pulled, weights, tangents, create_graph=True)
+
+
+def gradients(
+    outputs: Sequence[MaybeTensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[MaybeTensor],
+    *,
+    create_graph: bool,
+) -> list[MaybeTensor]:
+    """torch.autograd.grad where outputs may be constant, and weights missing; the graph is kept."""
+    pairs = [
+        (out, weight)
+        for out, weight in zip(outputs, weights, strict=True)
+        if out is not None and out.requires_grad and weight is not None
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    moving, given = zip(*pairs, strict=True)
+    return list(
+        torch.autograd.grad(
+            moving, inputs, given, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
+    )
 
 
-class _Graft(torch.autograd.Function):
+class _Reattached(torch.autograd.Function):
     """Identity on the outputs of a tape; differentiates through the tape."""
 
     @staticmethod
@@ -121,29 +133,22 @@ class _Graft(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*originals)
         ctx.save_for_forward(*originals)
-        return tuple(out.detach() for out in tape.outputs)
+        return tuple(out.detach() for out in tape.outputs if out is not None)
 
     @staticmethod
     def backward(ctx: Any, *weights: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        tape = ctx.tape
-        originals = ctx.saved_tensors
+        tape, originals = ctx.tape, ctx.saved_tensors
         if not follows(*weights, *originals):
-            return (None, *tape.pull(list(weights), create_graph=False))
-        given = [None if w is None else stand_in(w) for w in weights]
-        with torch.enable_grad():
-            pulled = tape.pull(given, create_graph=True)
-        leaves = tape.leaves + [w for w in given if w is not None]
-        return (None, *graft(pulled, leaves, [*originals, *(w for w in weights if w is not None)]))
+            return (None, *tape.pull(weights, create_graph=False))
+        pulled = reattached(
+            lambda *w: tape.pull(w, create_graph=True), weights, tape.leaves, originals
+        )
+        return (None, *pulled)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: MaybeTensor) -> tuple[Tensor, ...]:
         tape = ctx.tape
-        originals = ctx.saved_tensors
-        given = [None if t is None else stand_in(t) for t in tangents]
-        with torch.enable_grad():
-            pushed = tape.push(given)
-        leaves = tape.leaves + [t for t in given if t is not None]
-        grown = graft(pushed, leaves, [*originals, *(t for t in tangents if t is not None)])
+        grown = reattached(lambda *t: tape.push(t), tangents, tape.leaves, ctx.saved_tensors)
         return tuple(
             torch.zeros_like(out) if tangent is None else tangent
             for out, tangent in zip(tape.outputs, grown, strict=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fpi_cuda.autograd.graft import ONCE, MaybeTensor, Tape, graft, stand_in
+from fpi_cuda.autograd.graft import ONCE, MaybeTensor, Tape, gradients, reattached
 
 # <J^T w, J^T w> and <w, J J^T w> may differ by rounding, in g too (autocast), not by this share.
 SAME_MATRIX = 0.1
@@ -40,60 +41,44 @@ class Linearization:
     def __init__(self, x: Tensor, gx: Tensor) -> None:
         self.x = x
         self.gx = gx
-        self._weight: Tensor | None = None
-        self._pulled: Tensor | None = None
 
     def transposed(self, c: Tensor) -> Tensor:
         """J^T c."""
-        if not self.gx.requires_grad:
-            return torch.zeros_like(c)
         return gradient(self.gx, self.x, c)
 
     def product(self, t: Tensor) -> Tensor:
         """J t: the derivative of J^T w in w, along t."""
-        if self._weight is None:
-            with torch.enable_grad():
-                self._weight = torch.zeros_like(self.gx).requires_grad_()
-                tape = Tape([self.gx] if self.gx.requires_grad else [], [self.x])
-                weights: list[MaybeTensor] = [self._weight] * len(tape.outputs)
-                (self._pulled,) = tape.pull(weights, create_graph=True)
-                self._require_one_matrix()
-        return self._along(t)
+        pulled, weight = self._transpose
+        return gradient(pulled, weight, t)
 
-    def _along(self, t: Tensor) -> Tensor:
-        if self._pulled is None or not self._pulled.requires_grad:
-            return torch.zeros_like(t)
-        assert self._weight is not None
-        return gradient(self._pulled, self._weight, t)
+    @functools.cached_property
+    def _transpose(self) -> tuple[MaybeTensor, Tensor]:
+        """J^T w with its graph, and w, a leaf.
 
-    def _require_one_matrix(self) -> None:
-        """Raise unless <J^T w, J^T w> = <w, J J^T w> for some w.
-
-        A backward of the user's own that autograd cannot see through makes J t too small.
+        Raises:
+            RuntimeError: a backward of the user's own that autograd cannot see through would make
+                J t too small; <J^T w, J^T w> = <w, J J^T w> tells.
         """
+        with torch.enable_grad():
+            weight = torch.zeros_like(self.gx).requires_grad_()
+            (pulled,) = Tape([self.gx], [self.x]).pull([weight], create_graph=True)
         with torch.no_grad():
             w = torch.arange(1, self.gx.numel() + 1, device=self.gx.device).sin()
             w = w.reshape(self.gx.shape).to(self.gx.dtype)
             p = self.transposed(w)
-            q = self._along(p)
+            q = gradient(pulled, weight, p)
             size = p.double().square().sum()
             gap = ((w.double() * q.double()).sum() - size).abs()
             eps = torch.finfo(w.dtype).eps
             rounding = eps * torch.linalg.vector_norm(w) * torch.linalg.vector_norm(q)
             if bool(gap > SAME_MATRIX * size + 100 * rounding):
                 raise RuntimeError(ONCE)
+        return pulled, weight
 
 
-def gradient(out: Tensor, leaf: Tensor, weight: Tensor) -> Tensor:
+def gradient(out: MaybeTensor, leaf: Tensor, weight: Tensor) -> Tensor:
     """The derivative of <weight, out> in the leaf; differentiable in weight under grad mode."""
-    (found,) = torch.autograd.grad(
-        out,
-        leaf,
-        weight,
-        retain_graph=True,
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-    )
+    (found,) = gradients([out], [leaf], [weight], create_graph=torch.is_grad_enabled())
     return torch.zeros_like(weight) if found is None else found
 
 
@@ -102,7 +87,7 @@ class OpenLinearization(Linearization):
 
     Args:
         x, gx: leaf and value, as above.
-        leaves: what gx was computed from besides x; see graft.
+        leaves: what gx was computed from besides x; see reattached.
         x_original, originals: what x and the leaves stand in for.
     """
 
@@ -115,9 +100,8 @@ class OpenLinearization(Linearization):
         originals: Sequence[Tensor],
     ) -> None:
         super().__init__(x, gx)
-        self.leaves = [x, *leaves]
-        self.originals = [x_original, *originals]
-        self.tape = Tape([gx] if gx.requires_grad else [], self.leaves)
+        self._originals = [x_original, *originals]
+        self._tape = Tape([gx], [x, *leaves])
 
     def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
         """See Opened."""
@@ -126,60 +110,44 @@ class OpenLinearization(Linearization):
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
         """See Opened."""
-        outputs = self.tape.outputs
-        return self._reattached(lambda c: self.tape.pull([c] * len(outputs), create_graph=True), c)
+        return self._reattached(lambda c: self._tape.pull([c], create_graph=True), c)
 
     def through_product(self, y: Tensor, *, transpose: bool) -> Pull:
         """See Opened."""
 
         def slopes(left: Tensor, right: Tensor) -> list[MaybeTensor]:
-            product = self._moving_product(left, transpose=True)
-            return Tape(product, self.leaves).pull([right] * len(product), create_graph=True)
+            product = self._product(left, transpose=True)
+            return Tape([product], self._tape.leaves).pull([right], create_graph=True)
 
         return lambda s: self._reattached(slopes, *((y, s) if transpose else (s, y)))
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
         """See Opened."""
-        return self._pushed(lambda: self.tape.outputs, [], tangents)
+        return self._pushed(lambda: self.gx, [], tangents)
 
     def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
         """See Opened."""
-        return self._pushed(lambda y: self._moving_product(y, transpose=transpose), [y], tangents)
+        return self._pushed(lambda y: self._product(y, transpose=transpose), [y], tangents)
 
     def _pushed(
-        self,
-        make: Callable[..., list[Tensor]],
-        given: list[MaybeTensor],
-        tangents: list[MaybeTensor],
+        self, make: Callable[..., MaybeTensor], given: list[Tensor], tangents: list[MaybeTensor]
     ) -> Tensor:
-        """The derivative of what is made, if that is anything, along tangents of the leaves."""
+        """The derivative of what is made of `given` along tangents of the leaves."""
 
-        def push(*aside: MaybeTensor) -> list[MaybeTensor]:
-            outputs = make(*aside[: len(given)])
-            return Tape(outputs, self.leaves).push([*aside[len(given) :]]) or [None]
+        def push(*aside: Any) -> list[MaybeTensor]:
+            made = make(*aside[: len(given)])
+            return Tape([made], self._tape.leaves).push([*aside[len(given) :]])
 
         (found,) = self._reattached(push, *given, *tangents)
         return torch.zeros_like(self.gx) if found is None else found
 
     def _product(self, y: Tensor, *, transpose: bool) -> MaybeTensor:
         """J^T y or J y as a function of y and of the leaves; None: zero."""
-        if not self.tape.outputs:
-            return None
         if transpose:
-            return self.tape.pull([y], create_graph=True)[0]
-        return self.tape.push([y, *[None] * (len(self.leaves) - 1)])[0]
-
-    def _moving_product(self, y: Tensor, *, transpose: bool) -> list[Tensor]:
-        """The same in a list, which is empty where there is nothing to differentiate."""
-        product = self._product(y, transpose=transpose)
-        return [product] if product is not None and product.requires_grad else []
+            return self._tape.pull([y], create_graph=True)[0]
+        return self._tape.push([y, *[None] * (len(self._originals) - 1)])[0]
 
     def _reattached(
         self, make: Callable[..., list[MaybeTensor]], *given: MaybeTensor
     ) -> list[MaybeTensor]:
-        """make(*given), from stand-ins and the leaves, as a function of given and the originals."""
-        aside = [None if t is None else stand_in(t) for t in given]
-        with torch.enable_grad():
-            outputs = make(*aside)
-        leaves = [*self.leaves, *(t for t in aside if t is not None)]
-        return graft(outputs, leaves, [*self.originals, *(t for t in given if t is not None)])
+        return reattached(make, given, self._tape.leaves, self._originals)
