@@ -197,7 +197,6 @@ class Attached(torch.autograd.Function):
         ctx: Any, get: Callable[[], SolvedEquation], layout: Layout, gx: Tensor, *inputs: Tensor
     ) -> Any:
         ctx.get, ctx.layout, ctx.num_inputs = get, layout, len(inputs)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
         # A copy, so that an in-place op on the value does not reach the x that is linearized at;
@@ -208,11 +207,9 @@ class Attached(torch.autograd.Function):
         return contiguous_copy(x.reshape(x.shape[: layout.batch_dims] + layout.shapes[0]))
 
     @staticmethod
-    def backward(ctx: Any, *parts: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        equation, v = ctx.get(), flat(ctx.layout, parts)
+    def backward(ctx: Any, *parts: Tensor) -> tuple[MaybeTensor, ...]:
+        equation, v = ctx.get(), ctx.layout.flatten(parts if ctx.layout.is_tuple else parts[0])
         nothing: list[MaybeTensor] = [None] * ctx.num_inputs
-        if v is None:
-            return (None, None, None, *nothing)
         legacy = transforms.is_legacy_batched(v)
         if torch.is_grad_enabled() or transforms.in_dual_level():
             if legacy:
@@ -235,11 +232,9 @@ class Attached(torch.autograd.Function):
         return (None, None, c, *added(nothing, overflow))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, t: MaybeTensor, *___: MaybeTensor) -> Any:
+    def jvp(ctx: Any, _: None, __: None, t: Tensor, *___: Tensor) -> Any:
         equation = ctx.get()
-        if t is None:
-            tangent = torch.zeros_like(equation.x)
-        elif transforms.is_legacy_batched(t):
+        if transforms.is_legacy_batched(t):
             raise RuntimeError(LEGACY_TANGENT)
         elif torch.is_grad_enabled():
             tangent = equation.pushed(ctx.saved_tensors)
@@ -343,18 +338,6 @@ def drop_gradient(x: Tensor) -> None:
 def contiguous_copy(t: Tensor) -> Tensor:
     """t, row-major, in memory of its own."""
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def flat(layout: Layout, v: tuple[MaybeTensor, ...]) -> MaybeTensor:
-    """(B, D) from the gradients of the tensors of a state; None where there are none."""
-    like = next((t for t in v if t is not None), None)
-    if like is None:
-        return None
-    parts = tuple(
-        like.new_zeros((layout.batch, *shape)) if t is None else t
-        for t, shape in zip(v, layout.shapes, strict=True)
-    )
-    return layout.flatten(parts if layout.is_tuple else parts[0])
 
 
 def added(pulled: list[MaybeTensor], more: list[Tensor] | None) -> list[MaybeTensor]:
