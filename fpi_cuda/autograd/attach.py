@@ -289,7 +289,7 @@ def attach(
         # The user's backward pass also ends here, and nobody reads what it leaves.
         x.register_post_accumulate_grad_hook(drop_gradient)
     account = strategy.account
-    hopeless = None if account.late else account.settle()
+    hopeless = None if account.late else account.hopeless
     if hopeless is not None and not bool(hopeless.all()):
         flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
     evaluated, once = flat_map, flat_map.damping == (1, 1.0)
@@ -305,8 +305,9 @@ def attach(
     for t in inputs.originals:
         if t.is_nested and t.layout == torch.strided:
             raise TypeError(STRIDED_NESTED)
-    if inputs.unnamed and account.late and account.settle() is not None:
+    if inputs.unnamed and account.late and account.hopeless is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
+        account.late = False
         return attach(flat_map, x_star, check, strategy, born_after)
     if not (inputs.originals or inputs.unnamed or has_tangent(gx)):
         return layout.taken_apart(x_star)

@@ -12,7 +12,7 @@ from fpi_cuda import transforms
 from fpi_cuda.autograd.attach import attach
 from fpi_cuda.autograd.flat_map import FlatMap, first_good, replace_rows
 from fpi_cuda.autograd.mending import mended_if_batchwise
-from fpi_cuda.autograd.strategy import Account, Truncated, dropped, failed, unmeasured
+from fpi_cuda.autograd.strategy import Account, Strategy, dropped, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
 
 Run = Callable[[FlatMap, Tensor], SolveResult]
@@ -40,7 +40,8 @@ def attach_unrolled(
     account = Account(result.status, record)
     plain = result.x.detach()
     if bool(bad.all()):
-        return attach(flat_map, plain, None, Truncated(account, truncation=0), born_after)
+        strategy = Strategy(account, flat_map.arithmetic, truncation=0)
+        return attach(flat_map, plain, None, strategy, born_after)
     mended = mended_if_batchwise(flat_map, plain, bad)
     again = run(mended, replace_rows(x0, bad, first_good(bad)))
     value = again.x.clone()
@@ -48,7 +49,7 @@ def attach_unrolled(
         value.copy_(torch.where(bad[:, None], plain, value))
 
     def without_failed(v: Tensor) -> Tensor:
-        account.close(v.detach(), unmeasured(v.detach(), v.detach(), 0))
+        account.close(v.detach(), unmeasured(v.detach(), v.detach(), 0), truncation=0)
         return dropped(v, bad)
 
     if value.requires_grad:
