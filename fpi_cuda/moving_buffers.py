@@ -14,7 +14,7 @@ import itertools
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class MovingBuffers:
 
     @contextlib.contextmanager
     def one_evaluation(self) -> Iterator[None]:
-        """See the function of this name."""
+        """Around an evaluation of g: it finds the buffers as the first one found them."""
         if self._kept is None:
             self._kept = [
                 Kept(module, name, t)
@@ -172,9 +172,16 @@ def moving_buffers(
     return MovingBuffers(modules), MovingBuffers(modules)
 
 
-def one_evaluation(buffers: MovingBuffers | None) -> contextlib.AbstractContextManager[None]:
-    """Around an evaluation of g: it finds the buffers as the first one found them."""
-    return contextlib.nullcontext() if buffers is None else buffers.one_evaluation()
+def keeping(buffers: MovingBuffers | None, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, whose evaluations of g find the buffers as the first one found them."""
+    if buffers is None:
+        return run
+
+    def kept(*evaluations: Callable[[], Any]) -> Any:
+        with buffers.one_evaluation():
+            return run(*evaluations)
+
+    return kept
 
 
 def modules_of(g: object) -> list[nn.Module]:

@@ -46,7 +46,7 @@ class Inputs:
     """
 
     def __init__(self, flat_map: FlatMap, x: Tensor, gx: Tensor, born_after: int) -> None:
-        self._z = flat_map.source_z
+        self._z = flat_map.z
         self._around = here.substitution
         known = {(t.grad_fn, t.output_nr) for t in self._z if t.requires_grad}
         leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
@@ -155,7 +155,7 @@ class Inputs:
         pairs = [(t, now[id(t)]) for t in self.originals if now[id(t)] is not t]
         pairs += [(held[name], now[id(t)]) for t, held, name in self._places if name in held]
         with exchanging(pairs, self._around) as exchange:
-            return flat_map.with_inputs(x, z), exchange
+            return flat_map.bound(z)(x), exchange
 
     def _require_usable(self) -> None:
         if self.unnamed:

@@ -58,8 +58,8 @@ class LiftedEquation(Equation):
         self.sizes = flat_map.layout.sizes
         self.truncation = truncation
         self._damping = damping
-        self._originals = [*flat_map.source_z]
-        self._values = [*flat_map.source_z]
+        self._originals = [*flat_map.z]
+        self._values = [*flat_map.z]
         self._places: list[tuple[int, dict[str, Any], str]] = []
         self._inside = False
         self._left: set[int] = set()
@@ -77,7 +77,7 @@ class LiftedEquation(Equation):
         Raises:
             RuntimeError: g depends on what cannot be found.
         """
-        flat_map, z = self._flat_map, self._flat_map.source_z
+        flat_map, z = self._flat_map, self._flat_map.z
         at, aside = x.detach(), [t.detach() for t in self._values]
         watch = Watch([at, *self._originals, *aside])
         exchange = Substitution(zip(self._originals, aside, strict=True))
@@ -172,7 +172,7 @@ class LiftedEquation(Equation):
 
     def _with(self, inputs: Sequence[Tensor]) -> tuple[FlatMap, Callable[[Callable[[], Any]], Any]]:
         """g with these inputs, and what has to surround its evaluations."""
-        z = self._flat_map.source_z
+        z = self._flat_map.z
         pairs = list(zip(self._originals, inputs, strict=False))
         # functional_call has put others where modules held some of them.
         pairs += [(held[name], inputs[i]) for i, held, name in self._places if name in held]

@@ -11,7 +11,6 @@ from torch import Tensor
 from fpi_cuda import transforms
 from fpi_cuda.autograd.attach import attach
 from fpi_cuda.autograd.flat_map import FlatMap, first_good, replace_rows
-from fpi_cuda.autograd.mending import mended_if_batchwise
 from fpi_cuda.autograd.strategy import Account, Strategy, dropped, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
 
@@ -42,7 +41,7 @@ def attach_unrolled(
     if bool(bad.all()):
         strategy = Strategy(account, flat_map.arithmetic, truncation=0)
         return attach(flat_map, plain, None, strategy, born_after)
-    mended = mended_if_batchwise(flat_map, plain, bad)
+    mended = flat_map.mended_if_batchwise(plain, bad)
     again = run(mended, replace_rows(x0, bad, first_good(bad)))
     value = again.x.clone()
     with torch.no_grad():

@@ -11,6 +11,9 @@ from torch import Tensor
 from fpi_cuda import transforms
 from fpi_cuda.tensor_version import counted_version
 
+Copies = Sequence[tuple[Tensor, Tensor]]
+"""Tensors, each with a copy."""
+
 
 class Untouched:
     """The tensors that evaluations read, and must not change in place.
@@ -22,9 +25,10 @@ class Untouched:
         read: as given; nothing that anybody has, for a list, whose tensors may be exchanged.
         counted: the tensors that count how often they are changed.
         uncounted: those that do not (inference mode): only a comparison with a copy tells.
+        to_copy: in how many evaluations that is done: from x = 0 the first may change nothing.
     """
 
-    __slots__ = ("_name", "_tensors", "counted", "read", "uncounted")
+    __slots__ = ("_name", "_tensors", "counted", "read", "to_copy", "uncounted")
 
     def __init__(self, name: str, read: Any) -> None:
         self._name = name
@@ -36,34 +40,33 @@ class Untouched:
             if isinstance(t, Tensor):
                 self._tensors.append(t)
                 (self.uncounted if t.is_inference() else self.counted).append(t)
+        self.to_copy = 2 if self.uncounted else 0
 
-    def versions(self) -> list[int]:
-        """How often each of `counted` was changed."""
-        return [*map(counted_version, self.counted)]
-
-    def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """Dense ones of `uncounted`, each with a copy."""
-        if not self.uncounted:
+    def copies(self) -> Copies:
+        """Dense ones of `uncounted`, for one evaluation."""
+        if not self.to_copy:
             return []
+        self.to_copy -= 1
         return [(t, t.clone()) for t in self.uncounted if t.layout == torch.strided]
 
-    def require(self, versions: list[int], copies: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        """Raise unless all are what they were when versions and copies were taken.
+    def require(self, versions: list[int], copies: Copies = ()) -> None:
+        """Raise unless all are what they were when copies, and versions of `counted`, were taken.
 
         Raises:
             ValueError: one was changed.
         """
-        if not copies and self.versions() == versions:
+        if not copies and [*map(counted_version, self.counted)] == versions:
             return
         changed = [
-            t for t, v in zip(self.counted, versions, strict=True) if counted_version(t) != v
-        ] + [t for t, copied in copies if not same_numbers(t, copied)]
-        if changed:
-            places = [i for i, t in enumerate(self._tensors) if any(t is c for c in changed)]
-            raise ValueError(
-                f"fixed_point: g must not change {self._name} in place, tensor {places[0]} of it "
-                "was changed. Use out-of-place operations on it"
-            )
+            t for t, v in zip(self.counted, versions, strict=False) if counted_version(t) != v
+        ]
+        changed += [t for t, copied in copies if not same_numbers(t, copied)]
+        for place, t in enumerate(self._tensors):
+            if any(t is other for other in changed):
+                raise ValueError(
+                    f"fixed_point: g must not change {self._name} in place, tensor {place} of it "
+                    "was changed. Use out-of-place operations on it"
+                )
 
 
 def same_numbers(a: Tensor, b: Tensor) -> bool:
