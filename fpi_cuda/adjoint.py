@@ -122,7 +122,7 @@ class SystemSolve:
     arithmetic: torch.dtype
 
     def __call__(
-        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None = None
+        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None
     ) -> SolveResult:
         """See LinearSolve."""
         krylov = isinstance(self.solver, (GMRES, ConjugateGradient))
@@ -198,5 +198,5 @@ def corrected(
             coupling.is_independent()
             return told
     coupling.depends()
-    more = again(system._replace(b=left - found.x), coupling)
+    more = again(system._replace(b=left - found.x), coupling, None)
     return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)

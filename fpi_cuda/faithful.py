@@ -183,12 +183,14 @@ class Habit:
     Attributes:
         drew: it drew random numbers when it was evaluated first in the latest solve; None: it
             never was. A wrong answer costs an evaluation, no more.
+        looks: how often its graph was looked at; see autograd.cut_graph.
     """
 
-    __slots__ = ("__weakref__", "drew")
+    __slots__ = ("__weakref__", "drew", "looks")
 
     def __init__(self) -> None:
         self.drew: bool | None = None
+        self.looks = 0
 
 
 _habits: weakref.WeakKeyDictionary[Any, dict[Any, Habit]] = weakref.WeakKeyDictionary()

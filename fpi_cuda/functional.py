@@ -292,8 +292,8 @@ def solve_flat(
         value, result = reported(
             Solved(plan, flat_map, *solved), record, coupling, born_after if grad else None
         )
-    if flat_map.leaves_traces:
-        flat_map.over()
+    for buffers in flat_map.buffers:
+        buffers.over()
     record.joint = coupling is not None and coupling.joint
     _, status, num_steps, residual = result
     residual = residual_in(layout.dtype, residual)

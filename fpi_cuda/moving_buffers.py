@@ -158,18 +158,14 @@ class MovingBuffers:
             kept.look()
 
 
-def moving_buffers(
-    modules: list[nn.Module],
-) -> tuple[MovingBuffers | None, MovingBuffers | None]:
-    """What evaluations of a g, and of its prepare, may change; None where there is nothing.
+def moving_buffers(modules: list[nn.Module]) -> tuple[MovingBuffers, ...]:
+    """What evaluations of a g may change, and of its prepare; empty where there is nothing.
 
     Args:
         modules: of g.
     """
     modules = [m for m in modules if m._buffers and getattr(m, "training", False)]
-    if not modules:
-        return None, None
-    return MovingBuffers(modules), MovingBuffers(modules)
+    return (MovingBuffers(modules), MovingBuffers(modules)) if modules else ()
 
 
 def keeping(buffers: MovingBuffers | None, run: Callable[..., Any]) -> Callable[..., Any]:

@@ -300,7 +300,7 @@ def attach(
             elif step == 1 and strategy.truncation == 0:
                 notice_cut_in_step(flat_map, x, gx)
 
-        evaluated = flat_map.watched(watch)
+        evaluated = flat_map.damped(*flat_map.damping, watch)
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = evaluated(x)
     if check is not None and once:

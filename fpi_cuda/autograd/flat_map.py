@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from fpi_cuda import transforms
 from fpi_cuda.autograd.same_value import same_value
-from fpi_cuda.autograd.untouched import Untouched, parts_of
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
 from fpi_cuda.moving_buffers import keeping, modules_of, moving_buffers
@@ -39,10 +38,6 @@ NOT_ROW_BY_ROW = (
 )
 
 
-NOTHING = Untouched("nothing", [])
-"""What a map has read before its first evaluation."""
-
-
 class FlatMap:
     """x (B, D) -> g(x, *z) (B, D), checked at every evaluation.
 
@@ -51,7 +46,7 @@ class FlatMap:
     Attributes:
         g, layout, z, replay, hoisted: as given.
         modules: that g is or holds.
-        leaves_traces: g has buffers that may move; see over.
+        buffers: that evaluations of g, and of its prepare, may move; none where there are none.
         read: what g reads besides x: what prepare returned, else z; of failed samples, perhaps,
             that of another.
         damping: steps of g in one evaluation, and how long each is.
@@ -74,36 +69,35 @@ class FlatMap:
         self.hoisted = hoisted
         self.arithmetic = replay.autocast_dtype or layout.dtype
         self.modules = modules_of(g)
-        self._buffers, self._prepare_buffers = moving_buffers(self.modules)
-        self.leaves_traces = self._buffers is not None
-        self._run = keeping(self._buffers, replay)
+        self.buffers = moving_buffers(self.modules)
+        of_g, of_prepare = self.buffers or (None, None)
+        self._run = keeping(of_g, replay)
         if hoisted:
-            self._prepared = keeping(self._prepare_buffers, Replay(layout.device, g, "prepare"))
+            self._prepared = keeping(of_prepare, Replay(layout.device, g, "prepare"))
         self._named = "what prepare returned" if hoisted else "z"
+        self._read_only = ReadOnly("z", z)
         self.read = self._read_of(z)
-        self._untouched = NOTHING
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
-        self._failed: tuple[Tensor, int] | None = None
+        self._failed: Tensor | None = None
         self.damping = (1, 1.0)
         self._watch: Watch | None = None
         self._recording: Recording | None = None
 
-    def reading(self, read: Any) -> FlatMap:
-        """This map with other numbers in the place of `read`."""
-        return self._but(_selection=(None, None), read=read)
+    def reading(self, read: Any, layout: Layout | None = None) -> FlatMap:
+        """This map with other numbers in the place of `read`.
 
-    def part(self, begin: int, end: int) -> FlatMap:
-        """This map for some of the samples, where g is row-wise and selectable."""
-        some = self.reading(select(self.read, lambda t: t[begin:end]))
-        return some._but(layout=replace(self.layout, batch=end - begin))
+        Args:
+            layout: of as many samples as there are in them; None: as before.
+        """
+        return self._but(_selection=(None, None), read=read, layout=layout or self.layout)
 
     def bound(self, z: Sequence[Tensor]) -> FlatMap:
         """This map with other tensors in the place of z, by calls of g itself."""
         z = given = tuple(z)
         if self._failed is not None:
             batch = self.layout.batch
-            given = tuple(replace_rows(t, *self._failed) if has_rows(t, batch) else t for t in z)
+            given = tuple(replace_rows(t, self._failed) if has_rows(t, batch) else t for t in z)
         return self.reading(self._read_of(given))._but(z=z, _recording=None)
 
     def mended(self, bad: Tensor) -> FlatMap:
@@ -112,7 +106,7 @@ class FlatMap:
         Args:
             bad: (B,) bool, not all True.
         """
-        return self._but(_failed=(bad, first_good(bad))).bound(self.z)
+        return self._but(_failed=bad).bound(self.z)
 
     def mended_if_batchwise(self, x: Tensor, bad: Tensor) -> FlatMap:
         """The same, if that leaves the good samples alone; else this map.
@@ -129,13 +123,9 @@ class FlatMap:
         """This map with every evaluation of g made by `record`."""
         return self._but(_recording=record)
 
-    def damped(self, steps: int, damping: float) -> FlatMap:
-        """The map x <- x + damping (g(x) - x), so many times."""
-        return self._but(damping=(steps, damping))
-
-    def watched(self, watch: Watch) -> FlatMap:
-        """This map, whose calls show `watch` their steps."""
-        return self._but(_watch=watch)
+    def damped(self, steps: int, damping: float, watch: Watch | None = None) -> FlatMap:
+        """The map x <- x + damping (g(x) - x), so many times; watch, if any, looks on."""
+        return self._but(damping=(steps, damping), _watch=watch)
 
     def _but(self, **other: Any) -> FlatMap:
         """This map with some attributes other ones."""
@@ -147,22 +137,13 @@ class FlatMap:
         """What evaluations read where g is given z."""
         if not self.hoisted:
             return z
-        untouched = Untouched("z", z)
-        versions = [*map(counted_version, untouched.counted)]
-        copies = untouched.copies()
-        read = self._prepared(functools.partial(self.g.prepare, *z))
-        untouched.require(versions, copies)
-        return read
+        prepare = functools.partial(self.g.prepare, *z)
+        read_only = self._read_only if self._read_only.read is z else ReadOnly("z", z)
+        return read_only.during(functools.partial(self._prepared, prepare))
 
     def selectable(self) -> bool:
         """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
         return all(has_rows(part, self.layout.batch) for part in parts_of(self.read))
-
-    def over(self) -> None:
-        """The call has ended: evaluations from now on leave no trace in g."""
-        for buffers in (self._buffers, self._prepare_buffers):
-            if buffers is not None:
-                buffers.over()
 
     def evaluate(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """g for a solver, without a graph; see fpi_cuda.solvers.loop.FlatMap."""
@@ -186,7 +167,7 @@ class FlatMap:
     def __call__(self, x: Tensor) -> Tensor:
         """g of the whole batch, with the graph that the grad mode allows."""
         if self._failed is not None:
-            x = replace_rows(x, *self._failed)
+            x = replace_rows(x, self._failed)
         steps, damping = self.damping
         for step in range(steps):
             gx = self._checked(x, self.read)
@@ -206,37 +187,35 @@ class FlatMap:
         A solver comes here at every step. What an evaluation may need besides a call of g is
         known from the first one, and from the two switches that somebody may have turned since.
         """
-        untouched, replay = self._untouched, self.replay
-        if untouched.read is not read:
-            untouched = self._untouched = Untouched(self._named, read)
+        read_only, replay = self._read_only, self.replay
+        if read_only.read is not read:
+            read_only = self._read_only = ReadOnly(self._named, read)
         if (
             replay.changes_x is not False
             or not replay.is_plain
-            or self.leaves_traces
+            or self.buffers
             or self._recording is not None
-            or untouched.uncounted
+            or read_only.uncounted
             or x.is_inference()
             or type(parametrize._cache) is not WeightCache
             or any(map(torch.is_autocast_enabled, replay.device_types))
         ):
-            return self._looked_after(x, read, untouched)
-        version, versions = counted_version(x), [*map(counted_version, untouched.counted)]
+            return self._looked_after(x, read, read_only)
+        version, versions = counted_version(x), [*map(counted_version, read_only.counted)]
         gx = self._direct(self._state_in(x, writable=False), read)
-        if [*map(counted_version, untouched.counted)] != versions:
-            untouched.require(versions)
+        if [*map(counted_version, read_only.counted)] != versions:
+            read_only.require(versions)
         if counted_version(x) != version:
             raise ValueError(CHANGES_X_AT_TIMES)
         return self._flattened(gx, x)
 
-    def _looked_after(self, x: Tensor, read: Any, untouched: Untouched) -> Tensor:
+    def _looked_after(self, x: Tensor, read: Any, read_only: ReadOnly) -> Tensor:
         """The same with everything seen to that an evaluation may need besides a call of g."""
         replay = self.replay
         # Inference tensors do not count how often they were changed.
         copies = replay.changes_x is not False or x.is_inference()
         given = x.clone() if copies else x
-        counted = [*untouched.counted] if given.is_inference() else [*untouched.counted, given]
-        before = [*map(counted_version, counted)]
-        kept = untouched.copies() if untouched.to_copy else []
+        version = None if given.is_inference() else counted_version(given)
         call = functools.partial(self._direct, read=read)
         if self._recording is not None:
             call = functools.partial(self._recording, call)
@@ -244,10 +223,9 @@ class FlatMap:
         def again() -> Any:
             return call(self._state_in(x.clone() if copies else x, writable=copies))
 
-        gx = self._run(functools.partial(call, self._state_in(given, writable=copies)), again)
-        changed = [*map(counted_version, counted)] != before
-        if changed or kept:
-            untouched.require(before, kept)
+        evaluation = functools.partial(call, self._state_in(given, writable=copies))
+        gx = read_only.during(functools.partial(self._run, evaluation, again))
+        changed = version is not None and counted_version(given) != version
         if changed and not copies:
             raise ValueError(CHANGES_X_AT_TIMES)
         if replay.changes_x is None:
@@ -287,11 +265,10 @@ class FlatMap:
         return gx.to(self.layout.dtype) if low else gx
 
 
-def has_rows(part: object, batch: int) -> bool:
+def has_rows(part: Any, batch: int) -> bool:
     """Whether part is a tensor with one row for each sample, which can be taken one by one."""
-    if not isinstance(part, Tensor) or why_not_dense(part) is not None:
-        return False
-    return part.dim() > 0 and part.shape[0] == batch
+    dense = isinstance(part, Tensor) and why_not_dense(part) is None
+    return dense and part.shape[:1] == (batch,)
 
 
 def select(read: Any, take: Callable[[Tensor], Tensor]) -> Any:
@@ -302,12 +279,74 @@ def select(read: Any, take: Callable[[Tensor], Tensor]) -> Any:
     return read._make(selected) if hasattr(read, "_make") else type(read)(selected)
 
 
-def first_good(bad: Tensor) -> int:
-    """The first sample that is not bad (B,); 0 where all are."""
-    return int(torch.argmin(bad.to(torch.uint8)))
-
-
-def replace_rows(t: Tensor, bad: Tensor, good: int) -> Tensor:
-    """t with row `good`, as a constant, in the place of its bad rows."""
+def replace_rows(t: Tensor, bad: Tensor) -> Tensor:
+    """t with its first good row, as a constant, in the place of its bad ones (B,)."""
+    good = torch.argmin(bad.to(torch.uint8), keepdim=True)
     mask = bad.reshape(-1, *[1] * (t.dim() - 1))
-    return torch.where(mask, t[good].detach(), t)
+    return torch.where(mask, t.detach().index_select(0, good), t)
+
+
+class ReadOnly:
+    """The tensors that evaluations read, and must not change in place.
+
+    Args:
+        name: of what is read.
+        read: a tensor, or a tuple or list of them; other values are not looked into.
+    Attributes:
+        read: as given; nothing that anybody has, for a list, whose tensors may be exchanged.
+        counted: the tensors that count how often they are changed.
+        uncounted: those that do not (inference mode): only a comparison with a copy tells.
+        to_copy: in how many evaluations that is done: from x = 0 the first may change nothing.
+    """
+
+    __slots__ = ("_name", "_tensors", "counted", "read", "to_copy", "uncounted")
+
+    def __init__(self, name: str, read: Any) -> None:
+        self._name = name
+        self.read = object() if isinstance(read, list) else read
+        self._tensors: list[Tensor] = []
+        self.counted: list[Tensor] = []
+        self.uncounted: list[Tensor] = []
+        for t in parts_of(read):
+            if isinstance(t, Tensor):
+                self._tensors.append(t)
+                (self.uncounted if t.is_inference() else self.counted).append(t)
+        self.to_copy = 2 if self.uncounted else 0
+
+    def during(self, run: Callable[[], Any]) -> Any:
+        """run(), which must not change them."""
+        versions, copies = [*map(counted_version, self.counted)], []
+        if self.to_copy:
+            self.to_copy -= 1
+            copies = [(t, t.clone()) for t in self.uncounted if t.layout == torch.strided]
+        result = run()
+        if copies or [*map(counted_version, self.counted)] != versions:
+            self.require(versions, copies)
+        return result
+
+    def require(self, versions: list[int], copies: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """Raise unless all are what they were when copies, and versions of `counted`, were taken.
+
+        Raises:
+            ValueError: one was changed.
+        """
+        changed = [
+            t for t, v in zip(self.counted, versions, strict=True) if counted_version(t) != v
+        ]
+        changed += [t for t, copied in copies if not torch.equal(bits_of(t), bits_of(copied))]
+        for place, t in enumerate(self._tensors):
+            if any(t is other for other in changed):
+                raise ValueError(
+                    f"fixed_point: g must not change {self._name} in place, tensor {place} of it "
+                    "was changed. Use out-of-place operations on it"
+                )
+
+
+def bits_of(t: Tensor) -> Tensor:
+    """The numbers in t, whatever transforms it is wrapped for; NaN is like itself in them."""
+    return transforms.numbers(t).flatten().view(torch.uint8)
+
+
+def parts_of(read: Any) -> Sequence[Any]:
+    """What g reads, one by one."""
+    return read if isinstance(read, (tuple, list)) else (read,)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda import transforms
-from fpi_cuda.autograd.backward_hooks import require_true_products, watches_gradients
+from fpi_cuda.autograd.backward_hooks import require_true_products
 from fpi_cuda.autograd.closed_over import (
     Substitution,
     Watch,
@@ -22,6 +22,7 @@ from fpi_cuda.autograd.graft import has_tangent, stand_in
 from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, mark_as_anchor
 from fpi_cuda.autograd.linearization import OpenLinearization
 from fpi_cuda.autograd.same_value import CHANGED, require_same_value
+from fpi_cuda.shortcuts import any_backward_hooks
 from fpi_cuda.tensor_version import counted_version, version_of
 
 UNNAMED = (
@@ -105,7 +106,7 @@ class Inputs:
         x_leaf = mark_as_anchor(stand_in(x))
         with torch.enable_grad():
             gx, exchange = self._evaluated(flat_map, x_leaf, aside)
-        if exchange.hooks_set or watches_gradients(flat_map.g):
+        if exchange.hooks_set or any_backward_hooks(flat_map.g):
             moving = [t for t in aside if id(t) not in own]
 
             def evaluate(given: Sequence[Tensor]) -> Tensor:

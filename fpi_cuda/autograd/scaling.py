@@ -21,7 +21,7 @@ ROUNDINGS = 16.0
 
 
 def factor_of(b: Tensor, arithmetic: torch.dtype, coupled: bool | None) -> Tensor | None:
-    """(B, 1) powers of two to divide b (B, D) by, in its dtype; None for ones.
+    """(B, 1) powers of two to divide b (B, D) by, in its dtype; None: all rows are about 1.
 
     A row that is much smaller than another one would vanish in float16 under a common factor.
     Where g couples the rows, factors of their own would make another system of it.
@@ -33,16 +33,21 @@ def factor_of(b: Tensor, arithmetic: torch.dtype, coupled: bool | None) -> Tenso
             factors of their own only where a common one would cost them digits.
     """
     if b.numel() == 0:
-        return None
+        return b.new_ones(len(b), 1)
     largest = b.abs().amax(1, keepdim=True)
-    spare = bits_to_spare(arithmetic)
+    # How much smaller than 1 numbers may be, as an exponent, for products to keep their digits.
+    spare = int(-math.log2(torch.finfo(arithmetic).tiny)) // 2 - 3
     if spare // 2 >= LEAST_SPARE:
         low, high = largest.aminmax()
         if 2.0 ** -(spare // 2) <= float(low) and float(high) <= 2.0 ** (spare // 2):
             return None
     largest = largest.nan_to_num(0.0, 0.0, 0.0).double()
     exponent = torch.frexp(largest).exponent
-    lowest, highest = exponent_range(b.dtype)
+    highest = int(math.log2(torch.finfo(b.dtype).max)) - 2
+    lowest = -highest
+    if b.dtype == torch.float16:
+        # Down to the subnormals: no mode flushes them, and their range is needed.
+        lowest, highest = -24, 15
     if coupled is not False and len(b) > 1:
         empty = largest == 0
         common = exponent.masked_fill(empty, lowest).amax()
@@ -75,17 +80,3 @@ def is_solved_jointly(
     underflow = kind.tiny * kind.eps * math.sqrt(b.shape[1])
     noise = ROUNDINGS * (kind.eps * sum(map(row_norm, terms)) + underflow)
     return not bool((gap > 1.5 * result.residual * ratio[:, 0] + noise).any())
-
-
-def exponent_range(dtype: torch.dtype) -> tuple[int, int]:
-    """The least and the largest exponent to scale by."""
-    if dtype == torch.float16:
-        # Down to the subnormals: no mode flushes them, and their range is needed.
-        return -24, 15
-    most = int(math.log2(torch.finfo(dtype).max)) - 2
-    return -most, most
-
-
-def bits_to_spare(dtype: torch.dtype) -> int:
-    """How much smaller than 1 numbers may be, as an exponent, for products to keep their digits."""
-    return int(-math.log2(torch.finfo(dtype).tiny)) // 2 - 3

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,20 +33,13 @@ class LinearSystem(NamedTuple):
     atol: Tensor
 
 
-class LinearSolve(Protocol):
-    """Solves a linear system, from what the caller chose as a solver."""
+LinearSolve = Callable[[LinearSystem, Coupling | None, SolveResult | None], SolveResult]
+"""solve(system, coupling, found): y (B, D), without a graph, by what the caller chose as a solver.
 
-    def __call__(
-        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None = None
-    ) -> SolveResult:
-        """y (B, D), without a graph.
-
-        Args:
-            coupling: what is known of whether rows depend on one another; None: they do not. Where
-                they do, ||M y + b - y|| <= ||atol|| for all of them together.
-            found: a solution for rows that do not, by somebody else.
-        """
-
+coupling: what is known of whether rows depend on one another; None: they do not. Where they do,
+||M y + b - y|| <= ||atol|| for all of them together. found: a solution for rows that do not, by
+somebody else; None: there is none.
+"""
 
 DeviceSolve = Callable[[Jacobian, Tensor, Tensor], SolveResult | None]
 """solve(J, b, atol): c (B, D) with ||J^T c + b - c|| <= atol (B,) where J was recorded, without the
@@ -119,7 +111,7 @@ class Account:
         if worst >= Status.DIVERGED or hopeless is not None:
             failing = failed(status) & finite
             lost = b if truncation == 0 else b + torch.nan
-            x = torch.where(finite[:, None], zero_rows(x, failing), lost)
+            x = torch.where(finite[:, None], x.masked_fill(failing[:, None], 0.0), lost)
             residual = torch.where(failing, row_norm(b), residual.masked_fill(~finite, torch.nan))
             is_news = bool(failing.any())
             if hopeless is not None:
@@ -191,6 +183,10 @@ class Strategy:
         factor = factor_of(b, self.arithmetic, coupled)
         if factor is None:
             return self._solved(b, matrix, transpose)
+        # Iterated on, these rows would spoil others where g couples them.
+        b = b.masked_fill(~finite_rows(b)[:, None], 0.0)
+        if not bool(b.any()):
+            return unmeasured(b, b, 0)
         result = self._solved(b / factor, matrix, transpose)
         if coupled is None and bool((factor != factor[0]).any()):
             apply = matrix.transposed if transpose else matrix.product
@@ -200,23 +196,16 @@ class Strategy:
         return result._replace(x=result.x * factor, residual=residual)
 
     def _solved(self, b: Tensor, matrix: Jacobian, transpose: bool) -> SolveResult:
-        coupling, size, found = self.account.coupling, row_norm(b), None
+        coupling, found = self.account.coupling, None
+        atol = self.rtol * row_norm(b)
         if transpose and self.on_device is not None and not self.account.coupled:
-            found = self.on_device(matrix, b, self.rtol * size)
+            found = self.on_device(matrix, b, atol)
             if found is not None and coupling is None:
                 return found
-        total = float(size.sum())
-        if total == 0:
-            return found or unmeasured(b, b, 0)
-        if not math.isfinite(total):
-            # Iterated on, these rows would spoil others where g couples them.
-            lost = ~torch.isfinite(size)
-            b, size, found = zero_rows(b, lost), torch.where(lost, 0.0, size), None
         both: list[Apply] = [matrix.product, matrix.transposed]
         apply, apply_transpose = reversed(both) if transpose else both
         assert self.linear_solve is not None
-        system = LinearSystem(apply, apply_transpose, b, self.rtol * size)
-        return self.linear_solve(system, coupling, found)
+        return self.linear_solve(LinearSystem(apply, apply_transpose, b, atol), coupling, found)
 
     def _summed(self, b: Tensor, apply: Apply) -> SolveResult:
         k = self.truncation or 0
@@ -224,7 +213,7 @@ class Strategy:
         if k and not bool(torch.isfinite(y).all()):
             # Rows of b that are not finite must not reach others where g couples them, and scaled,
             # an overflow is told from a series that has no finite sum.
-            b = zero_rows(b, ~finite_rows(b))
+            b = b.masked_fill(~finite_rows(b)[:, None], 0.0)
             y = told = series(apply, b, k)
             factor = factor_of(b, self.arithmetic, self.account.coupled)
             if factor is not None:
@@ -257,11 +246,6 @@ def failed(status: Tensor) -> Tensor:
     return status >= Status.DIVERGED
 
 
-def zero_rows(t: Tensor, rows: Tensor) -> Tensor:
-    """t with zeros where rows (B,) is True, whatever stood there."""
-    return torch.where(rows[:, None], torch.zeros((), dtype=t.dtype, device=t.device), t)
-
-
 def finite_rows(b: Tensor) -> Tensor:
     """(B,) bool: the row of b (B, D) is finite."""
     return torch.isfinite(b).all(1)
@@ -272,7 +256,7 @@ def dropped(b: Tensor, rows: Tensor) -> Tensor:
 
     An overflow of the user's loss is theirs to see, whatever became of the sample.
     """
-    return zero_rows(b, rows & finite_rows(b))
+    return b.masked_fill((rows & finite_rows(b))[:, None], 0.0)
 
 
 def residual_in(state: torch.dtype, residual: Tensor) -> Tensor:

@@ -10,25 +10,22 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.attach import attach
-from fpi_cuda.autograd.flat_map import FlatMap, first_good, replace_rows
+from fpi_cuda.autograd.flat_map import FlatMap, replace_rows
 from fpi_cuda.autograd.strategy import Account, Strategy, dropped, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
-
-Run = Callable[[FlatMap, Tensor], SolveResult]
-"""A differentiable solve of a map from an x0 (B, D)."""
 
 
 def attach_unrolled(
     flat_map: FlatMap,
     x0: Tensor,
     result: SolveResult,
-    run: Run,
+    run: Callable[[FlatMap, Tensor], SolveResult],
     record: AdjointRecord,
     born_after: int,
 ) -> Any:
     """The x of `result`, which `run` gave for x0, differentiable where the solve succeeded.
 
-    It is returned as the user's state.
+    It is returned as the user's state. run(map, x0) is a differentiable solve.
 
     A failed sample would poison parameters, for zero times NaN is NaN. So the solve that is
     differentiated is repeated with a good sample in its place.
@@ -39,11 +36,10 @@ def attach_unrolled(
     account = Account(result.status, record)
     plain = result.x.detach()
     if bool(bad.all()):
-        strategy = Strategy(account, flat_map.arithmetic, truncation=0)
-        return attach(flat_map, plain, None, strategy, born_after)
+        nothing = Strategy(account, flat_map.arithmetic, truncation=0)
+        return attach(flat_map, plain, None, nothing, born_after)
     mended = flat_map.mended_if_batchwise(plain, bad)
-    again = run(mended, replace_rows(x0, bad, first_good(bad)))
-    value = again.x.clone()
+    value = run(mended, replace_rows(x0, bad)).x.clone()
     with torch.no_grad():
         value.copy_(torch.where(bad[:, None], plain, value))
 
