@@ -50,7 +50,7 @@ def notice_cut(
         evaluate: g, where it is not flat_map that evaluates it.
     """
     habit = looks_at(flat_map.g)
-    if not columns or x.numel() == 0 or habit.looks >= MOST_LOOKS:
+    if x.numel() == 0 or habit.looks >= MOST_LOOKS:
         return
     habit.looks += 1
     evaluate, x = evaluate or flat_map.damped(1, 1.0), x.detach()
@@ -73,19 +73,20 @@ def notice_cut(
 
 def notice_cut_in_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
     """The same of a step gx = g(x) of several, x being made by the one before it."""
-    sizes = flat_map.layout.sizes
+    sizes, columns = flat_map.layout.sizes, []
     if not (transforms.active() or has_tangent(x)):
         if x.requires_grad and torch.is_grad_enabled():
-            notice_cut(flat_map, x, unreached(gx, x, sizes))
+            columns = unreached(gx, x, sizes)
     elif looks_at(flat_map.g).looks < MOST_LOOKS:
         # A tangent does not say where it came from, nor a graph what other levels have.
-        once, columns = flat_map.damped(1, 1.0), []
+        once = flat_map.damped(1, 1.0)
 
         def seen(x: Tensor) -> Tensor:
             columns.extend(unreached(gx := once(x), x, sizes))
             return gx
 
         torch.func.vjp(seen, x.detach())
+    if columns:
         notice_cut(flat_map, x, columns)
 
 

@@ -71,6 +71,23 @@ def test_an_infinite_gradient_reaches_the_rows_that_depend_on_it() -> None:
     assert sol.adjoint_stats.num_zeroed == 0
 
 
+def test_an_infinite_gradient_spoils_no_rows_that_were_not_seen_to_depend_on_it() -> None:
+    """A sum does not look for that, and the forward solve begins at the solution."""
+    z = torch.randn(4, 3, dtype=F64).requires_grad_()
+    x_star = torch.linalg.solve(0.75 * torch.eye(4, dtype=F64) - 0.125, z.detach())
+    sol = fpi.fixed_point(
+        lambda x, z: 0.25 * x + 0.5 * x.mean(0) + z, x_star, z, solver=fpi.Picard(), rtol=1e-6,
+        adjoint=fpi.Neumann(5),
+    )  # fmt: skip
+    v = torch.ones_like(z)
+    v[0, 1] = torch.inf
+    (found,) = torch.autograd.grad(sol.value, z, v)
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()
+    assert sol.adjoint_stats is not None
+    assert sol.adjoint_stats.num_zeroed == 0
+
+
 @pytest.mark.parametrize("solver", LINEAR_SOLVERS, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize(
     ("dtype", "small", "rtol"),
