@@ -193,7 +193,7 @@ def moves(
 
 
 def line_of(evaluate: Callable[[Tensor], Tensor], x: Tensor) -> str:
-    """ " at file:line", of the first operation that takes the graph off x (B, D); or ""."""
+    """Of the first operation that takes the graph off x (B, D), as " at file:line"; or ""."""
     leaf = x.detach().requires_grad_()
     finder = _CutFinder(leaf)
     with torch.enable_grad(), finder:
