@@ -13,13 +13,10 @@ from fpi_cuda.autograd import (
     Account,
     Apply,
     DeviceSolve,
-    Exact,
     FlatMap,
     LinearSolve,
     LinearSystem,
-    Scaling,
     Strategy,
-    Truncated,
 )
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.options import (
@@ -28,11 +25,9 @@ from fpi_cuda.options import (
     ConjugateGradient,
     FixedPointSolver,
     Implicit,
-    JacobianFree,
     LinearSolver,
     Neumann,
     Phantom,
-    Unroll,
 )
 from fpi_cuda.request import Options
 from fpi_cuda.result import SolveResult, Status
@@ -74,12 +69,8 @@ def strategy_for(
         solver: of the system, where that is known already.
     """
     adjoint, arithmetic = options.adjoint, flat_map.arithmetic
-    independent = account.coupling is None
-    scaling = Scaling(coupled=False if independent else None, arithmetic=arithmetic)
-    if isinstance(adjoint, Neumann):
-        return Truncated(account, truncation=adjoint.k, scaling=scaling)
-    if isinstance(adjoint, (JacobianFree, Phantom, Unroll)):
-        return Truncated(account, truncation=0)
+    if not isinstance(adjoint, Implicit):
+        return Strategy(account, arithmetic, truncation_of(adjoint))
     rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
     system = SystemSolve(
         solver or options.adjoint_solver(flat_map.layout.dim),
@@ -87,7 +78,7 @@ def strategy_for(
         engine,
         arithmetic,
     )
-    return Exact(account, linear_solve=system, rtol=rtol, on_device=on_device, scaling=scaling)
+    return Strategy(account, arithmetic, linear_solve=system, rtol=rtol, on_device=on_device)
 
 
 LOOSEST_BY_ATOL = 1e-2
@@ -108,7 +99,7 @@ def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) 
     """
     adjoint = options.adjoint
     asked = isinstance(adjoint, Implicit) and adjoint.rtol is None and options.atol > 0
-    if not asked or not isinstance(strategy, Exact):
+    if not asked:
         return strategy
     with torch.no_grad():
         most = max(options.rtol, LOOSEST_BY_ATOL)
@@ -131,7 +122,7 @@ class SystemSolve:
     arithmetic: torch.dtype
 
     def __call__(
-        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None = None
+        self, system: LinearSystem, coupling: Coupling | None, found: SolveResult | None
     ) -> SolveResult:
         """See LinearSolve."""
         krylov = isinstance(self.solver, (GMRES, ConjugateGradient))
@@ -207,5 +198,5 @@ def corrected(
             coupling.is_independent()
             return told
     coupling.depends()
-    more = again(system._replace(b=left - found.x), coupling)
+    more = again(system._replace(b=left - found.x), coupling, None)
     return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)

@@ -40,6 +40,8 @@ class Replay:
         g, method: whose evaluations they are; "" is its call.
     Attributes:
         stochastic: the first evaluation drew random numbers.
+        changes_x: it changed the x that it was given, so each gets a copy; None: there was none
+            yet. Whoever makes it notes it.
         is_plain: an evaluation is a call of g, as the first one has shown, for as long as autocast
             is off on all of device_types and parametrize knows of this thread's layers.
         device_types: those whose autocast concerns the evaluations.
@@ -58,6 +60,7 @@ class Replay:
         self._compare = True
         self._draws: Sequence[Draw] = ()
         self.is_plain = False
+        self.changes_x: bool | None = None
 
     @property
     def stochastic(self) -> bool:
@@ -180,12 +183,14 @@ class Habit:
     Attributes:
         drew: it drew random numbers when it was evaluated first in the latest solve; None: it
             never was. A wrong answer costs an evaluation, no more.
+        looks: how often its graph was looked at; see autograd.cut_graph.
     """
 
-    __slots__ = ("__weakref__", "drew")
+    __slots__ = ("__weakref__", "drew", "looks")
 
     def __init__(self) -> None:
         self.drew: bool | None = None
+        self.looks = 0
 
 
 _habits: weakref.WeakKeyDictionary[Any, dict[Any, Habit]] = weakref.WeakKeyDictionary()

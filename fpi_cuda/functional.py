@@ -269,7 +269,7 @@ def solve_flat(
     plan = plan_of(g, layout, options, only_host=only_host)
     options, engine, rowwise = plan.options, plan.engine, plan.rowwise
     replay = Replay(layout.device, g)
-    flat_map = FlatMap(g, layout, z, replay, plan.whole)
+    flat_map = FlatMap(g, layout, z, replay, hoisted=plan.whole is None)
     record = AdjointRecord(options.notice.look_at_adjoint, layout.batch_dims)
     coupling = coupling_of(flat_map, options, rowwise)
     if only_host is UNROLLED:
@@ -292,8 +292,8 @@ def solve_flat(
         value, result = reported(
             Solved(plan, flat_map, *solved), record, coupling, born_after if grad else None
         )
-    if flat_map.leaves_traces:
-        flat_map.over()
+    for buffers in flat_map.buffers:
+        buffers.over()
     record.joint = coupling is not None and coupling.joint
     _, status, num_steps, residual = result
     residual = residual_in(layout.dtype, residual)

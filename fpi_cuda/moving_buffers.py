@@ -14,7 +14,7 @@ import itertools
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class MovingBuffers:
 
     @contextlib.contextmanager
     def one_evaluation(self) -> Iterator[None]:
-        """See the function of this name."""
+        """Around an evaluation of g: it finds the buffers as the first one found them."""
         if self._kept is None:
             self._kept = [
                 Kept(module, name, t)
@@ -158,23 +158,26 @@ class MovingBuffers:
             kept.look()
 
 
-def moving_buffers(
-    modules: list[nn.Module],
-) -> tuple[MovingBuffers | None, MovingBuffers | None]:
-    """What evaluations of a g, and of its prepare, may change; None where there is nothing.
+def moving_buffers(modules: list[nn.Module]) -> tuple[MovingBuffers, ...]:
+    """What evaluations of a g may change, and of its prepare; empty where there is nothing.
 
     Args:
         modules: of g.
     """
     modules = [m for m in modules if m._buffers and getattr(m, "training", False)]
-    if not modules:
-        return None, None
-    return MovingBuffers(modules), MovingBuffers(modules)
+    return (MovingBuffers(modules), MovingBuffers(modules)) if modules else ()
 
 
-def one_evaluation(buffers: MovingBuffers | None) -> contextlib.AbstractContextManager[None]:
-    """Around an evaluation of g: it finds the buffers as the first one found them."""
-    return contextlib.nullcontext() if buffers is None else buffers.one_evaluation()
+def keeping(buffers: MovingBuffers | None, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, whose evaluations of g find the buffers as the first one found them."""
+    if buffers is None:
+        return run
+
+    def kept(*evaluations: Callable[[], Any]) -> Any:
+        with buffers.one_evaluation():
+            return run(*evaluations)
+
+    return kept
 
 
 def modules_of(g: object) -> list[nn.Module]:

@@ -88,11 +88,13 @@ def why_own_call_matters(module: nn.Module) -> str | None:
     return None
 
 
-def any_backward_hooks(module: nn.Module) -> bool:
-    """Whether backward hooks are on the module, on one inside it, or on all modules."""
+def any_backward_hooks(g: object) -> bool:
+    """Whether g is a module with backward hooks on it, on one inside it, or on all modules."""
+    if not isinstance(g, nn.Module):
+        return False
     on_all = torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks
     return bool(on_all) or any(
-        part._backward_hooks or part._backward_pre_hooks for part in modules_in(module)
+        part._backward_hooks or part._backward_pre_hooks for part in modules_in(g)
     )
 
 

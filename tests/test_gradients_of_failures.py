@@ -56,7 +56,6 @@ def gradients_without_the_bad_one(a: Tensor, z: Tensor, **options: Any) -> tuple
 def test_rows_of_tiny_states_that_are_coupled_are_not_evaluated_elsewhere() -> None:
     """Whether that leaves the good ones alone is asked relative to them."""
     from fpi_cuda.autograd.flat_map import FlatMap
-    from fpi_cuda.autograd.mending import mended_if_batchwise
     from fpi_cuda.faithful import Replay
     from fpi_cuda.state import layout_of
 
@@ -66,7 +65,7 @@ def test_rows_of_tiny_states_that_are_coupled_are_not_evaluated_elsewhere() -> N
         layout = layout_of(x)
         flat_map = FlatMap(g, layout, (), Replay(layout.device, g))
         flat_map.evaluate(x, None)
-        assert (mended_if_batchwise(flat_map, x, bad) is not flat_map) == mends
+        assert (flat_map.mended_if_batchwise(x, bad) is not flat_map) == mends
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)

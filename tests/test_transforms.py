@@ -521,6 +521,22 @@ class Wrapped(nn.Module):
         return self.layer(z.sin()).cos()
 
 
+@pytest.mark.parametrize("options", [{}, {"rtol": 0.0, "atol": 1e-11}], ids=str)
+def test_a_vmap_over_gradients_of_a_solution_from_outside(options: Any) -> None:
+    """Samples side by side are solved for as accurately as each alone."""
+    z, w = Z.clone().requires_grad_(), double(5, B, D)
+
+    def second(layer: Layer) -> Tensor:
+        x = layer(z, A)
+
+        def of_gradient(w: Tensor) -> Tensor:
+            return torch.autograd.grad(x, z, w, create_graph=True)[0].square().sum()
+
+        return vmap(grad(of_gradient))(w)
+
+    torch.testing.assert_close(second(solved(**options)), second(looped), rtol=1e-8, atol=1e-9)
+
+
 # torch.compile reads .grad of the tensors that it goes on with.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_torch_compile_goes_around_a_layer() -> None:

@@ -7,15 +7,13 @@ from fpi_cuda.autograd.cut_graph import watching
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graph import sequence_number
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
-from fpi_cuda.autograd.scaling import Apply, Scaling
+from fpi_cuda.autograd.scaling import Apply
 from fpi_cuda.autograd.strategy import (
     Account,
     DeviceSolve,
-    Exact,
     LinearSolve,
     LinearSystem,
     Strategy,
-    Truncated,
     residual_in,
 )
 from fpi_cuda.autograd.unrolled import attach_unrolled
@@ -24,15 +22,12 @@ __all__ = [
     "Account",
     "Apply",
     "DeviceSolve",
-    "Exact",
     "FlatMap",
     "Jacobian",
     "LinearSolve",
     "LinearSystem",
     "Linearization",
-    "Scaling",
     "Strategy",
-    "Truncated",
     "attach",
     "attach_unrolled",
     "residual_in",

@@ -21,7 +21,6 @@ from fpi_cuda.autograd.graph import ANCHOR
 from fpi_cuda.autograd.inputs import Inputs
 from fpi_cuda.autograd.linear import Opened, solution
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
-from fpi_cuda.autograd.mending import mended_if_batchwise
 from fpi_cuda.autograd.strategy import Strategy, finite_rows
 from fpi_cuda.recomputed import tensors_saved_as_they_are
 from fpi_cuda.state import Layout
@@ -101,7 +100,7 @@ class SolvedEquation(Equation):
             return known
         flat_map = self._flat_map
         if bad is not None:
-            flat_map = mended_if_batchwise(flat_map, self.x, bad)
+            flat_map = flat_map.mended_if_batchwise(self.x, bad)
         return self._inputs.opened(flat_map, x, gx, inputs, bad)
 
     def at(self, opened: Opened) -> SolvedEquation:
@@ -288,16 +287,21 @@ def attach(
         # The user's backward pass also ends here, and nobody reads what it leaves.
         x.register_post_accumulate_grad_hook(drop_gradient)
     account = strategy.account
-    hopeless = None if account.late else account.settle()
+    hopeless = None if account.late else account.hopeless
     if hopeless is not None:
         evaluate = None
         if not bool(hopeless.all()):
-            flat_map = mended_if_batchwise(flat_map, x_star, hopeless)
+            flat_map = flat_map.mended_if_batchwise(x_star, hopeless)
     evaluated, once = flat_map, flat_map.damping == (1, 1.0)
-    if check is not None and not once:
-        evaluated = flat_map.watched(functools.partial(check, ignored=hopeless))
-    if strategy.truncation == 0 and not once:
-        evaluated = evaluated.watched_twice(functools.partial(notice_cut_in_step, flat_map))
+    if not once:
+
+        def watch(step: int, x: Tensor, gx: Tensor) -> None:
+            if step == 0 and check is not None:
+                check(x, gx, hopeless)
+            elif step == 1 and strategy.truncation == 0:
+                notice_cut_in_step(flat_map, x, gx)
+
+        evaluated = flat_map.damped(*flat_map.damping, watch)
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = (evaluate or evaluated)(x)
     if check is not None and once:
@@ -306,8 +310,9 @@ def attach(
     for t in inputs.originals:
         if t.is_nested and t.layout == torch.strided:
             raise TypeError(STRIDED_NESTED)
-    if inputs.unnamed and account.late and account.settle() is not None:
+    if inputs.unnamed and account.late and account.hopeless is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
+        account.late = False
         return attach(flat_map, x_star, check, strategy, born_after)
     if not (inputs.originals or inputs.unnamed or has_tangent(gx)):
         return layout.taken_apart(x_star)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
-from fpi_cuda.shortcuts import any_backward_hooks
 
 CHANGED = (
     "fixed_point: a second derivative differentiates the products with the Jacobian of g, and a "
@@ -19,11 +18,6 @@ CHANGED = (
 
 ROUNDINGS = 4.0
 """Of the arithmetic that g is evaluated in: what two products may differ by."""
-
-
-def watches_gradients(g: object) -> bool:
-    """Whether g is a module with backward hooks, its own or on a module inside."""
-    return isinstance(g, nn.Module) and any_backward_hooks(g)
 
 
 def require_true_products(
@@ -69,13 +63,13 @@ def differ(
     arithmetic: torch.dtype,
 ) -> bool:
     """Whether <w, pushed> and the sum of <directions, pulled> differ by more than rounding."""
-    pairs = [(p, d) for p, d in zip(pulled, directions, strict=True) if p is not None]
-    pairs += [] if pushed is None else [(pushed, w)]
-    products = [float((p.double() * d).sum()) for p, d in pairs]
-    size = sum(float(p.double().norm() * d.double().norm()) for p, d in pairs)
-    along = 0.0 if pushed is None else products.pop()
+    gap = size = 0.0
+    for p, d in zip([pushed, *pulled], [-w, *directions], strict=True):
+        if p is not None:
+            gap += float((p.double() * d).sum())
+            size += float(p.double().norm() * d.double().norm())
     rounding = max(torch.finfo(w.dtype).eps ** 0.5, ROUNDINGS * torch.finfo(arithmetic).eps)
-    return abs(along - sum(products)) > rounding * size
+    return abs(gap) > rounding * size
 
 
 def waves(t: Tensor, phase: int) -> Tensor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,10 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fpi_cuda import transforms
+from fpi_cuda.autograd.backward_hooks import waves
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import has_tangent
 from fpi_cuda.autograd.graph import Edge, edges_of, is_edge_of, leads_to
-from fpi_cuda.unconverged import FixedPointWarning
+from fpi_cuda.faithful import Habit, habit_of
+from fpi_cuda.unconverged import FixedPointWarning, call_site
 
 NOISE = 8.0
 """Roundings of g that its own evaluation may differ by."""
@@ -31,76 +31,81 @@ g jumps, as what counts or compares does, it differs by all of it or more."""
 MOST_LOOKS = 3
 """Looks at one g that find nothing; whoever leaves x unread on purpose does so every time."""
 
+SPLIT = "SplitWithSizesBackward"
 PASSED = ("CloneBackward", "ViewBackward")
-"""Nodes between x and those that take it apart: copies, and the samples of a vmap."""
-
-_looked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-"""How often each g has been looked at; a function counts by its code."""
+"""Nodes that take x apart, and those before it: copies, and the samples of a vmap."""
 
 
-def notice_cut_lifted(
-    flat_map: FlatMap, evaluate: Callable[[Tensor], Tensor], x: Tensor, columns: Sequence[slice]
+def notice_cut(
+    flat_map: FlatMap,
+    x: Tensor,
+    columns: Sequence[slice],
+    evaluate: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """The same of g as torch.func transforms see it."""
-    _notice(flat_map, evaluate, x, columns, str)
-
-
-def notice_cut(flat_map: FlatMap, x: Tensor, columns: Sequence[slice]) -> None:
     """Warn once of a g whose graph does not lead to these columns of x (B, D), if it moves with x.
 
     A path that is cut beside one that is not cannot be told in this way.
+
+    Args:
+        evaluate: g, where it is not flat_map that evaluates it.
     """
-    once = flat_map.damped(1, 1.0)
-    _notice(flat_map, once, x.detach(), columns, lambda: line_of(once, x))
+    habit = looks_at(flat_map.g)
+    if x.numel() == 0 or habit.looks >= MOST_LOOKS:
+        return
+    habit.looks += 1
+    evaluate, x = evaluate or flat_map.damped(1, 1.0), x.detach()
+    # Autocast would cache weights without their graph.
+    with torch.no_grad(), flat_map.replay.solving():
+        gx = evaluate(x)
+        if not any(moves(evaluate, x, gx, flat_map, part) for part in columns):
+            return
+    habit.looks = MOST_LOOKS
+    line = "" if transforms.active() else line_of(evaluate, x)
+    warnings.warn(
+        "fixed_point: g(x) moves with x, but its graph does not lead to x, so gradients leave "
+        f"dg/dx out. The graph is cut{line}: by detach(), .data, no_grad(), item(), numpy or "
+        "torch.tensor() between x and what g returns. Use operations of torch on x itself, or, "
+        "to leave dg/dx out on purpose, adjoint=JacobianFree()",
+        FixedPointWarning,
+        stacklevel=2,
+    )
 
 
 def notice_cut_in_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
     """The same of a step gx = g(x) of several, x being made by the one before it."""
-    if transforms.active() or has_tangent(x):
-        if looks_left(flat_map.g, used=0):
-            # A tangent does not say where it came from, nor a graph what other levels have.
-            once, at = flat_map.damped(1, 1.0), x.detach()
-            columns = []
+    sizes, columns = flat_map.layout.sizes, []
+    if not (transforms.active() or has_tangent(x)):
+        if x.requires_grad and torch.is_grad_enabled():
+            columns = unreached(gx, x, sizes)
+    elif looks_at(flat_map.g).looks < MOST_LOOKS:
+        # A tangent does not say where it came from, nor a graph what other levels have.
+        once = flat_map.damped(1, 1.0)
 
-            def seen(x: Tensor) -> Tensor:
-                columns.extend(unreached(gx := once(x), x, flat_map.layout.sizes))
-                return gx
+        def seen(x: Tensor) -> Tensor:
+            columns.extend(unreached(gx := once(x), x, sizes))
+            return gx
 
-            torch.func.vjp(seen, at)
-            if columns:
-                notice_cut_lifted(flat_map, once, at, columns)
-    elif x.requires_grad and torch.is_grad_enabled():
-        columns = unreached(gx, x, flat_map.layout.sizes)
-        if columns:
-            notice_cut(flat_map, x, columns)
+        torch.func.vjp(seen, x.detach())
+    if columns:
+        notice_cut(flat_map, x, columns)
 
 
-def _notice(
-    flat_map: FlatMap,
-    evaluate: Callable[[Tensor], Tensor],
-    x: Tensor,
-    columns: Sequence[slice],
-    locate: Callable[[], str],
-) -> None:
-    left = looks_left(flat_map.g)
-    if not left:
-        return
-    # Autocast would cache weights without their graph.
-    with torch.no_grad(), flat_map.replay.solving():
-        gx = evaluate(x)
-        moved = any(moves(evaluate, x, gx, flat_map, part) for part in columns)
-    if moved:
-        looks_left(flat_map.g, used=left)
-        line = locate()
-        where = f" at {line}" if line else ""
-        warnings.warn(
-            "fixed_point: g(x) moves with x, but its graph does not lead to x, so gradients leave "
-            f"dg/dx out. The graph is cut{where}: by detach(), .data, no_grad(), item(), numpy or "
-            "torch.tensor() between x and what g returns. Use operations of torch on x itself, or, "
-            "to leave dg/dx out on purpose, adjoint=JacobianFree()",
-            FixedPointWarning,
-            stacklevel=3,
-        )
+def watching(flat_map: FlatMap) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """flat_map.evaluate, looked at in its second call: there x comes from the first one."""
+    calls = itertools.count(1)
+
+    def evaluate(x: Tensor, rows: Tensor | None) -> Tensor:
+        gx = flat_map.evaluate(x, rows)
+        if next(calls) == 2:
+            notice_cut_in_step(flat_map, x, gx)
+        return gx
+
+    return evaluate
+
+
+def looks_at(g: Any) -> Habit:
+    """Where the looks at this g are counted."""
+    return habit_of(g, "graph")
 
 
 def unreached(
@@ -115,40 +120,30 @@ def unreached(
     if out is x:
         return []
     found = list(edges_of(out) if edges is None else edges)
-    if not any(is_edge_of(edge, x) for edge in found):
+    readers = [(node, number) for node, number in found if reads(node, x)]
+    if not readers:
         return [slice(None)]
-    if len(sizes) == 1:
+    if len(sizes) == 1 or not all(is_a(node, SPLIT, *PASSED) for node, _ in readers):
         return []
-    starts = list(itertools.accumulate(sizes, initial=0))
-    reached = set()
-    for edge in found:
-        node, number = edge
-        if not reads(node, x):
-            continue
-        name = name_of(node)
-        if name == "SplitWithSizesBackward":
-            reached.add(number)
-        elif name == "SliceBackward":
-            reached |= {i for i, start in enumerate(starts) if start == node._saved_start}
-        elif name not in PASSED:
-            return []
+    reached = {number for node, number in readers if is_a(node, SPLIT)}
+    parts = zip(sizes, itertools.accumulate(sizes), strict=True)
     return [
-        slice(start, start + size)
-        for place, (start, size) in enumerate(zip(starts, sizes, strict=False))
-        if size and place not in reached
+        slice(end - size, end)
+        for number, (size, end) in enumerate(parts)
+        if size and number not in reached
     ]
 
 
-def name_of(node: Any) -> str:
-    """Its kind, such as MulBackward."""
-    return type(node).__name__.rstrip("0123456789")
+def is_a(node: Any, *kinds: str) -> bool:
+    """Whether a node is of one of these kinds, such as MulBackward."""
+    return type(node).__name__.startswith(kinds)
 
 
 def reads(node: Any, x: Tensor) -> bool:
     """Whether a node is given x, or what is like it."""
     return any(
         before[0] is not None
-        and (is_edge_of(before, x) or (name_of(before[0]) in PASSED and reads(before[0], x)))
+        and (is_edge_of(before, x) or (is_a(before[0], *PASSED) and reads(before[0], x)))
         for before in node.next_functions
     )
 
@@ -169,15 +164,12 @@ def moves(
         gx: evaluate(x).
         flat_map: what is evaluated, for its arithmetic and the parts of its state.
     """
-    if x.numel() == 0:
-        return False
     kind = torch.finfo(flat_map.arithmetic)
     eps, sizes = kind.eps, list(flat_map.layout.sizes)
     part = x[:, columns].double()
     size = part.abs().amax(1, keepdim=True)
-    uneven = torch.arange(1, part.numel() + 1, dtype=torch.float64, device=x.device).sin().abs()
     step = max(eps**0.5, LEAST_STEP * eps) * (part.abs() + torch.where(size > 0, size, 1.0))
-    step = step * (0.5 + uneven.reshape(part.shape))
+    step = step * (0.5 + waves(part, 0).abs())
     gx = gx.double()
 
     def change(share: float) -> Tensor:
@@ -200,24 +192,12 @@ def moves(
     return bool(2 * even.sum() >= beyond.sum())
 
 
-def looks_left(g: Any, used: int = 1) -> int:
-    """How many looks at this g were left, before these were used."""
-    key = getattr(g, "__func__", g)
-    key = getattr(key, "__code__", key)
-    try:
-        looks = _looked.get(key, 0)
-        _looked[key] = looks + used
-    except TypeError:  # no hash, or no weak reference
-        return MOST_LOOKS
-    return max(0, MOST_LOOKS - looks)
-
-
-def line_of(flat_map: FlatMap, x: Tensor) -> str:
-    """file:line of the first operation that takes the graph off what depends on x; or ""."""
+def line_of(evaluate: Callable[[Tensor], Tensor], x: Tensor) -> str:
+    """Of the first operation that takes the graph off x (B, D), as " at file:line"; or ""."""
     leaf = x.detach().requires_grad_()
     finder = _CutFinder(leaf)
     with torch.enable_grad(), finder:
-        flat_map(leaf)
+        evaluate(leaf)
     return finder.line
 
 
@@ -236,43 +216,16 @@ class _CutFinder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not self.line and is_cut(result):
             given = pytree.tree_leaves((args, kwargs))
-            if any(isinstance(t, Tensor) and leads_to(t, self._x) for t in given):
-                self.line = line_outside()
+            site = call_site()
+            if site and any(isinstance(t, Tensor) and leads_to(t, self._x) for t in given):
+                self.line = f" at {site.filename}:{site.lineno}"
         return result
 
 
 def is_cut(result: Any) -> bool:
     """Whether these are numbers that autograd knows nothing of."""
     leaves = pytree.tree_leaves(result)
-    if any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
-        return False
-    return any(
-        t.is_floating_point() if isinstance(t, Tensor) else type(t).__name__ in ("float", "ndarray")
-        for t in leaves
-    )
-
-
-def line_outside() -> str:
-    """file:line of the caller, torch and this package left out."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.split(".")[0] not in ("torch", "fpi_cuda"):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-def watching(flat_map: FlatMap) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """flat_map.evaluate, looked at in its second call: there x comes from the first one."""
-    calls = 0
-
-    def evaluate(x: Tensor, rows: Tensor | None) -> Tensor:
-        nonlocal calls
-        calls += 1
-        gx = flat_map.evaluate(x, rows)
-        if calls == 2:
-            notice_cut_in_step(flat_map, x, gx)
-        return gx
-
-    return evaluate
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    numbers = [t for t in tensors if t.is_floating_point()]
+    numbers += [t for t in leaves if type(t).__name__ in ("float", "ndarray")]
+    return bool(numbers) and not any(t.requires_grad for t in tensors)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.autograd.backward_hooks import CHANGED, differ, waves
-from fpi_cuda.autograd.flat_map import first_good, has_rows, replace_rows
+from fpi_cuda.autograd.flat_map import has_rows, replace_rows
 from fpi_cuda.autograd.graph import mark_as_anchor
 from fpi_cuda.autograd.linear import Inputs, Opened
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
-from fpi_cuda.autograd.mending import alike
-from fpi_cuda.autograd.same_value import require_same_value
+from fpi_cuda.autograd.same_value import require_same_value, same_value
 from fpi_cuda.autograd.strategy import Strategy
 from fpi_cuda.autograd.transformed import Transformed
 from fpi_cuda.recomputed import tensors_saved_as_they_are
@@ -80,7 +79,8 @@ class Equation:
         with torch.enable_grad():
             expected = self.evaluate(x, *inputs)[~bad]
             self.bad = bad
-            if not alike(self.evaluate(x, *inputs)[~bad], expected):
+            moved = self.evaluate(x, *inputs)[~bad]
+            if not same_value(moved, expected, x.dtype, self.sizes):
                 self.bad = None
 
     def evaluate(self, x: Tensor, *inputs: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class MergedEquation(Equation):
             if not self._size:
                 return x.clone()
             if bad is not None:
-                x = replace_rows(x, bad, first_good(bad))
+                x = replace_rows(x, bad)
             apart = x.reshape(self._size, len(x) // self._size, *x.shape[1:])
             gx: Tensor = self._vmap(of_one)(apart, *inputs)
             return gx.flatten(0, 1)
@@ -210,14 +210,14 @@ class MergedEquation(Equation):
         rows = bad.shape[1]
         if dim is None:
             mine = bad.all(0)
-            return replace_rows(t, mine, first_good(mine)) if has_rows(t, rows) else t
+            return replace_rows(t, mine) if has_rows(t, rows) else t
         first = t.movedim(dim, 0)
         if first.dim() > 1 and first.shape[1] == rows:
-            flat = replace_rows(first.flatten(0, 1), self.bad, first_good(self.bad))
+            flat = replace_rows(first.flatten(0, 1), self.bad)
             first = flat.reshape(first.shape)
         else:
             mine = bad.all(1)
-            first = replace_rows(first, mine, first_good(mine))
+            first = replace_rows(first, mine)
         return first.movedim(0, dim)
 
     def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:

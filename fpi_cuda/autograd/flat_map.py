@@ -5,24 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from fpi_cuda.autograd.untouched import Untouched, parts_of
+from fpi_cuda import transforms
+from fpi_cuda.autograd.same_value import same_value
 from fpi_cuda.dense import why_not_dense
 from fpi_cuda.faithful import Replay
-from fpi_cuda.moving_buffers import modules_of, moving_buffers
-from fpi_cuda.shortcuts import why_not_hoisted
+from fpi_cuda.moving_buffers import keeping, modules_of, moving_buffers
 from fpi_cuda.state import Layout
 from fpi_cuda.tensor_version import counted_version
 from fpi_cuda.weight_cache import WeightCache
 
-Watch = Callable[[Tensor, Tensor], None]
-"""watch(x, gx): looks at an evaluation that was made."""
+Watch = Callable[[int, Tensor, Tensor], None]
+"""watch(step, x, gx): looks at one of the steps that a call has made."""
 
 Recording = Callable[[Callable[[Any], Any], Any], Any]
 """record(g, state): g(state), written down."""
@@ -39,34 +38,17 @@ NOT_ROW_BY_ROW = (
 )
 
 
-@dataclass
-class Habit:
-    """What evaluations of a g have shown of it.
-
-    Attributes:
-        changes_x: g changes the x it is given, so each evaluation gets a copy; None: unknown.
-        looked_after: how many of them were made by FlatMap._looked_after.
-    """
-
-    changes_x: bool | None = None
-    looked_after: int = 0
-
-
 class FlatMap:
     """x (B, D) -> g(x, *z) (B, D), checked at every evaluation.
 
-    A g that offers `prepare(*z)` and `step(x, prepared)` has the first called once, here, where
-    that is what calling it does.
-
+    Args:
+        hoisted: prepare and step stand for g: prepare(*z) is called once, here.
     Attributes:
-        g, layout, z, replay: as given.
-        source_z: z, also where a mended map evaluates g on something else.
-        hoisted: prepare and step stand for g.
+        g, layout, z, replay, hoisted: as given.
         modules: that g is or holds.
-        leaves_traces: g has buffers that may move; see over.
-        whole: why they do not, so that g(x, *z) is called in every evaluation; None if they do.
-            Asked of g where nobody has: "".
-        read: what g reads besides x: what prepare returned, else z.
+        buffers: that evaluations of g, and of its prepare, may move; none where there are none.
+        read: what g reads besides x: what prepare returned, else z; of failed samples, perhaps,
+            that of another.
         damping: steps of g in one evaluation, and how long each is.
         arithmetic: what products in g are rounded to: autocast's dtype, else that of the state.
     """
@@ -77,55 +59,87 @@ class FlatMap:
         layout: Layout,
         z: tuple[Tensor, ...],
         replay: Replay,
-        whole: str | None = "",
+        *,
+        hoisted: bool = False,
     ) -> None:
         self.g = g
         self.layout = layout
         self.z = z
-        self.source_z = z
         self.replay = replay
-        self.whole = why_not_hoisted(g) if whole == "" else whole
-        self.hoisted = self.whole is None
+        self.hoisted = hoisted
         self.arithmetic = replay.autocast_dtype or layout.dtype
-        # Shared by all maps that evaluate this g.
-        self._habit = Habit()
-        if self.hoisted:
-            self._prepare_replay = Replay(layout.device, g, "prepare")
         self.modules = modules_of(g)
-        self._buffers, self._prepare_buffers = moving_buffers(self.modules)
-        self.leaves_traces = self._buffers is not None
-        self._untouched = Untouched("z", z)
-        self.read: Any = z
-        if self.hoisted:
-            untouched = self._untouched
-            versions, copies = untouched.versions(), untouched.copies()
-            self.read = self._prepare(z)
-            untouched.require(versions, copies)
+        self.buffers = moving_buffers(self.modules)
+        of_g, of_prepare = self.buffers or (None, None)
+        self._run = keeping(of_g, replay)
+        if hoisted:
+            self._prepared = keeping(of_prepare, Replay(layout.device, g, "prepare"))
+        self._named = "what prepare returned" if hoisted else "z"
+        self._read_only = ReadOnly("z", z)
+        self.read = self._read_of(z)
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
-        self._mend: tuple[Tensor, int] | None = None
+        self._failed: Tensor | None = None
         self.damping = (1, 1.0)
         self._watch: Watch | None = None
-        self._second_watch: Watch | None = None
         self._recording: Recording | None = None
 
-    def reading(self, read: Any) -> FlatMap:
-        """This map with other numbers in the place of `read`."""
-        z = {} if self.hoisted else {"z": read, "source_z": read}
-        return self._but(_selection=(None, None), read=read, **z)
+    def reading(self, read: Any, layout: Layout | None = None) -> FlatMap:
+        """This map with other numbers in the place of `read`.
 
-    def part(self, begin: int, end: int) -> FlatMap:
-        """This map for some of the samples, where g is row-wise and selectable."""
-        read = self.read
-        if isinstance(read, Tensor):
-            rows: Any = read[begin:end]
-        else:
-            rows = type(read)(t[begin:end] for t in read)
-        return self.reading(rows)._but(layout=replace(self.layout, batch=end - begin))
+        Args:
+            layout: of as many samples as there are in them; None: as before.
+        """
+        return self._but(_selection=(None, None), read=read, layout=layout or self.layout)
+
+    def bound(self, z: Sequence[Tensor]) -> FlatMap:
+        """This map with other tensors in the place of z, by calls of g itself."""
+        z = given = tuple(z)
+        if self._failed is not None:
+            batch = self.layout.batch
+            given = tuple(replace_rows(t, self._failed) if has_rows(t, batch) else t for t in z)
+        return self.reading(self._read_of(given))._but(z=z, _recording=None)
+
+    def mended(self, bad: Tensor) -> FlatMap:
+        """This map with a good sample's x and z in the place of those of the bad ones.
+
+        Args:
+            bad: (B,) bool, not all True.
+        """
+        return self._but(_failed=bad).bound(self.z)
+
+    def mended_if_batchwise(self, x: Tensor, bad: Tensor) -> FlatMap:
+        """The same, if that leaves the good samples alone; else this map.
+
+        The derivative of bad ones is zero times whatever g's derivative is there, which may be NaN.
+        """
+        mended = self.mended(bad)
+        # Not under no_grad: autocast would cache weights without their graph.
+        with torch.enable_grad():
+            moved, expected = mended(x.detach())[~bad], self(x.detach())[~bad]
+        return mended if same_value(moved, expected, x.dtype, self.layout.sizes) else self
 
     def recorded(self, record: Recording) -> FlatMap:
-        """This map with every evaluation of g on the whole batch made by `record`."""
+        """This map with every evaluation of g made by `record`."""
         return self._but(_recording=record)
+
+    def damped(self, steps: int, damping: float, watch: Watch | None = None) -> FlatMap:
+        """The map x <- x + damping (g(x) - x), so many times; watch, if any, looks on."""
+        return self._but(damping=(steps, damping), _watch=watch)
+
+    def _but(self, **other: Any) -> FlatMap:
+        """This map with some attributes other ones."""
+        again = copy.copy(self)
+        again.__dict__.update(other)
+        return again
+
+    def _read_of(self, z: tuple[Tensor, ...]) -> Any:
+        """What evaluations read where g is given z."""
+        if not self.hoisted:
+            return z
+        prepare = functools.partial(self.g.prepare, *z)
+        read_only = self._read_only if self._read_only.read is z else ReadOnly("z", z)
+        return read_only.during(functools.partial(self._prepared, prepare))
 
     def selectable(self) -> bool:
         """Whether rows of a row-wise g can be evaluated alone: all it reads has the batch."""
@@ -135,175 +149,87 @@ class FlatMap:
         """g for a solver, without a graph; see fpi_cuda.solvers.loop.FlatMap."""
         if rows is None:
             self._whole = x
-            return self._checked(x, self._call, self.read)
+            return self._checked(x, self.read)
+        assert self._whole is not None
         if self.replay.stochastic:
             # Fewer rows would draw other random numbers.
-            assert self._whole is not None
-            whole = self._whole.index_copy(0, rows, x)
-            self._whole = whole
-            return self._checked(whole, self._call, self.read)[rows]
+            self._whole = self._whole.index_copy(0, rows, x)
+            return self._checked(self._whole, self.read)[rows]
         if self._selection[0] is not rows:
-            self._selection = (rows, select(self.read, rows))
-        return self._of_some(x, self._selection[1])
-
-    def _of_some(self, x: Tensor, selected: Any) -> Tensor:
-        """g of some rows of a row-wise map, given as much of what it reads."""
+            self._selection = (rows, select(self.read, lambda t: t.index_select(0, rows)))
         try:
-            if self.hoisted:
-                return self._checked(x, lambda state: self.g.step(state, selected), selected)
-            return self._checked(x, lambda state: self.g(state, *selected), selected)
+            return self._checked(x, self._selection[1])
         except (RuntimeError, ValueError, IndexError) as error:
-            assert self._whole is not None
-            self._checked(self._whole, self._call, self.read)  # or it fails here too
-            raise RuntimeError(NOT_ROW_BY_ROW.format(first_line(error))) from error
+            self._checked(self._whole, self.read)  # or it fails here too
+            said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise RuntimeError(NOT_ROW_BY_ROW.format(said)) from error
 
     def __call__(self, x: Tensor) -> Tensor:
         """g of the whole batch, with the graph that the grad mode allows."""
-        return self._iterated(x, self._call, self.read)
-
-    def with_inputs(self, x: Tensor, z: Sequence[Tensor]) -> Tensor:
-        """g(x, *z) once more, x (B, D), with other tensors in the place of z."""
-
-        def call(state: Any) -> Any:
-            if self.hoisted:
-                return self.g.step(state, self._prepare(z))
-            return self.g(state, *z)
-
-        if self._mend is not None:
-            z = self._mended_inputs(z, *self._mend)
-        return self._iterated(x, call, z)
-
-    def bound(self, z: Sequence[Tensor]) -> FlatMap:
-        """This map with other tensors in the place of z."""
-        z = tuple(z)
-        read = self._prepare(z) if self.hoisted else z
-        return self._but(_selection=(None, None), z=z, source_z=z, read=read)
-
-    def damped(self, steps: int, damping: float) -> FlatMap:
-        """The map x <- x + damping (g(x) - x), so many times."""
-        return self._but(damping=(steps, damping))
-
-    def watched(self, watch: Watch) -> FlatMap:
-        """This map, whose calls show `watch` the x that they are given and g at it."""
-        return self._but(_watch=watch)
-
-    def watched_twice(self, watch: Watch) -> FlatMap:
-        """This map, damped, whose second step in one evaluation is shown to `watch`."""
-        return self._but(_second_watch=watch)
-
-    def mended(self, bad: Tensor) -> FlatMap:
-        """This map with a good sample's x and z in the place of those of the bad ones.
-
-        Args:
-            bad: (B,) bool, not all True.
-        """
-        good = first_good(bad)
-        z = tuple(self._mended_inputs(self.source_z, bad, good))
-        return self._but(_mend=(bad, good), z=z, read=self._prepare(z) if self.hoisted else z)
-
-    def _but(self, **other: Any) -> FlatMap:
-        """This map with some attributes other ones."""
-        again = copy.copy(self)
-        again.__dict__.update(other)
-        return again
-
-    def _mended_inputs(self, z: Sequence[Tensor], bad: Tensor, good: int) -> list[Tensor]:
-        batch = self.layout.batch
-        return [replace_rows(t, bad, good) if has_rows(t, batch) else t for t in z]
-
-    def over(self) -> None:
-        """The call has ended: evaluations from now on leave no trace in g."""
-        for buffers in (self._buffers, self._prepare_buffers):
-            if buffers is not None:
-                buffers.over()
-
-    def _prepare(self, z: Sequence[Tensor]) -> Any:
-        prepare = functools.partial(self.g.prepare, *z)
-        if self._prepare_buffers is None:
-            return self._prepare_replay(prepare)
-        with self._prepare_buffers.one_evaluation():
-            return self._prepare_replay(prepare)
-
-    def _iterated(self, x: Tensor, call: Callable[[Any], Any], read: Any) -> Tensor:
-        if self._mend is not None:
-            x = replace_rows(x, *self._mend)
+        if self._failed is not None:
+            x = replace_rows(x, self._failed)
         steps, damping = self.damping
         for step in range(steps):
-            gx = self._checked(x, call, read)
-            if self._watch is not None and step == 0:
-                self._watch(x, gx)
-            if self._second_watch is not None and step == 1:
-                self._second_watch(x, gx)
+            gx = self._checked(x, self.read)
+            if self._watch is not None:
+                self._watch(step, x, gx)
             x = gx if damping == 1.0 else x + damping * (gx - x)
         return x
 
-    def _call(self, state: Any) -> Any:
-        if self._recording is not None:
-            return self._recording(self._direct, state)
-        return self._direct(state)
-
-    def _direct(self, state: Any) -> Any:
+    def _direct(self, state: Any, read: Any) -> Any:
         if self.hoisted:
-            return self.g.step(state, self.read)
-        return self.g(state, *self.read)
+            return self.g.step(state, read)
+        return self.g(state, *read)
 
-    def _checked(self, x: Tensor, call: Callable[[Any], Any], read: Any) -> Tensor:
-        """`call` on the state in x, laid out flat again; it must not change what it reads.
+    def _checked(self, x: Tensor, read: Any) -> Tensor:
+        """g at the state in x, laid out flat again; it must not change what it reads.
 
         A solver comes here at every step. What an evaluation may need besides a call of g is
         known from the first one, and from the two switches that somebody may have turned since.
         """
-        untouched = self._untouched
-        if untouched.read is not read:
-            name = "what prepare returned" if self.hoisted else "z"
-            untouched = self._untouched = Untouched(name, read)
+        read_only, replay = self._read_only, self.replay
+        if read_only.read is not read:
+            read_only = self._read_only = ReadOnly(self._named, read)
         if (
-            self._habit.changes_x is not False
-            or self._buffers is not None
-            or untouched.uncounted
-            or not self.replay.is_plain
+            replay.changes_x is not False
+            or not replay.is_plain
+            or self.buffers
+            or self._recording is not None
+            or read_only.uncounted
             or x.is_inference()
             or type(parametrize._cache) is not WeightCache
-            or any(map(torch.is_autocast_enabled, self.replay.device_types))
+            or any(map(torch.is_autocast_enabled, replay.device_types))
         ):
-            return self._looked_after(x, call, untouched)
-        version, versions = counted_version(x), [*map(counted_version, untouched.counted)]
-        gx = call(self._state_in(x, writable=False))
-        if [*map(counted_version, untouched.counted)] != versions:
-            untouched.require(versions)
+            return self._looked_after(x, read, read_only)
+        version, versions = counted_version(x), [*map(counted_version, read_only.counted)]
+        gx = self._direct(self._state_in(x, writable=False), read)
+        if [*map(counted_version, read_only.counted)] != versions:
+            read_only.require(versions)
         if counted_version(x) != version:
             raise ValueError(CHANGES_X_AT_TIMES)
         return self._flattened(gx, x)
 
-    def _looked_after(self, x: Tensor, call: Callable[[Any], Any], untouched: Untouched) -> Tensor:
+    def _looked_after(self, x: Tensor, read: Any, read_only: ReadOnly) -> Tensor:
         """The same with everything seen to that an evaluation may need besides a call of g."""
-        habit = self._habit
+        replay = self.replay
         # Inference tensors do not count how often they were changed.
-        copies = habit.changes_x is not False or x.is_inference()
+        copies = replay.changes_x is not False or x.is_inference()
         given = x.clone() if copies else x
-        counted = [*untouched.counted] if given.is_inference() else [*untouched.counted, given]
-        before = [*map(counted_version, counted)]
-        # From x = 0 the first evaluation may change nothing.
-        kept = untouched.copies() if untouched.uncounted and habit.looked_after < 2 else []
-        evaluation = functools.partial(call, self._state_in(given, writable=copies))
+        version = None if given.is_inference() else counted_version(given)
+        call = functools.partial(self._direct, read=read)
+        if self._recording is not None:
+            call = functools.partial(self._recording, call)
 
         def again() -> Any:
             return call(self._state_in(x.clone() if copies else x, writable=copies))
 
-        if self._buffers is None:
-            gx = self.replay(evaluation, again)
-        else:
-            with self._buffers.one_evaluation():
-                gx = self.replay(evaluation, again)
-        after = [*map(counted_version, counted)]
-        if kept or after != before:
-            untouched.require(before[: len(untouched.counted)], kept)
-        changed = after != before
+        evaluation = functools.partial(call, self._state_in(given, writable=copies))
+        gx = read_only.during(functools.partial(self._run, evaluation, again))
+        changed = version is not None and counted_version(given) != version
         if changed and not copies:
             raise ValueError(CHANGES_X_AT_TIMES)
-        if habit.changes_x is None:
-            habit.changes_x = changed
-        habit.looked_after += 1
+        if replay.changes_x is None:
+            replay.changes_x = changed
         return self._flattened(gx, x)
 
     def _state_in(self, x: Tensor, *, writable: bool) -> Any:
@@ -315,12 +241,9 @@ class FlatMap:
 
     def _flattened(self, gx: Any, x: Tensor) -> Tensor:
         """gx (n, D), if it is like the state in x; what autocast made of its dtype is undone."""
-        layout, low = self.layout, self.replay.autocast_dtype
-        if low is not None:
-            if isinstance(gx, Tensor):
-                gx = self._widened(gx, low)
-            elif isinstance(gx, (tuple, list)):
-                gx = tuple(self._widened(t, low) if isinstance(t, Tensor) else t for t in gx)
+        layout = self.layout
+        if self.replay.autocast_dtype is not None:
+            gx = self._widened(gx)
         if (
             type(gx) is not Tensor
             or layout.is_tuple
@@ -334,36 +257,96 @@ class FlatMap:
             return layout.flatten(gx)
         return gx if gx.shape == x.shape and not gx.requires_grad else gx.reshape(x.shape)
 
-    def _widened(self, gx: Tensor, low: torch.dtype) -> Tensor:
-        return gx.to(self.layout.dtype) if gx.dtype == low else gx
+    def _widened(self, gx: Any) -> Any:
+        """gx, what products under autocast made of it in the dtype of the state."""
+        if isinstance(gx, (tuple, list)):
+            return tuple(map(self._widened, gx))
+        low = isinstance(gx, Tensor) and gx.dtype == self.replay.autocast_dtype
+        return gx.to(self.layout.dtype) if low else gx
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, without what follows."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def has_rows(part: object, batch: int) -> bool:
+def has_rows(part: Any, batch: int) -> bool:
     """Whether part is a tensor with one row for each sample, which can be taken one by one."""
-    if not isinstance(part, Tensor) or why_not_dense(part) is not None:
-        return False
-    return part.dim() > 0 and part.shape[0] == batch
+    dense = isinstance(part, Tensor) and why_not_dense(part) is None
+    return dense and part.shape[:1] == (batch,)
 
 
-def select(read: Any, rows: Tensor) -> Any:
-    """Rows of a tensor, or of each tensor in a tuple, list or named tuple."""
+def select(read: Any, take: Callable[[Tensor], Tensor]) -> Any:
+    """take(t) of a tensor, or of each tensor in a tuple, list or named tuple."""
     if isinstance(read, Tensor):
-        return read.index_select(0, rows)
-    selected = (part.index_select(0, rows) for part in read)
+        return take(read)
+    selected = map(take, read)
     return read._make(selected) if hasattr(read, "_make") else type(read)(selected)
 
 
-def first_good(bad: Tensor) -> int:
-    """The first sample that is not bad (B,); 0 where all are."""
-    return int(torch.argmin(bad.to(torch.uint8)))
-
-
-def replace_rows(t: Tensor, bad: Tensor, good: int) -> Tensor:
-    """t with row `good`, as a constant, in the place of its bad rows."""
+def replace_rows(t: Tensor, bad: Tensor) -> Tensor:
+    """t with its first good row, as a constant, in the place of its bad ones (B,)."""
+    good = torch.argmin(bad.to(torch.uint8), keepdim=True)
     mask = bad.reshape(-1, *[1] * (t.dim() - 1))
-    return torch.where(mask, t[good].detach(), t)
+    return torch.where(mask, t.detach().index_select(0, good), t)
+
+
+class ReadOnly:
+    """The tensors that evaluations read, and must not change in place.
+
+    Args:
+        name: of what is read.
+        read: a tensor, or a tuple or list of them; other values are not looked into.
+    Attributes:
+        read: as given; nothing that anybody has, for a list, whose tensors may be exchanged.
+        counted: the tensors that count how often they are changed.
+        uncounted: those that do not (inference mode): only a comparison with a copy tells.
+        to_copy: in how many evaluations that is done: from x = 0 the first may change nothing.
+    """
+
+    __slots__ = ("_name", "_tensors", "counted", "read", "to_copy", "uncounted")
+
+    def __init__(self, name: str, read: Any) -> None:
+        self._name = name
+        self.read = object() if isinstance(read, list) else read
+        self._tensors: list[Tensor] = []
+        self.counted: list[Tensor] = []
+        self.uncounted: list[Tensor] = []
+        for t in parts_of(read):
+            if isinstance(t, Tensor):
+                self._tensors.append(t)
+                (self.uncounted if t.is_inference() else self.counted).append(t)
+        self.to_copy = 2 if self.uncounted else 0
+
+    def during(self, run: Callable[[], Any]) -> Any:
+        """run(), which must not change them."""
+        versions, copies = [*map(counted_version, self.counted)], []
+        if self.to_copy:
+            self.to_copy -= 1
+            copies = [(t, t.clone()) for t in self.uncounted if t.layout == torch.strided]
+        result = run()
+        if copies or [*map(counted_version, self.counted)] != versions:
+            self.require(versions, copies)
+        return result
+
+    def require(self, versions: list[int], copies: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """Raise unless all are what they were when copies, and versions of `counted`, were taken.
+
+        Raises:
+            ValueError: one was changed.
+        """
+        changed = [
+            t for t, v in zip(self.counted, versions, strict=True) if counted_version(t) != v
+        ]
+        changed += [t for t, copied in copies if not torch.equal(bits_of(t), bits_of(copied))]
+        for place, t in enumerate(self._tensors):
+            if any(t is other for other in changed):
+                raise ValueError(
+                    f"fixed_point: g must not change {self._name} in place, tensor {place} of it "
+                    "was changed. Use out-of-place operations on it"
+                )
+
+
+def bits_of(t: Tensor) -> Tensor:
+    """The numbers in t, whatever transforms it is wrapped for; NaN is like itself in them."""
+    return transforms.numbers(t).flatten().view(torch.uint8)
+
+
+def parts_of(read: Any) -> Sequence[Any]:
+    """What g reads, one by one."""
+    return read if isinstance(read, (tuple, list)) else (read,)

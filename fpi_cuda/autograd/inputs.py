@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda import transforms
-from fpi_cuda.autograd.backward_hooks import require_true_products, watches_gradients
+from fpi_cuda.autograd.backward_hooks import require_true_products
 from fpi_cuda.autograd.closed_over import (
     Substitution,
     Watch,
@@ -23,6 +23,7 @@ from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, mark_as_anc
 from fpi_cuda.autograd.linearization import OpenLinearization
 from fpi_cuda.autograd.same_value import CHANGED, require_same_value
 from fpi_cuda.module_tree import held_by
+from fpi_cuda.shortcuts import any_backward_hooks
 from fpi_cuda.tensor_version import counted_version, version_of
 
 UNNAMED = (
@@ -47,7 +48,7 @@ class Inputs:
     """
 
     def __init__(self, flat_map: FlatMap, x: Tensor, gx: Tensor, born_after: int) -> None:
-        self._z = flat_map.source_z
+        self._z = flat_map.z
         self._around = here.substitution
         known = {(t.grad_fn, t.output_nr) for t in self._z if t.requires_grad}
         leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
@@ -104,7 +105,7 @@ class Inputs:
         x_leaf = mark_as_anchor(stand_in(x))
         with torch.enable_grad():
             gx, exchange = self._evaluated(flat_map, x_leaf, aside)
-        if exchange.hooks_set or watches_gradients(flat_map.g):
+        if exchange.hooks_set or any_backward_hooks(flat_map.g):
             moving = [t for t in aside if id(t) not in own]
 
             def evaluate(given: Sequence[Tensor]) -> Tensor:
@@ -154,7 +155,7 @@ class Inputs:
         pairs = [(t, now[id(t)]) for t in self.originals if now[id(t)] is not t]
         pairs += [(getattr(module, name, t), now[id(t)]) for t, module, name in self._places]
         with exchanging(pairs, self._around) as exchange:
-            return flat_map.with_inputs(x, z), exchange
+            return flat_map.bound(z)(x), exchange
 
     def _require_usable(self) -> None:
         if self.unnamed:

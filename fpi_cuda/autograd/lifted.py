@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from fpi_cuda import transforms
-from fpi_cuda.autograd.backward_hooks import watches_gradients
 from fpi_cuda.autograd.closed_over import (
     Substitution,
     Watch,
     exchanging,
     here,
 )
-from fpi_cuda.autograd.cut_graph import looks_left, notice_cut_lifted, unreached
+from fpi_cuda.autograd.cut_graph import MOST_LOOKS, looks_at, notice_cut, unreached
 from fpi_cuda.autograd.equation import Equation, Evaluate, leaf_at
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import has_tangent
@@ -25,6 +24,7 @@ from fpi_cuda.autograd.linear import Inputs
 from fpi_cuda.autograd.strategy import Strategy, failed
 from fpi_cuda.autograd.transformed import HIDDEN
 from fpi_cuda.result import SolveResult
+from fpi_cuda.shortcuts import any_backward_hooks
 from fpi_cuda.weight_cache import laid_aside
 
 Solve = Callable[[Callable[[Tensor, "Tensor | None"], Tensor], Tensor], SolveResult]
@@ -58,8 +58,8 @@ class LiftedEquation(Equation):
         self.sizes = flat_map.layout.sizes
         self.truncation = truncation
         self._damping = damping
-        self._originals = [*flat_map.source_z]
-        self._values = [*flat_map.source_z]
+        self._originals = [*flat_map.z]
+        self._values = [*flat_map.z]
         self._places: list[tuple[int, dict[str, Any], str]] = []
         self._inside = False
         self._left: set[int] = set()
@@ -77,7 +77,7 @@ class LiftedEquation(Equation):
         Raises:
             RuntimeError: g depends on what cannot be found.
         """
-        flat_map, z = self._flat_map, self._flat_map.source_z
+        flat_map, z = self._flat_map, self._flat_map.z
         at, aside = x.detach(), [t.detach() for t in self._values]
         watch = Watch([at, *self._originals, *aside])
         exchange = Substitution(zip(self._originals, aside, strict=True))
@@ -119,7 +119,7 @@ class LiftedEquation(Equation):
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
         self.once_only = flat_map.replay.stochastic
         self._inside |= self.once_only or watch.functions
-        self.hooked |= watch.hooks_set or watches_gradients(flat_map.g)
+        self.hooked |= watch.hooks_set or any_backward_hooks(flat_map.g)
         return bool(more or hidden)
 
     def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
@@ -143,14 +143,14 @@ class LiftedEquation(Equation):
         gx = whole.recorded(leaf, inputs)
         self._left = set(leaves_of(gx)) - set(map(id, self.hidden))
         once, step, flat_map = whole.bound(inputs, damped=False), gx, self._flat_map
-        if self._damping[0] > 1 and looks_left(flat_map.g, used=0):
+        if self._damping[0] > 1 and looks_at(flat_map.g).looks < MOST_LOOKS:
             with torch.enable_grad():
                 step = once(leaf)
         elif self.truncation == 0:
             return gx.detach()
         columns = unreached(step, leaf, flat_map.layout.sizes)
         if columns:
-            self._notices.append(lambda: notice_cut_lifted(flat_map, once, x, columns))
+            self._notices.append(lambda: notice_cut(flat_map, x, columns, once))
         return gx.detach()
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
@@ -173,7 +173,7 @@ class LiftedEquation(Equation):
 
     def _with(self, inputs: Sequence[Tensor]) -> tuple[FlatMap, Callable[[Callable[[], Any]], Any]]:
         """g with these inputs, and what has to surround its evaluations."""
-        z = self._flat_map.source_z
+        z = self._flat_map.z
         pairs = list(zip(self._originals, inputs, strict=False))
         # functional_call has put others where modules held some of them.
         pairs += [(held[name], inputs[i]) for i, held, name in self._places if name in held]

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from fpi_cuda import transforms
 from fpi_cuda.autograd.graft import MaybeTensor
 from fpi_cuda.autograd.linearization import Jacobian
-from fpi_cuda.autograd.strategy import dropped, failed, finite_rows, series, zero_rows
+from fpi_cuda.autograd.strategy import dropped, failed, finite_rows, series
 from fpi_cuda.result import Status
 
 Inputs = tuple[Tensor, ...]
@@ -153,7 +153,7 @@ def solution(
     y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
     plain = [t.detach() for t in (b, status, x, gx, *inputs)]
     _, bad = Linear.apply(equation.at(opened), transpose, *plain)
-    return zero_rows(y, bad & finite_rows(b)), bad
+    return y.masked_fill((bad & finite_rows(b))[:, None], 0.0), bad
 
 
 def without_failed(v: Tensor, status: Tensor) -> Tensor:

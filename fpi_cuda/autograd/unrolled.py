@@ -10,26 +10,22 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.attach import attach
-from fpi_cuda.autograd.flat_map import FlatMap, first_good, replace_rows
-from fpi_cuda.autograd.mending import mended_if_batchwise
-from fpi_cuda.autograd.strategy import Account, Truncated, dropped, failed, unmeasured
+from fpi_cuda.autograd.flat_map import FlatMap, replace_rows
+from fpi_cuda.autograd.strategy import Account, Strategy, dropped, failed, unmeasured
 from fpi_cuda.result import AdjointRecord, SolveResult
-
-Run = Callable[[FlatMap, Tensor], SolveResult]
-"""A differentiable solve of a map from an x0 (B, D)."""
 
 
 def attach_unrolled(
     flat_map: FlatMap,
     x0: Tensor,
     result: SolveResult,
-    run: Run,
+    run: Callable[[FlatMap, Tensor], SolveResult],
     record: AdjointRecord,
     born_after: int,
 ) -> Any:
     """The x of `result`, which `run` gave for x0, differentiable where the solve succeeded.
 
-    It is returned as the user's state.
+    It is returned as the user's state. run(map, x0) is a differentiable solve.
 
     A failed sample would poison parameters, for zero times NaN is NaN. So the solve that is
     differentiated is repeated with a good sample in its place.
@@ -40,15 +36,15 @@ def attach_unrolled(
     account = Account(result.status, record)
     plain = result.x.detach()
     if bool(bad.all()):
-        return attach(flat_map, plain, None, Truncated(account, truncation=0), born_after)
-    mended = mended_if_batchwise(flat_map, plain, bad)
-    again = run(mended, replace_rows(x0, bad, first_good(bad)))
-    value = again.x.clone()
+        nothing = Strategy(account, flat_map.arithmetic, truncation=0)
+        return attach(flat_map, plain, None, nothing, born_after)
+    mended = flat_map.mended_if_batchwise(plain, bad)
+    value = run(mended, replace_rows(x0, bad)).x.clone()
     with torch.no_grad():
         value.copy_(torch.where(bad[:, None], plain, value))
 
     def without_failed(v: Tensor) -> Tensor:
-        account.close(v.detach(), unmeasured(v.detach(), v.detach(), 0))
+        account.close(v.detach(), unmeasured(v.detach(), v.detach(), 0), truncation=0)
         return dropped(v, bad)
 
     if value.requires_grad:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from fpi_cuda.autograd import FlatMap
+from fpi_cuda.autograd.flat_map import select
 from fpi_cuda.device_loop import planner
 from fpi_cuda.device_loop.cache import PlanCache
 from fpi_cuda.device_loop.graphs import Graphs
@@ -40,9 +43,14 @@ def solve(
     rows = len(x0)
     if rowwise and CHUNK_BYTES is not None:
         rows = rows_of_chunk(x0, method, CHUNK_BYTES)
+
+    def part(begin: int, end: int) -> FlatMap:
+        read = select(flat_map.read, lambda t: t[begin:end])
+        return flat_map.reading(read, dataclasses.replace(flat_map.layout, batch=end - begin))
+
     parts = [
         planner.solve(
-            flat_map if rows == len(x0) else flat_map.part(begin, end),
+            flat_map if rows == len(x0) else part(begin, end),
             x0[begin:end],
             method,
             atol=atol,

@@ -71,6 +71,47 @@ def test_an_infinite_gradient_reaches_the_rows_that_depend_on_it() -> None:
     assert sol.adjoint_stats.num_zeroed == 0
 
 
+def test_an_infinite_gradient_spoils_no_rows_that_were_not_seen_to_depend_on_it() -> None:
+    """A sum does not look for that, and the forward solve begins at the solution."""
+    z = torch.randn(4, 3, dtype=F64).requires_grad_()
+    x_star = torch.linalg.solve(0.75 * torch.eye(4, dtype=F64) - 0.125, z.detach())
+    sol = fpi.fixed_point(
+        lambda x, z: 0.25 * x + 0.5 * x.mean(0) + z, x_star, z, solver=fpi.Picard(), rtol=1e-6,
+        adjoint=fpi.Neumann(5),
+    )  # fmt: skip
+    v = torch.ones_like(z)
+    v[0, 1] = torch.inf
+    (found,) = torch.autograd.grad(sol.value, z, v)
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()
+    assert sol.adjoint_stats is not None
+    assert sol.adjoint_stats.num_zeroed == 0
+
+
+@pytest.mark.parametrize("solver", LINEAR_SOLVERS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    ("dtype", "small", "rtol"),
+    [(torch.float16, 1e-3, 0.02), (torch.float32, 1e-22, 1e-5), (F64, 1e-200, 1e-5)],
+    ids=str,
+)
+def test_gradients_of_other_sizes_in_each_row(
+    dtype: torch.dtype, small: float, rtol: float, solver: Any
+) -> None:
+    """They are scaled apart, which would be another system here; the forward saw no coupling."""
+    system = 0.75 * torch.eye(4, dtype=F64) - 0.125
+    z = torch.randn(4, 3, dtype=dtype).requires_grad_()
+    x_star = torch.linalg.solve(system, z.detach().double()).to(dtype)
+    v = torch.full_like(z, small)
+    v[0] = 1.0
+    adjoint = fpi.Implicit(solver=solver, rtol=rtol / 4)
+    sol = fpi.fixed_point(
+        lambda x, z: 0.25 * x + 0.5 * x.mean(0) + z, x_star, z, rtol=rtol, adjoint=adjoint
+    )
+    (found,) = torch.autograd.grad(sol.value, z, v)
+    want = torch.linalg.solve(system, v.double())
+    torch.testing.assert_close(found.double(), want, rtol=4 * rtol, atol=0)
+
+
 @pytest.mark.parametrize("solver", LINEAR_SOLVERS, ids=lambda s: type(s).__name__)
 def test_the_residual_of_the_adjoint_is_that_of_all_rows(solver: Any) -> None:
     """Where the forward solve had no chance to notice: it begins at the solution."""
