@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
 from fpi_cuda.adjoint import (
@@ -258,7 +257,7 @@ def solve_flat(
     """Solve on flat states and attach the derivatives."""
     born_after = sequence_number()
     start = layout.flatten(x0)
-    grad = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    grad = torch.is_grad_enabled() or transforms.in_dual_level()
     only_host = IN_TRANSFORM if transforms.active() else None
     if isinstance(options.adjoint, Unroll) and (grad or only_host is not None):
         only_host = UNROLLED

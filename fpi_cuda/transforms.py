@@ -16,9 +16,12 @@ active = torch._C._are_functorch_transforms_active
 """Whether any transform is active."""
 
 
+_probe = torch.empty(0)
+
+
 def in_dual_level() -> bool:
-    """Whether tensors may have tangents from torch.autograd.forward_ad."""
-    return forward_ad._current_level >= 0
+    """Whether tensors may have tangents: only there is one taken apart to give its primal."""
+    return forward_ad.unpack_dual(_probe).primal is not _probe
 
 
 in_forward_mode = functools.partial(forward_ad._set_fwd_grad_enabled, True)
