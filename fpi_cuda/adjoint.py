@@ -38,7 +38,7 @@ from fpi_cuda.request import Options
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import difference_norm, num_moved, row_norm
 from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.solvers.coupled import feels, jointly, retold, rows_feel
+from fpi_cuda.solvers.coupled import feels, jointly, retold, rows_mix
 from fpi_cuda.solvers.gmres import gmres
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
@@ -199,11 +199,7 @@ def corrected(
     if told is found or not feels(told, found, left):
         failed = bool((told.status != Status.CONVERGED).any())
         # What is no solution may be as far as rows get on their own.
-        other = found.x + b
-        if not failed or not (
-            rows_feel(apply, found.x, product, other)
-            or rows_feel(apply, found.x, product, other, turned=True)
-        ):
+        if not failed or not rows_mix(apply, b, coupling.together):
             coupling.is_independent()
             return told
     coupling.depends()

@@ -114,6 +114,31 @@ def test_rows_that_a_krylov_solver_cannot_solve_apart(solver: Any) -> None:
         assert (found - want).norm() <= 1e-7 * want.norm()
 
 
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+@pytest.mark.parametrize("pair", [(0, 2), (2, 0), (1, 3), (4, 11), (11, 4), (3, 8)], ids=str)
+@pytest.mark.parametrize("solver", LINEAR_SOLVERS, ids=lambda s: type(s).__name__)
+def test_one_row_that_depends_on_one_other(solver: Any, pair: tuple[int, int], mode: str) -> None:
+    """Forward, each row is solved in turn, so that nobody notices; apart, CG finds nothing."""
+    mix = 0.8 * torch.eye(12, dtype=F64)
+    mix[pair] = 1.0
+    t = torch.randn(12, 2, dtype=F64)
+    x_star = torch.linalg.solve(torch.eye(12, dtype=F64) - mix, t)
+    adjoint = fpi.Implicit(solver=solver, rtol=1e-9, max_steps=500)
+
+    def solve(t: Tensor) -> Tensor:
+        return fpi.fixed_point(lambda x, t: mix @ x + t, x_star, t, adjoint=adjoint).value
+
+    v = torch.randn(12, 2, dtype=F64)
+    if mode == "forward":
+        found = torch.func.jvp(solve, (t,), (v,))[1]
+        want = torch.linalg.solve(torch.eye(12, dtype=F64) - mix, v)
+    else:
+        t.requires_grad_()
+        (found,) = torch.autograd.grad(solve(t), t, v)
+        want = torch.linalg.solve(torch.eye(12, dtype=F64) - mix.T, v)
+    assert (found - want).norm() <= 1e-7 * want.norm()
+
+
 def test_derivatives_of_every_order_and_mode() -> None:
     g, x0 = graph(6, 2, sources=1)
     z = (0.1 * torch.randn_like(x0)).requires_grad_()
