@@ -137,8 +137,13 @@ class SystemSolve:
         krylov = isinstance(self.solver, (GMRES, ConjugateGradient))
         if krylov and coupling is not None and coupling.joint:
             return self._joint(system, coupling.together)
-        if coupling is None or (found is None and not krylov):
-            return self._rows(system, coupling)
+        if coupling is None:
+            return self._rows(system, None)
+        if found is None and not krylov:
+            found = self._rows(system, coupling)
+            solved = found.status.max().item() <= Status.CONVERGED
+            if solved or coupling.joint or not any_lost(found, system.b):
+                return found
         return corrected(self, system, coupling, found or self._rows(system, None))
 
     def _rows(self, system: LinearSystem, coupling: Coupling | None) -> SolveResult:
@@ -180,6 +185,16 @@ class SystemSolve:
         residual = difference_norm(apply(y) + b, y)
         status, num_steps = (t.repeat_interleave(rows) for t in (whole.status, whole.num_steps))
         return SolveResult(y, status, num_steps, residual)
+
+
+def any_lost(found: SolveResult, start: Tensor) -> bool:
+    """Whether a row failed for good, or got no better than it was at start (B, D).
+
+    What is only short of steps has come nearer to the solution of its own that it has.
+    """
+    lost = (found.status == Status.DIVERGED) | (found.status == Status.NONFINITE)
+    idle = (found.status != Status.CONVERGED) & (found.x == start).all(1)
+    return bool((lost | idle).any())
 
 
 def corrected(

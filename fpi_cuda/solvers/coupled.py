@@ -129,7 +129,12 @@ class RowWatch:
             return told
         self._coupling.depends()
         number = int(result.num_steps.max())
-        if number >= system.max_steps or bool((told.status == Status.CONVERGED).all()):
+        if bool((told.status == Status.CONVERGED).all()):
+            return told
+        if system.linear:
+            # As with the Krylov solvers: what rows spent on their own counts, and limits nothing.
+            system = system._replace(max_steps=number + system.max_steps)
+        elif number >= system.max_steps:
             return told
         scale = group_norm(column(work.control, "scale0"), self._system)
         return joint_solve(system, result.x, gx, number, scale)

@@ -139,6 +139,37 @@ def test_one_row_that_depends_on_one_other(solver: Any, pair: tuple[int, int], m
     assert (found - want).norm() <= 1e-7 * want.norm()
 
 
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "solver", [fpi.Anderson(), fpi.GMRES(), fpi.ConjugateGradient()], ids=lambda s: type(s).__name__
+)
+def test_rows_that_can_only_be_solved_together(solver: Any, seed: int, mode: str) -> None:
+    """Apart they run away; the forward solve begins at the solution, and shows nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.linalg.qr(torch.randn(4, 4, dtype=F64, generator=generator))[0] * 1.1
+    t, v = torch.randn(2, 4, 1, dtype=F64, generator=generator)
+    system = torch.eye(4, dtype=F64) - mix
+    x_star = torch.linalg.solve(system, t)
+    adjoint = fpi.Implicit(solver=solver, rtol=1e-9, max_steps=200)
+    stats = []
+
+    def solve(t: Tensor) -> Tensor:
+        sol = fpi.fixed_point(lambda x, t: mix @ x + t, x_star, t, adjoint=adjoint)
+        stats.append(sol)
+        return sol.value
+
+    if mode == "forward":
+        found = torch.func.jvp(solve, (t,), (v,))[1]
+        want = torch.linalg.solve(system, v)
+    else:
+        t.requires_grad_()
+        (found,) = torch.autograd.grad(solve(t), t, v)
+        want = torch.linalg.solve(system.T, v)
+    assert stats[0].adjoint_stats.converged.all()
+    assert (found - want).norm() <= 1e-7 * want.norm()
+
+
 def test_derivatives_of_every_order_and_mode() -> None:
     g, x0 = graph(6, 2, sources=1)
     z = (0.1 * torch.randn_like(x0)).requires_grad_()
