@@ -141,8 +141,12 @@ class SystemSolve:
             return self._rows(system, None)
         if found is None and not krylov:
             found = self._rows(system, coupling)
-            solved = found.status.max().item() <= Status.CONVERGED
-            if solved or coupling.joint or not any_lost(found, system.b):
+            worst = found.status.max().item()
+            if coupling.joint or worst <= Status.CONVERGED:
+                return found
+            # What is only short of steps has come nearer to the solution that its rows have apart.
+            idle = (found.x == system.b).all(1) & (found.status != Status.CONVERGED)
+            if worst < Status.DIVERGED and not bool(idle.any()):
                 return found
         return corrected(self, system, coupling, found or self._rows(system, None))
 
@@ -185,16 +189,6 @@ class SystemSolve:
         residual = difference_norm(apply(y) + b, y)
         status, num_steps = (t.repeat_interleave(rows) for t in (whole.status, whole.num_steps))
         return SolveResult(y, status, num_steps, residual)
-
-
-def any_lost(found: SolveResult, start: Tensor) -> bool:
-    """Whether a row failed for good, or got no better than it was at start (B, D).
-
-    What is only short of steps has come nearer to the solution of its own that it has.
-    """
-    lost = (found.status == Status.DIVERGED) | (found.status == Status.NONFINITE)
-    idle = (found.status != Status.CONVERGED) & (found.x == start).all(1)
-    return bool((lost | idle).any())
 
 
 def corrected(
