@@ -33,7 +33,7 @@ from fpi_cuda.request import Options
 from fpi_cuda.result import SolveResult, Status
 from fpi_cuda.row_norm import difference_norm, num_moved, row_norm
 from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.solvers.coupled import feels, jointly, retold, rows_feel
+from fpi_cuda.solvers.coupled import feels, jointly, retold, rows_mix
 from fpi_cuda.solvers.gmres import gmres
 from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import Backend
@@ -128,8 +128,17 @@ class SystemSolve:
         krylov = isinstance(self.solver, (GMRES, ConjugateGradient))
         if krylov and coupling is not None and coupling.joint:
             return self._joint(system, coupling.together)
-        if coupling is None or (found is None and not krylov):
-            return self._rows(system, coupling)
+        if coupling is None:
+            return self._rows(system, None)
+        if found is None and not krylov:
+            found = self._rows(system, coupling)
+            worst = found.status.max().item()
+            if coupling.joint or worst <= Status.CONVERGED:
+                return found
+            # What is only short of steps has come nearer to the solution that its rows have apart.
+            idle = (found.x == system.b).all(1) & (found.status != Status.CONVERGED)
+            if worst < Status.DIVERGED and not bool(idle.any()):
+                return found
         return corrected(self, system, coupling, found or self._rows(system, None))
 
     def _rows(self, system: LinearSystem, coupling: Coupling | None) -> SolveResult:
@@ -190,11 +199,7 @@ def corrected(
     if told is found or not feels(told, found, left):
         failed = bool((told.status != Status.CONVERGED).any())
         # What is no solution may be as far as rows get on their own.
-        other = found.x + b
-        if not failed or not (
-            rows_feel(apply, found.x, product, other)
-            or rows_feel(apply, found.x, product, other, turned=True)
-        ):
+        if not failed or not rows_mix(apply, b, coupling.together):
             coupling.is_independent()
             return told
     coupling.depends()

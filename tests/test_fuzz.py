@@ -30,6 +30,11 @@ def test_no_layer_breaks_its_word() -> None:
     assert [line for index in range(150) for line in fuzz_layers.fuzz_layer(0, index)] == []
 
 
+@pytest.mark.parametrize("index", [214, 14771, 40192, 41548])
+def test_layers_that_broke_their_word_once(index: int) -> None:
+    assert fuzz_layers.fuzz_layer(14, index) == []
+
+
 @pytest.mark.parametrize(
     ("lie", "found"),
     [

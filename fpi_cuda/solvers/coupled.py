@@ -129,7 +129,12 @@ class RowWatch:
             return told
         self._coupling.depends()
         number = int(result.num_steps.max())
-        if number >= system.max_steps or bool((told.status == Status.CONVERGED).all()):
+        if bool((told.status == Status.CONVERGED).all()):
+            return told
+        if system.linear:
+            # As with the Krylov solvers: what rows spent on their own counts, and limits nothing.
+            system = system._replace(max_steps=number + system.max_steps)
+        elif number >= system.max_steps:
             return told
         scale = group_norm(column(work.control, "scale0"), self._system)
         return joint_solve(system, result.x, gx, number, scale)
@@ -148,21 +153,49 @@ class RowWatch:
         return rows_feel(self._system.value, x, gx, self._x0)
 
 
-def rows_feel(
-    apply: Callable[[Tensor], Tensor], x: Tensor, gx: Tensor, other: Tensor, *, turned: bool = False
-) -> bool:
+def rows_feel(apply: Callable[[Tensor], Tensor], x: Tensor, gx: Tensor, other: Tensor) -> bool:
     """Whether a row of the map's value changes where only other rows of its argument do.
 
     Args:
         gx: apply(x).
-        other: (B, D) where half of the rows are moved to.
-        turned: it is the other half.
+        other: (B, D) where half of the rows are moved to. Rows of one half are not told apart.
     """
     rows = torch.arange(len(x), device=x.device)
     # Fibonacci hashing: a half without a pattern that a graph could have too.
-    away = (rows * 2654435761 % 4294967296 < 2147483648) ^ turned
+    away = rows * 2654435761 % 4294967296 < 2147483648
     change = difference_norm(apply(torch.where(away[:, None], other, x)), gx)
     return bool((~away & beyond_rounding(change, gx, x)).any())
+
+
+LEVELS = 8
+"""Powers of two that rows are multiplied by to tell them apart: few enough for float16."""
+
+
+def rows_mix(apply: Callable[[Tensor], Tensor], like: Tensor, together: int) -> bool:
+    """Whether a row of a linear map's value depends on any other row of its argument.
+
+    It does if the map does not commute with multiples of the rows, another one for each. The
+    multiples are powers of two, which change no rounding. Costs 1 + log_LEVELS(together) products.
+
+    Args:
+        like: (B, D) whose shape and dtype the argument has.
+        together: how many rows in succession may depend on one another.
+    """
+    # No number is zero, and no two rows are alike, so that nothing cancels.
+    y = torch.arange(1, like.numel() + 1, device=like.device, dtype=torch.float64).sin()
+    y = y.to(like.dtype).reshape(like.shape)
+    product = apply(y)
+    rows = torch.arange(len(like), device=like.device) % together
+    place = 1
+    while place < together:
+        digit = rows // place % LEVELS - LEVELS // 2
+        multiple = torch.exp2(digit.double()).to(like.dtype)[:, None]
+        scaled, expected = multiple * y, multiple * product
+        change = difference_norm(apply(scaled), expected)
+        if bool(beyond_rounding(change, expected, scaled).any()):
+            return True
+        place *= LEVELS
+    return False
 
 
 def retold(

@@ -155,6 +155,62 @@ def test_rows_that_a_krylov_solver_cannot_solve_apart(solver: Any) -> None:
         assert (found - want).norm() <= 1e-7 * want.norm()
 
 
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+@pytest.mark.parametrize("pair", [(0, 2), (2, 0), (1, 3), (4, 11), (11, 4), (3, 8)], ids=str)
+@pytest.mark.parametrize("solver", LINEAR_SOLVERS, ids=lambda s: type(s).__name__)
+def test_one_row_that_depends_on_one_other(solver: Any, pair: tuple[int, int], mode: str) -> None:
+    """Forward, each row is solved in turn, so that nobody notices; apart, CG finds nothing."""
+    mix = 0.8 * torch.eye(12, dtype=F64)
+    mix[pair] = 1.0
+    t = torch.randn(12, 2, dtype=F64)
+    x_star = torch.linalg.solve(torch.eye(12, dtype=F64) - mix, t)
+    adjoint = fpi.Implicit(solver=solver, rtol=1e-9, max_steps=500)
+
+    def solve(t: Tensor) -> Tensor:
+        return fpi.fixed_point(lambda x, t: mix @ x + t, x_star, t, adjoint=adjoint).value
+
+    v = torch.randn(12, 2, dtype=F64)
+    if mode == "forward":
+        found = torch.func.jvp(solve, (t,), (v,))[1]
+        want = torch.linalg.solve(torch.eye(12, dtype=F64) - mix, v)
+    else:
+        t.requires_grad_()
+        (found,) = torch.autograd.grad(solve(t), t, v)
+        want = torch.linalg.solve(torch.eye(12, dtype=F64) - mix.T, v)
+    assert (found - want).norm() <= 1e-7 * want.norm()
+
+
+@pytest.mark.parametrize("mode", ["backward", "forward"])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "solver", [fpi.Anderson(), fpi.GMRES(), fpi.ConjugateGradient()], ids=lambda s: type(s).__name__
+)
+def test_rows_that_can_only_be_solved_together(solver: Any, seed: int, mode: str) -> None:
+    """Apart they run away; the forward solve begins at the solution, and shows nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.linalg.qr(torch.randn(4, 4, dtype=F64, generator=generator))[0] * 1.1
+    t, v = torch.randn(2, 4, 1, dtype=F64, generator=generator)
+    system = torch.eye(4, dtype=F64) - mix
+    x_star = torch.linalg.solve(system, t)
+    adjoint = fpi.Implicit(solver=solver, rtol=1e-9, max_steps=200)
+    stats = []
+
+    def solve(t: Tensor) -> Tensor:
+        sol = fpi.fixed_point(lambda x, t: mix @ x + t, x_star, t, adjoint=adjoint)
+        stats.append(sol)
+        return sol.value
+
+    if mode == "forward":
+        found = torch.func.jvp(solve, (t,), (v,))[1]
+        want = torch.linalg.solve(system, v)
+    else:
+        t.requires_grad_()
+        (found,) = torch.autograd.grad(solve(t), t, v)
+        want = torch.linalg.solve(system.T, v)
+    assert stats[0].adjoint_stats.converged.all()
+    assert (found - want).norm() <= 1e-7 * want.norm()
+
+
 def test_derivatives_of_every_order_and_mode() -> None:
     g, x0 = graph(6, 2, sources=1)
     z = (0.1 * torch.randn_like(x0)).requires_grad_()
