@@ -190,7 +190,8 @@ class Strategy:
         result = self._solved(b / factor, matrix, transpose)
         if coupled is None and bool((factor != factor[0]).any()):
             apply = matrix.transposed if transpose else matrix.product
-            if not is_solved_jointly(apply, b, factor, result, self.arithmetic):
+            seen = self.account.coupled  # by now
+            if seen or not is_solved_jointly(apply, b, factor, result, self.arithmetic):
                 return self._scaled(b, matrix, transpose, True)
         residual = result.residual * factor[:, 0].double()
         return result._replace(x=result.x * factor, residual=residual)
