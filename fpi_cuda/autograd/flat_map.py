@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -179,6 +178,10 @@ class FlatMap:
         read = self._prepare(z) if self.hoisted else z
         return self._but(_selection=(None, None), z=z, source_z=z, read=read)
 
+    def called_by(self, call: Callable[..., Any]) -> FlatMap:
+        """This map, where each call of g, or of what stands for it, is call(function, *args)."""
+        return self._but(g=Called(self.g, call))
+
     def damped(self, steps: int, damping: float) -> FlatMap:
         """The map x <- x + damping (g(x) - x), so many times."""
         return self._but(damping=(steps, damping))
@@ -203,8 +206,8 @@ class FlatMap:
 
     def _but(self, **other: Any) -> FlatMap:
         """This map with some attributes other ones."""
-        again = copy.copy(self)
-        again.__dict__.update(other)
+        again = FlatMap.__new__(FlatMap)
+        again.__dict__ = self.__dict__ | other
         return again
 
     def _mended_inputs(self, z: Sequence[Tensor], bad: Tensor, good: int) -> list[Tensor]:
@@ -336,6 +339,23 @@ class FlatMap:
 
     def _widened(self, gx: Tensor, low: torch.dtype) -> Tensor:
         return gx.to(self.layout.dtype) if gx.dtype == low else gx
+
+
+class Called:
+    """g, every call of which, or of what stands for it, is made by somebody else."""
+
+    def __init__(self, g: Any, call: Callable[..., Any]) -> None:
+        self._g = g
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(self._g, *args)
+
+    def prepare(self, *z: Tensor) -> Any:
+        return self._call(self._g.prepare, *z)
+
+    def step(self, state: Any, prepared: Any) -> Any:
+        return self._call(self._g.step, state, prepared)
 
 
 def first_line(error: Exception) -> str:
