@@ -557,3 +557,52 @@ def test_torch_compile_goes_around_a_layer() -> None:
         torch.testing.assert_close(inside(z), model.layer(z))
     finally:
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("which", "besides"), [("vmap", 2), ("grad", 3), ("jvp", 3), ("vmapgrad", 3), ("jacrev", 3)]
+)
+def test_g_is_evaluated_a_few_times_besides_the_solve(which: str, besides: int) -> None:
+    calls = 0
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.tanh(x @ A.T + z)
+
+    def layer(z: Tensor) -> Tensor:
+        found = fpi.fixed_point(g, torch.zeros_like(z), z, **TIGHT)
+        steps.append(int(transforms.numbers(found.num_steps).max()))
+        return found.value
+
+    operation: dict[str, Callable[[], Any]] = {
+        "vmap": lambda: vmap(layer)(ZZ),
+        "grad": lambda: grad(lambda z: (layer(z) ** 2).sum())(Z),
+        "jvp": lambda: jvp(layer, (Z,), (Z,)),
+        "vmapgrad": lambda: vmap(grad(lambda z: (layer(z) ** 2).sum()))(ZZ),
+        "jacrev": lambda: jacrev(layer)(Z),
+    }
+    steps: list[int] = []
+    operation[which]()  # The first solve of a map probes it.
+    calls, steps = 0, []
+    operation[which]()
+    assert calls <= sum(steps) + besides
+
+
+@pytest.mark.parametrize("order", ["grad of vmap", "vmap of grad"])
+def test_a_sample_that_fails_under_a_vmap(order: str) -> None:
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return torch.where(z > 5, x * x + 2, torch.tanh(x @ A.T + z))
+
+    def loss(z: Tensor) -> Tensor:
+        value = fpi.fixed_point(g, torch.zeros_like(z), z, **TIGHT).value
+        return torch.where(z > 5, 0.0, value).square().sum()
+
+    z = ZZ.clone()
+    z[1, 2] = 10.0
+    of = {"grad of vmap": grad(lambda z: vmap(loss)(z).sum()), "vmap of grad": vmap(grad(loss))}
+    with pytest.warns(fpi.FixedPointWarning):
+        found = of[order](z)
+    expected = vmap(grad(loss))(ZZ)
+    expected[1, 2] = 0.0
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)

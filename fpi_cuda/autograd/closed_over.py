@@ -32,6 +32,7 @@ class Watch(TorchFunctionMode):
 
     Attributes:
         functions: it calls an autograd.Function.
+        blind: it has made tensors out of sight; known after `captured` too.
         hooks_set: it sets hooks on tensors.
     """
 
@@ -41,6 +42,7 @@ class Watch(TorchFunctionMode):
         self._known = {id(t): t for t in given}
         self._used: list[tuple[weakref.ref[Tensor], Tensor | None]] = []
         self.functions = False
+        self.blind = False
         self.hooks_set = False
 
     def __torch_function__(
@@ -66,8 +68,17 @@ class Watch(TorchFunctionMode):
         What transforms inside of g have wrapped is not there any more.
         """
         self._known.clear()
-        there = ((used(), stand_in) for used, stand_in in self._used)
+        there = [(used(), stand_in) for used, stand_in in self._used]
+        self.blind |= any(t is None for t, _ in there)
         return [(t, t if stand_in is None else stand_in) for t, stand_in in there if t is not None]
+
+    def call(self, function: Callable[..., Any], *args: Any, given: Sequence[Tensor]) -> Any:
+        """function(*args), watched, which is given other tensors besides."""
+        self._known.update((id(t), t) for t in tensors_in([*args, *given]))
+        with self:
+            result = function(*args)
+        self.blind |= any(id(t) not in self._known for t in tensors_in(result))
+        return result
 
 
 class Substitution(TorchFunctionMode):
@@ -111,16 +122,6 @@ class Substitution(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def surroundings(then: Substitution | None) -> Iterator[None]:
-    """Exchange again what was exchanged around a solve, where that has ended meanwhile."""
-    if then is None or then is here.substitution:
-        yield
-        return
-    with surroundings(then._around), Substitution(then._pairs.values()):
-        yield
-
-
-@contextlib.contextmanager
 def exchanging(
     pairs: Iterable[tuple[Tensor, Tensor]], around: Substitution | None
 ) -> Iterator[Substitution]:
@@ -129,8 +130,13 @@ def exchanging(
     Args:
         around: what was exchanged around the solve that g belongs to.
     """
-    with surroundings(around), laid_aside(covers=True), Substitution(pairs) as exchange:
-        yield exchange
+    if around is not None and around is not here.substitution:
+        # The solve around has ended meanwhile.
+        with exchanging(around._pairs.values(), around._around), Substitution(pairs) as exchange:
+            yield exchange
+    else:
+        with laid_aside(covers=True), Substitution(pairs) as exchange:
+            yield exchange
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,27 @@ from fpi_cuda.autograd.strategy import Strategy
 from fpi_cuda.autograd.transformed import Transformed
 from fpi_cuda.recomputed import tensors_saved_as_they_are
 
+Apply = Callable[[Tensor], Tensor]
+
 Evaluate = Callable[[Tensor], Tensor]
 """x (B, D) -> g(x) (B, D), all else being bound."""
+
+
+@dataclass
+class Known:
+    """What is known of the solution of an equation.
+
+    Attributes:
+        jacobian: there, where its graph was recorded.
+        bad: (B,) bool, samples that failed, to be evaluated where another one is; None: none.
+        notices: to be given once somebody asks for derivatives.
+        merged: the same of equations of several like this side by side, by how they are merged.
+    """
+
+    jacobian: Linearization | None = None
+    bad: Tensor | None = None
+    notices: list[Callable[[], None]] = field(default_factory=list)
+    merged: dict[tuple[Any, ...], Known] = field(default_factory=dict)
 
 
 class Equation:
@@ -35,7 +55,6 @@ class Equation:
         once_only: a backward pass may come where g cannot be evaluated.
         hooked: hooks in g may change gradients.
         changes: whether they do, once that was seen.
-        bad: (B,) bool, samples that failed, to be evaluated where another one is; None: none.
         hidden: the last inputs, where nothing can stand in for them.
     """
 
@@ -45,9 +64,13 @@ class Equation:
     sizes: Sequence[int]
     once_only = False
     hidden: Inputs = ()
-    bad: Tensor | None = None
     hooked = False
     changes: list[bool]
+
+    @functools.cached_property
+    def known(self) -> Known:
+        """What a solve has found."""
+        return Known()
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """g with these inputs, what does not depend on x done once.
@@ -67,6 +90,8 @@ class Equation:
 
     def look(self) -> None:
         """Somebody asks for derivatives of the solution: see whether they are whole."""
+        while self.known.notices:
+            self.known.notices.pop()()
 
     def leave_out(self, bad: Tensor, x: Tensor, inputs: Inputs) -> None:
         """Evaluate bad samples where another one is from now on, if that leaves the others alone.
@@ -78,19 +103,21 @@ class Equation:
         # Not under no_grad: autocast would cache weights without their graph.
         with torch.enable_grad():
             expected = self.evaluate(x, *inputs)[~bad]
-            self.bad = bad
+            self.known.bad = bad
             moved = self.evaluate(x, *inputs)[~bad]
             if not same_value(moved, expected, x.dtype, self.sizes):
-                self.bad = None
+                self.known.bad = None
 
     def evaluate(self, x: Tensor, *inputs: Tensor) -> Tensor:
         """What is differentiated."""
         return self.bound(inputs, damped=True)(x)
 
-    def recorded(self, leaf: Tensor, inputs: Inputs) -> Tensor:
-        """The same at a leaf, with its graph."""
+    def keep(self, leaf: Tensor, inputs: Inputs) -> Linearization:
+        """Record the graph of what is differentiated, and have it at hand for `matrix`."""
         with torch.enable_grad(), tensors_saved_as_they_are():
-            return self.evaluate(leaf, *(t.detach() for t in inputs))
+            gx = self.evaluate(leaf, *(t.detach() for t in inputs))
+        found = self.known.jacobian = Linearization(leaf, gx)
+        return found
 
     def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs, *, transpose: bool) -> Jacobian:
         """The Jacobian at plain numbers.
@@ -103,20 +130,21 @@ class Equation:
         """
         if len(x) == 0:
             return Linearization(x, x)
-        leaf = leaf_at(x)
-        there = Transformed(self.evaluate, x, inputs)
+        by_graph, leaf = self.known.jacobian, leaf_at(x)
         if leaf is None:
-            return there
-        value = self.recorded(leaf, inputs)
-        require_same_value(value, gx, self.arithmetic, self.sizes)
-        by_graph = Linearization(leaf, value)
+            return Transformed(self.evaluate, x, inputs)
+        if by_graph is None or not torch.equal(by_graph.x, x):
+            by_graph = self.keep(leaf, inputs)
+            require_same_value(by_graph.gx, gx, self.arithmetic, self.sizes)
         if not self.hooked:
             return by_graph
+        there = Transformed(self.evaluate, x, inputs)
         if not self.changes and self.truncation != 0:
-            w, t = waves(value, 0), waves(leaf, 1)
+            w, t = waves(x, 0), waves(x, 1)
             pushed, pulled = there.product(t), by_graph.transposed(w)
             self.changes.append(differ(pushed, w, [pulled], [t], self.arithmetic))
-        return by_graph if transpose else ByForwardMode(by_graph, there)
+        # Forward mode runs no hook on gradients.
+        return by_graph if transpose else Products(there.product, by_graph.transposed)
 
     def require_true_products(self) -> None:
         """Raise where hooks make the products with the Jacobian those of no function."""
@@ -145,49 +173,60 @@ class Equation:
         Args:
             dims: the dimension of the vmap in each input.
         """
-        return MergedEquation(self, size, dims, randomness)
+        return MergedEquation(self, size, tuple(dims), randomness)
+
+    def with_sides(self, size: int) -> Equation:
+        """The equation of `size` copies of the samples, for as many right-hand sides each."""
+        return ManySides(self, size)
 
 
-class ByForwardMode(NamedTuple):
-    """A Jacobian whose products are those of forward mode, which runs no hook on gradients."""
+class Products(NamedTuple):
+    """A Jacobian that is known by its products alone."""
 
-    by_graph: Jacobian
-    there: Transformed
-
-    def product(self, t: Tensor) -> Tensor:
-        """J t."""
-        return self.there.product(t)
-
-    def transposed(self, c: Tensor) -> Tensor:
-        """J^T c."""
-        return self.by_graph.transposed(c)
+    product: Apply
+    transposed: Apply
 
 
 SHARED = (
-    "strategy", "look", "truncation", "arithmetic", "sizes", "once_only", "hooked", "changes",
-    "hidden",
+    "strategy", "truncation", "arithmetic", "sizes", "once_only", "hooked", "changes", "hidden",
 )  # fmt: skip
-"""What is the same for an equation and for that of several side by side."""
 
 
-class MergedEquation(Equation):
-    """See Equation.merged; `one` is the equation of each sample of the vmap."""
+class EquationOfMany(Equation):
+    """An equation for several samples in the place of each one of another equation."""
 
-    def __init__(
-        self, one: Equation, size: int, dims: Sequence[int | None], randomness: str
-    ) -> None:
+    def __init__(self, one: Equation, size: int) -> None:
         self._one = one
         self._size = size
-        self._dims = dims
-        self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
         for name in SHARED:
             setattr(self, name, getattr(one, name))
 
+    def look(self) -> None:
+        """See Equation."""
+        self._one.look()
+
+    def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
+        """See Equation."""
+        return self._one.solved_of(whole, x0, inputs)
+
+
+class MergedEquation(EquationOfMany):
+    """See Equation.merged; `one` is the equation of each sample of the vmap."""
+
+    def __init__(
+        self, one: Equation, size: int, dims: tuple[int | None, ...], randomness: str
+    ) -> None:
+        super().__init__(one, size)
+        self._dims = dims
+        self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
+        self.known = one.known.merged.setdefault((size, dims, randomness), Known())
+
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """See Equation."""
-        bad = self.bad
+        bad = self.known.bad
         if bad is not None:
-            inputs = [self._without_bad(t, dim) for t, dim in zip(inputs, self._dims, strict=True)]
+            pairs = zip(inputs, self._dims, strict=True)
+            inputs = [self._without_bad(t, dim, bad) for t, dim in pairs]
 
         def of_one(x: Tensor, *inputs: Tensor) -> Tensor:
             return self._one.bound(inputs, damped=damped)(x)
@@ -203,26 +242,61 @@ class MergedEquation(Equation):
 
         return evaluate
 
-    def _without_bad(self, t: Tensor, dim: int | None) -> Tensor:
+    def _without_bad(self, t: Tensor, dim: int | None, bad: Tensor) -> Tensor:
         """An input with what bad samples have in it replaced, as far as it is theirs alone."""
-        assert self.bad is not None
-        bad = self.bad.reshape(self._size, -1)
-        rows = bad.shape[1]
+        apart = bad.reshape(self._size, -1)
+        rows = apart.shape[1]
         if dim is None:
-            mine = bad.all(0)
+            mine = apart.all(0)
             return replace_rows(t, mine) if has_rows(t, rows) else t
         first = t.movedim(dim, 0)
         if first.dim() > 1 and first.shape[1] == rows:
-            flat = replace_rows(first.flatten(0, 1), self.bad)
-            first = flat.reshape(first.shape)
+            replaced = replace_rows(first.flatten(0, 1), bad).reshape(first.shape)
         else:
-            mine = bad.all(1)
-            first = replace_rows(first, mine)
-        return first.movedim(0, dim)
+            replaced = replace_rows(first, apart.all(1))
+        return replaced.movedim(0, dim)
 
-    def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
+
+class ManySides(EquationOfMany):
+    """See Equation.with_sides; rows lie as (outer, size, B), `one` having (outer, B)."""
+
+    def __init__(self, one: Equation, size: int, outer: int = 1) -> None:
+        super().__init__(one, size)
+        self._outer = outer
+
+    def apart(self, t: Tensor) -> Tensor:
+        """(size, outer B, ...)"""
+        rows = t.reshape(self._outer, self._size, -1, *t.shape[1:])
+        return rows.transpose(0, 1).flatten(1, 2)
+
+    def of_each(self, apply: Apply) -> Apply:
+        """What `apply` does to (outer B, ...), one side after the other."""
+
+        def of_all(t: Tensor) -> Tensor:
+            if len(t) == 0:
+                return t.clone()
+            found = torch.stack([apply(side) for side in self.apart(t)])
+            rows = found.reshape(self._size, self._outer, -1, *found.shape[2:])
+            return rows.transpose(0, 1).flatten(0, 2)
+
+        return of_all
+
+    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+        """See Equation; g need not be evaluated under a vmap here."""
+        return self.of_each(self._one.bound(inputs, damped=damped))
+
+    def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs, *, transpose: bool) -> Jacobian:
         """See Equation."""
-        return self._one.solved_of(whole, x0, inputs)
+        if len(x) == 0:
+            return Linearization(x, x)
+        first, there = self.apart(x)[0], self.apart(gx)[0]
+        one = self._one.matrix(first, there, inputs, transpose=transpose)
+        return Products(self.of_each(one.product), self.of_each(one.transposed))
+
+    def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> Equation:
+        """See Equation; what the Jacobian is known of stays together."""
+        one = self._one.merged(size, dims, randomness)
+        return ManySides(one, self._size, size * self._outer)
 
 
 def leaf_at(x: Tensor) -> Tensor | None:

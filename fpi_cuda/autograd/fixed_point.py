@@ -14,7 +14,9 @@ from fpi_cuda.autograd.linear import (
     Inputs,
     Opened,
     as_lower_levels_see,
+    if_once_only,
     primal,
+    remember,
     side_by_side,
     solution,
 )
@@ -39,15 +41,16 @@ class FixedPoint(torch.autograd.Function):
         x, gx, status, *_ = outputs
         ctx.num_told = len(outputs) - 1
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, gx, status, *inputs)
-        ctx.save_for_forward(x, gx, status, *inputs)
-        ctx.opened = None
+        remember(ctx, x, gx, status, *inputs)
         if any(ctx.needs_input_grad):
             ctx.equation.look()
-            if ctx.equation.once_only and transforms.active():
-                with as_lower_levels_see():
-                    ctx.opened = ctx.equation.opened(x, gx, tuple(inputs)).evaluated()
+
+        def opened() -> Opened:
+            found: Opened = ctx.equation.opened(x, gx, tuple(inputs))
+            found.gx  # noqa: B018
+            return found
+
+        ctx.opened = if_once_only(ctx, opened)
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:

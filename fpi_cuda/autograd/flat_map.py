@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -76,13 +75,13 @@ class FlatMap:
             self._prepared = keeping(of_prepare, Replay(layout.device, g, "prepare"))
         self._named = "what prepare returned" if hoisted else "z"
         self._read_only = ReadOnly("z", z)
+        self._recording: Recording | None = None
         self.read = self._read_of(z)
         self._selection: tuple[Tensor | None, Any] = (None, None)
         self._whole: Tensor | None = None
         self._failed: Tensor | None = None
         self.damping = (1, 1.0)
         self._watch: Watch | None = None
-        self._recording: Recording | None = None
 
     def reading(self, read: Any, layout: Layout | None = None) -> FlatMap:
         """This map with other numbers in the place of `read`.
@@ -93,12 +92,12 @@ class FlatMap:
         return self._but(_selection=(None, None), read=read, layout=layout or self.layout)
 
     def bound(self, z: Sequence[Tensor]) -> FlatMap:
-        """This map with other tensors in the place of z, by calls of g itself."""
+        """This map with other tensors in the place of z."""
         z = given = tuple(z)
         if self._failed is not None:
             batch = self.layout.batch
             given = tuple(replace_rows(t, self._failed) if has_rows(t, batch) else t for t in z)
-        return self.reading(self._read_of(given))._but(z=z, _recording=None)
+        return self.reading(self._read_of(given))._but(z=z)
 
     def mended(self, bad: Tensor) -> FlatMap:
         """This map with a good sample's x and z in the place of those of the bad ones.
@@ -120,7 +119,7 @@ class FlatMap:
         return mended if same_value(moved, expected, x.dtype, self.layout.sizes) else self
 
     def recorded(self, record: Recording) -> FlatMap:
-        """This map with every evaluation of g made by `record`."""
+        """This map with every call of g, or of what stands for it, made by `record`."""
         return self._but(_recording=record)
 
     def damped(self, steps: int, damping: float, watch: Watch | None = None) -> FlatMap:
@@ -129,8 +128,8 @@ class FlatMap:
 
     def _but(self, **other: Any) -> FlatMap:
         """This map with some attributes other ones."""
-        again = copy.copy(self)
-        again.__dict__.update(other)
+        again = FlatMap.__new__(FlatMap)
+        again.__dict__ = self.__dict__ | other
         return again
 
     def _read_of(self, z: tuple[Tensor, ...]) -> Any:
@@ -138,6 +137,8 @@ class FlatMap:
         if not self.hoisted:
             return z
         prepare = functools.partial(self.g.prepare, *z)
+        if self._recording is not None:
+            prepare = functools.partial(self._recording, lambda z: self.g.prepare(*z), z)
         read_only = self._read_only if self._read_only.read is z else ReadOnly("z", z)
         return read_only.during(functools.partial(self._prepared, prepare))
 
@@ -177,6 +178,9 @@ class FlatMap:
         return x
 
     def _direct(self, state: Any, read: Any) -> Any:
+        if self._recording is not None:
+            plain = self._but(_recording=None)
+            return self._recording(functools.partial(plain._direct, read=read), state)
         if self.hoisted:
             return self.g.step(state, read)
         return self.g(state, *read)
@@ -194,7 +198,6 @@ class FlatMap:
             replay.changes_x is not False
             or not replay.is_plain
             or self.buffers
-            or self._recording is not None
             or read_only.uncounted
             or x.is_inference()
             or type(parametrize._cache) is not WeightCache
@@ -217,8 +220,6 @@ class FlatMap:
         given = x.clone() if copies else x
         version = None if given.is_inference() else counted_version(given)
         call = functools.partial(self._direct, read=read)
-        if self._recording is not None:
-            call = functools.partial(self._recording, call)
 
         def again() -> Any:
             return call(self._state_in(x.clone() if copies else x, writable=copies))

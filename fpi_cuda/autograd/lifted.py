@@ -6,15 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fpi_cuda import transforms
-from fpi_cuda.autograd.closed_over import (
-    Substitution,
-    Watch,
-    exchanging,
-    here,
-)
+from fpi_cuda.autograd.closed_over import Watch, exchanging, here
 from fpi_cuda.autograd.cut_graph import MOST_LOOKS, looks_at, notice_cut, unreached
 from fpi_cuda.autograd.equation import Equation, Evaluate, leaf_at
 from fpi_cuda.autograd.flat_map import FlatMap
@@ -23,9 +18,9 @@ from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, sequence_nu
 from fpi_cuda.autograd.linear import Inputs
 from fpi_cuda.autograd.strategy import Strategy, failed
 from fpi_cuda.autograd.transformed import HIDDEN
+from fpi_cuda.module_tree import held_by
 from fpi_cuda.result import SolveResult
 from fpi_cuda.shortcuts import any_backward_hooks
-from fpi_cuda.weight_cache import laid_aside
 
 Solve = Callable[[Callable[[Tensor, "Tensor | None"], Tensor], Tensor], SolveResult]
 """solve(evaluate, x0): numbers from numbers."""
@@ -60,11 +55,12 @@ class LiftedEquation(Equation):
         self._damping = damping
         self._originals = [*flat_map.z]
         self._values = [*flat_map.z]
-        self._places: list[tuple[int, dict[str, Any], str]] = []
+        self._places: list[tuple[int, nn.Module, str]] = []
         self._inside = False
-        self._left: set[int] = set()
+        self._watch: Watch | None = None
+        self._all_seen = False
+        self._left = False
         self.changes = []
-        self._notices: list[Callable[[], None]] = []
 
     @property
     def inputs(self) -> Inputs:
@@ -72,41 +68,32 @@ class LiftedEquation(Equation):
         return (*self._values, *self.hidden)
 
     def sees_more_at(self, x: Tensor) -> bool:
-        """Evaluate g at x (B, D) to see what it closes over; whether that is more than was known.
+        """See what g closes over at x (B, D); whether that is more than was known.
+
+        g is evaluated for that, unless x was solved for and the solve has seen it all.
 
         Raises:
             RuntimeError: g depends on what cannot be found.
         """
-        flat_map, z = self._flat_map, self._flat_map.z
+        if self._all_seen:
+            return False
         at, aside = x.detach(), [t.detach() for t in self._values]
-        watch = Watch([at, *self._originals, *aside])
-        exchange = Substitution(zip(self._originals, aside, strict=True))
         born_after = sequence_number()
-        with laid_aside(covers=True), exchange, watch:
-            gx = flat_map.bound(aside[: len(z)])(at)
-        depends = is_followed(gx)
-        if not flat_map.replay.stochastic:
+        watch = self._watch = Watch(self._originals)
+        gx = self.bound(aside, damped=False)(at)
+        self._watch = None
+        stochastic = self._flat_map.replay.stochastic
+        depends = self._left or is_followed(gx)
+        if not stochastic:
             given = (at, *aside)
             depends |= transforms.num_batches(gx, *given) > transforms.num_batches(*given)
-        leaves, edges, *_ = frontier_of(transforms.numbers(gx), set(), born_after)
-        del gx, _  # By now what was made inside is gone.
-        captured = watch.captured()
-        # functional_call exchanges them, whether they have a gradient or not.
-        places: dict[int, list[tuple[dict[str, Any], str]]] = {id(t): [] for t, _ in captured}
-        for module in flat_map.modules:
-            # Not buffers in training, which g may write to.
-            for held in (
-                module._parameters,
-                {} if getattr(module, "training", True) else module._buffers,
-            ):
-                for name, t in held.items():
-                    if id(t) in places:
-                        places[id(t)].append((held, name))
-        more = [(t, value) for t, value in captured if places[id(t)] or matters(value)]
-        for t, value in more:
-            self._places += [(len(self._originals), *place) for place in places[id(t)]]
-            self._originals.append(t)
-            self._values.append(value)
+        leaves, edges = frontier_of(transforms.numbers(gx), set(), born_after)[:2]
+        del gx  # By now what was made inside is gone.
+        more = self._inputs_among(watch.captured())
+        numbers = {id(t): i for i, (t, _) in enumerate(more, len(self._originals))}
+        self._places += [(numbers[id(t)], m, n) for m, n, t in self._held() if id(t) in numbers]
+        self._originals += [t for t, _ in more]
+        self._values += [value for _, value in more]
         plain = [transforms.numbers(value) for _, value in more]
         if edges.difference(map(edge_of, plain)):
             raise RuntimeError(HIDDEN)
@@ -114,13 +101,25 @@ class LiftedEquation(Equation):
         known = set(map(id, (*plain, *self.hidden)))
         hidden = [t for i, t in leaves.items() if i not in known]
         self.hidden = (*self.hidden, *hidden)
-        if (depends or self._left) and not (more or hidden):
+        if depends and not (more or hidden):
             raise RuntimeError(HIDDEN)
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
-        self.once_only = flat_map.replay.stochastic
-        self._inside |= self.once_only or watch.functions
-        self.hooked |= watch.hooks_set or any_backward_hooks(flat_map.g)
+        self.once_only = stochastic
+        self._inside |= stochastic or watch.functions
+        self.hooked |= watch.hooks_set or any_backward_hooks(self._flat_map.g)
         return bool(more or hidden)
+
+    def _inputs_among(self, captured: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """What has to be an input of what g closes over."""
+        # functional_call exchanges what modules hold, whether it has a gradient or not.
+        held = {id(t) for *_, t in self._held()}
+        return [(t, value) for t, value in captured if id(t) in held or matters(value)]
+
+    def _held(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """The tensors in modules, and where they lie; not buffers in training, for g may write."""
+        training = [m for m in self._flat_map.modules if getattr(m, "training", True)]
+        settled = [m for m in self._flat_map.modules if not getattr(m, "training", True)]
+        return held_by(training, buffers=False) + held_by(settled)
 
     def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
@@ -131,17 +130,17 @@ class LiftedEquation(Equation):
         whole.leave_out(failed(result.status), result.x, inputs)
         return (result.x, self._differentiated_at(result.x, whole, inputs), *result[1:])
 
-    def look(self) -> None:
-        """See Equation."""
-        while self._notices:
-            self._notices.pop()()
-
     def _differentiated_at(self, x: Tensor, whole: Equation, inputs: Inputs) -> Tensor:
         leaf = leaf_at(x) if len(x) else None
         if leaf is None:
             return whole.evaluate(x, *inputs) if len(x) else x.clone()
-        gx = whole.recorded(leaf, inputs)
-        self._left = set(leaves_of(gx)) - set(map(id, self.hidden))
+        watch = self._watch = Watch(self._originals)
+        gx = whole.keep(leaf, inputs).gx
+        self._watch = None
+        whole.hooked = self.hooked
+        self._left = not set(map(id, self.hidden)).issuperset(leaves_of(gx))
+        more = self._inputs_among(watch.captured())
+        self._all_seen = not (self._left or more or watch.blind or transforms.numbers(gx) is not gx)
         once, step, flat_map = whole.bound(inputs, damped=False), gx, self._flat_map
         if self._damping[0] > 1 and looks_at(flat_map.g).looks < MOST_LOOKS:
             with torch.enable_grad():
@@ -150,41 +149,37 @@ class LiftedEquation(Equation):
             return gx.detach()
         columns = unreached(step, leaf, flat_map.layout.sizes)
         if columns:
-            self._notices.append(lambda: notice_cut(flat_map, x, columns, once))
+            self.known.notices.append(lambda: notice_cut(flat_map, x, columns, once))
         return gx.detach()
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """g with these inputs, what does not depend on x done once."""
-        flat_map, within = self._with(inputs)
-        bad = self.bad
-        if bad is not None:
-            flat_map = within(lambda: flat_map.mended(bad))
-        if damped:
-            flat_map = flat_map.damped(*self._damping)
-
-        def evaluate(x: Tensor) -> Tensor:
-            gx: Tensor = within(lambda: flat_map(x))
-            return gx
-
-        if self._inside and not transforms.active():
-            # Only there can the arguments of a Function be exchanged, and dropout draws otherwise.
-            return lambda x: torch.func.vjp(evaluate, x)[0]
-        return evaluate
-
-    def _with(self, inputs: Sequence[Tensor]) -> tuple[FlatMap, Callable[[Callable[[], Any]], Any]]:
-        """g with these inputs, and what has to surround its evaluations."""
-        z = self._flat_map.z
-        pairs = list(zip(self._originals, inputs, strict=False))
         # functional_call has put others where modules held some of them.
-        pairs += [(held[name], inputs[i]) for i, held, name in self._places if name in held]
+        pairs = [*zip(self._originals, inputs, strict=False)]
+        pairs += [
+            (getattr(module, name), inputs[i])
+            for i, module, name in self._places
+            if hasattr(module, name)
+        ]
 
-        def within(call: Callable[[], Any]) -> Any:
+        def call(function: Callable[[Any], Any], given: Any) -> Any:
             with exchanging(pairs, self._around) as exchange:
-                result = call()
+                if self._watch is None:
+                    result = function(given)
+                else:
+                    result = self._watch.call(function, given, given=inputs)
             self.hooked |= exchange.hooks_set
             return result
 
-        return within(lambda: self._flat_map.bound(inputs[: len(z)])), within
+        flat_map = self._flat_map.recorded(call).bound(inputs[: len(self._flat_map.z)])
+        if self.known.bad is not None:
+            flat_map = flat_map.mended(self.known.bad)
+        if damped and self._damping != flat_map.damping:
+            flat_map = flat_map.damped(*self._damping)
+        if self._inside and not transforms.active():
+            # Only there can the arguments of a Function be exchanged, and dropout draws otherwise.
+            return lambda x: torch.func.vjp(flat_map, x)[0]
+        return flat_map
 
 
 def matters(t: Tensor) -> bool:

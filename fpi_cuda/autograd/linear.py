@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from torch.autograd import forward_ad
 from fpi_cuda import transforms
 from fpi_cuda.autograd.graft import MaybeTensor
 from fpi_cuda.autograd.linearization import Jacobian
+from fpi_cuda.autograd.same_value import require_same_value
 from fpi_cuda.autograd.strategy import dropped, failed, finite_rows, series
 from fpi_cuda.result import Status
+
+T = TypeVar("T")
 
 Inputs = tuple[Tensor, ...]
 
@@ -26,6 +29,10 @@ class Opened(Jacobian, Protocol):
 
     A list that is returned or taken begins with what belongs to x; the inputs follow.
     """
+
+    @property
+    def gx(self) -> Tensor:
+        """g there."""
 
     def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
         """J^T y or J y."""
@@ -53,8 +60,11 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         equation: Any, transpose: bool, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
-        *inputs: Tensor,
+        now: Tensor, *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not torch.equal(now, gx):
+            good = ~failed(status)
+            require_same_value(now[good], gx[good], equation.arithmetic, equation.sizes)
         strategy = equation.strategy(status, x)
         matrix = equation.matrix(x, gx, inputs, transpose=transpose)
         y, bad = strategy.solve(b, matrix, transpose=transpose)
@@ -62,68 +72,63 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-        ctx.equation, ctx.transpose, _, status, *point = args
+        ctx.equation, ctx.transpose, _, status, x, gx, _, *inputs = args
         y, bad = outputs
         ctx.mark_non_differentiable(bad)
-        ctx.set_materialize_grads(False)
         status = torch.where(bad, int(Status.NONFINITE), status).to(status.dtype)
-        ctx.save_for_backward(y, status, *point)
-        ctx.save_for_forward(y, status, *point)
+        remember(ctx, y, status, x, gx, *inputs)
         ctx.through = None
-        once_only = ctx.equation.once_only and transforms.active()
-        if once_only and ctx.equation.truncation != 0 and any(ctx.needs_input_grad):
-            with as_lower_levels_see():
-                ctx.through = through_product(ctx, y, *point)
+        if ctx.equation.truncation != 0:
+            ctx.through = if_once_only(ctx, lambda: through_product(ctx, y, x, gx, *inputs))
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor, _: None) -> tuple[MaybeTensor, ...]:
         equation, transpose = ctx.equation, ctx.transpose
         y, status, x, gx, *inputs = ctx.saved_tensors
-        nothing = (None,) * len(inputs)
         if v is None:
-            return (None,) * 6 + nothing
+            return (None,) * (7 + len(inputs))
         if transforms.is_legacy_batched(v):
             return tuple(transforms.all_one_by_one(lambda v: Linear.backward(ctx, v, None), v))
-        v = without_failed(v, status)
-        if equation.truncation == 0:
-            return (None, None, v, None, None, None, *nothing)
-        equation.require_true_products()
-        opened, through = ctx.through or through_product(ctx, y, x, gx, *inputs)
-        s, _ = Linear.apply(equation.at(opened), not transpose, v, status, x, gx, *inputs)
-        of_x, *of_inputs = through(s)
-        return (None, None, s, None, of_x, None, *of_inputs)
+        s = without_failed(v, status)
+        found: list[MaybeTensor] = [None] * (1 + len(inputs))
+        if equation.truncation != 0:
+            equation.require_true_products()
+            opened, through = ctx.through or through_product(ctx, y, x, gx, *inputs)
+            s = solved_at(equation, opened, s, status, x, gx, inputs, transpose=not transpose)[0]
+            found = through(s)
+        of_x, *of_inputs = found
+        return (None, None, s, None, of_x, None, None, *of_inputs)
 
     @staticmethod
     def jvp(
         ctx: Any, _: None, __: None, tb: MaybeTensor, ___: None, tx: MaybeTensor, ____: None,
-        *ti: MaybeTensor,
+        _____: None, *ti: MaybeTensor,
     ) -> tuple[Tensor, None]:  # fmt: skip
         equation, transpose = ctx.equation, ctx.transpose
         with as_lower_levels_see():
             y, status, x, gx, *inputs = map(primal, ctx.saved_tensors)
+            t = torch.zeros_like(y) if tb is None else tb
             if equation.truncation == 0:
-                return (torch.zeros_like(y) if tb is None else without_failed(tb, status)), None
+                return without_failed(t, status), None
             equation.require_true_products()
             opened = equation.opened(x, gx, tuple(inputs))
-            t = opened.pushed_product(y, [tx, *ti], transpose=transpose)
-            t = without_failed(t if tb is None else t + tb, status)
-            return Linear.apply(equation.at(opened), transpose, t, status, x, gx, *inputs)[0], None
+            t = t + opened.pushed_product(y, [tx, *ti], transpose=transpose)
+            t = without_failed(t, status)
+            return solved_at(equation, opened, t, status, x, gx, inputs, transpose=transpose)[
+                0
+            ], None
 
     @staticmethod
     def vmap(
         info: Any, dims: Any, equation: Any, transpose: bool, *args: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         if all(dim is None for dim in dims[3:]):
-            # Of one point with several right-hand sides g need not be evaluated under a vmap.
-            sides = [
-                Linear.apply(equation, transpose, b, *args[1:]) for b in args[0].unbind(dims[2])
-            ]
-            if sides:
-                return tuple(map(torch.stack, zip(*sides, strict=True))), (0, 0)
-        merged = equation.merged(info.batch_size, dims[6:], info.randomness)
+            whole = equation.with_sides(info.batch_size)
+        else:
+            whole = equation.merged(info.batch_size, dims[7:], info.randomness)
         return side_by_side(
-            lambda *rows: Linear.apply(merged, transpose, *rows, *args[4:]),
-            info.batch_size, args[:4], dims[2:6],
+            lambda *rows: Linear.apply(whole, transpose, *rows, *args[5:]),
+            info.batch_size, args[:5], dims[2:7],
         )  # fmt: skip
 
 
@@ -149,11 +154,35 @@ def solution(
     b = without_failed(b, status)
     k = equation.truncation
     if not k:
-        return Linear.apply(equation.at(opened), transpose, b, status, x, gx, *inputs)
+        return solved_at(equation, opened, b, status, x, gx, inputs, transpose=transpose)
     y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
-    plain = [t.detach() for t in (b, status, x, gx, *inputs)]
-    _, bad = Linear.apply(equation.at(opened), transpose, *plain)
+    b_at, status, x, gx, *aside = (t.detach() for t in (b, status, x, gx, *inputs))
+    _, bad = solved_at(equation, opened, b_at, status, x, gx, aside, transpose=transpose)
     return y.masked_fill((bad & finite_rows(b))[:, None], 0.0), bad
+
+
+def solved_at(
+    equation: Any, opened: Opened, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
+    inputs: Sequence[Tensor], *, transpose: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Linear, where g was evaluated again for derivatives of what it gives."""
+    now = opened.gx.detach()
+    return Linear.apply(equation.at(opened), transpose, b, status, x, gx, now, *inputs)
+
+
+def remember(ctx: Any, *tensors: Tensor) -> None:
+    """Save tensors for a backward pass and for forward mode."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def if_once_only(ctx: Any, make: Callable[[], T]) -> T | None:
+    """What a backward pass needs, made ahead where g could not be evaluated by then; else None."""
+    if not (ctx.equation.once_only and transforms.active() and any(ctx.needs_input_grad)):
+        return None
+    with as_lower_levels_see():
+        return make()
 
 
 def without_failed(v: Tensor, status: Tensor) -> Tensor:
@@ -184,11 +213,11 @@ def primal(t: Tensor) -> Tensor:
     return forward_ad.unpack_dual(t).primal if t.is_floating_point() or t.is_complex() else t
 
 
-def as_lower_levels_see() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def as_lower_levels_see() -> Iterator[None]:
     """Let what a tangent is computed from be differentiated at the levels of torch.func below."""
     if not transforms.active():
-        return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    stack.enter_context(transforms.in_forward_mode())
-    stack.enter_context(torch.enable_grad())
-    return stack
+        yield
+        return
+    with transforms.in_forward_mode(), torch.enable_grad():
+        yield

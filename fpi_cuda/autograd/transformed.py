@@ -14,6 +14,8 @@ from fpi_cuda.autograd.linear import Inputs
 
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
 
+Function = Callable[..., tuple[Tensor, Tensor]]
+"""(x, *inputs) -> a value, and g there."""
 
 HIDDEN = (
     "fixed_point: inside torch.func transforms g depends on a tensor that it closes over and that "
@@ -36,52 +38,71 @@ class Transformed:
     """
 
     def __init__(
-        self,
-        evaluate: Callable[..., Tensor],
-        x: Tensor,
-        inputs: Inputs,
-        hidden: Inputs = (),
+        self, evaluate: Callable[..., Tensor], x: Tensor, inputs: Inputs, hidden: Inputs = ()
     ) -> None:
         self._evaluate = evaluate
         # By a backward pass the level that they were wrapped for may have ended.
         self._point = tuple(map(transforms.unwrap_if_dead, (x, *inputs)))
         self._hidden = hidden
         self._places = [i for i, t in enumerate(self._point) if has_slope(t)]
+        self._gx: Tensor | None = None
+
+    @property
+    def gx(self) -> Tensor:
+        """g there, as the latest product has found it."""
+        if self._gx is None:
+            self.pull  # noqa: B018
+        assert self._gx is not None
+        return self._gx
 
     @functools.cached_property
     def pull(self) -> Pull:
         """c -> the derivative of <c, g> in what is floating, by the graph of one evaluation."""
-        pull: Pull = torch.func.vjp(self._of_floating(self._evaluate), *self._floating())[1]
-        return pull
+        return self._pull_of(self._value)
 
-    def evaluated(self) -> Transformed:
-        """This, with a graph that is there."""
-        assert self.pull is not None
-        return self
+    def _value(self, x: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        gx = self._evaluate(x, *inputs)
+        return gx, gx
 
-    def _floating(self) -> tuple[Tensor, ...]:
-        return tuple(self._point[i] for i in self._places)
-
-    def _of_floating(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function of the point, as one of what is floating in it."""
-
-        def of_floating(*floating: Tensor) -> Tensor:
-            given = dict(zip(self._places, floating, strict=True))
-            return function(*(given.get(i, t) for i, t in enumerate(self._point)))
-
-        return of_floating
-
-    def _product_at(self, y: Tensor, *, transpose: bool) -> Callable[..., Tensor]:
+    def _product_with(self, y: Tensor, *, transpose: bool) -> Function:
         """J^T y or J y as a function of the point."""
 
-        def product(x: Tensor, *inputs: Tensor) -> Tensor:
+        def product(x: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
             there = Transformed(self._evaluate, x, inputs)
-            return there.differentiable(y, transpose=transpose)
+            return there.differentiable(y, transpose=transpose), there.gx
 
         return product
 
+    def _of_floating(self, function: Function) -> tuple[Function, Inputs]:
+        """A function of the point as one of what is floating in it, and that."""
+
+        def of_floating(*floating: Tensor) -> tuple[Tensor, Tensor]:
+            given = dict(zip(self._places, floating, strict=True))
+            return function(*(given.get(i, t) for i, t in enumerate(self._point)))
+
+        return of_floating, tuple(self._point[i] for i in self._places)
+
+    def _pull_of(self, function: Function) -> Pull:
+        """c -> the derivative of <c, function> in what is floating."""
+        given, floating = self._of_floating(function)
+        _, pull, self._gx = torch.func.vjp(given, *floating, has_aux=True)  # type: ignore[misc]
+        return pull
+
+    def _along(self, function: Function, tangents: Sequence[MaybeTensor]) -> Tensor:
+        """The derivative of a function of the point along tangents."""
+        # Zeros with the dimensions of a vmap that the other tangents have, for in-place operations.
+        zero = sum(torch.zeros_like(t).sum().real for t in tangents if t is not None)
+        along = tuple(
+            torch.zeros_like(self._point[i]) + zero if (t := tangents[i]) is None else t
+            for i in self._places
+        )
+        given, floating = self._of_floating(function)
+        pushed: Tensor
+        _, pushed, self._gx = torch.func.jvp(given, floating, along, has_aux=True)  # type: ignore[misc]
+        return pushed
+
     def _by_place(
-        self, found: Sequence[Tensor], function: Callable[..., Tensor], weight: Tensor
+        self, found: Sequence[Tensor], function: Function, weight: Tensor
     ) -> list[MaybeTensor]:
         """The derivative of <weight, function> at the point: what was found, and the hidden ones.
 
@@ -93,23 +114,11 @@ class Transformed:
             if torch.is_grad_enabled():
                 raise RuntimeError(HIDDEN)
             with torch.enable_grad():
-                value = function(*(t.detach() for t in self._point))
+                value, _ = function(*(t.detach() for t in self._point))
             if value.requires_grad:
                 more = torch.autograd.grad(value, self._hidden, weight, allow_unused=True)
                 known.update(enumerate(more, len(self._point) - len(more)))
         return [known.get(i) for i in range(len(self._point))]
-
-    def _along(self, function: Callable[..., Tensor], tangents: Sequence[MaybeTensor]) -> Tensor:
-        """The derivative of a function of the point along tangents."""
-        # Zeros with the dimensions of a vmap that the other tangents have, for in-place operations.
-        zero = sum(torch.zeros_like(t).sum().real for t in tangents if t is not None)
-        filled = (
-            torch.zeros_like(self._point[i]) + zero if (t := tangents[i]) is None else t
-            for i in self._places
-        )
-        given = self._of_floating(function)
-        pushed: Tensor = torch.func.jvp(given, self._floating(), tuple(filled))[1]
-        return pushed
 
     def transposed(self, c: Tensor) -> Tensor:
         """J^T c."""
@@ -117,7 +126,7 @@ class Transformed:
 
     def product(self, t: Tensor) -> Tensor:
         """J t; forward mode runs no backward hook, nor needs it a graph."""
-        return self._along(self._evaluate, [t, *[None] * (len(self._point) - 1)])
+        return self.pushed([t, *[None] * (len(self._point) - 1)])
 
     def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
         """See Opened."""
@@ -125,38 +134,20 @@ class Transformed:
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
         """See Opened."""
-        if not transforms.active() and not torch.is_grad_enabled():
-            return self._pulled_alone(c)
-        return self._by_place(self.pull(c), self._evaluate, c)
-
-    def _pulled_alone(self, c: Tensor) -> list[MaybeTensor]:
-        """The same of numbers alone, where plain autograd will do."""
-        with torch.enable_grad():
-            given = [t.detach() for t in self._point]
-            for i in self._places:
-                given[i].requires_grad_()
-            gx = self._evaluate(*given)
-        if not gx.requires_grad:
-            return self._by_place(self.pull(c), self._evaluate, c)  # below inference mode
-        moving = [given[i] for i in self._places] + list(self._hidden)
-        found = torch.autograd.grad(gx, moving, c, allow_unused=True)
-        places = [*self._places, *range(len(given) - len(self._hidden), len(given))]
-        known = dict(zip(places, found, strict=True))
-        return [known.get(i) for i in range(len(given))]
+        return self._by_place(self.pull(c), self._value, c)
 
     def through_product(
         self, y: Tensor, *, transpose: bool
     ) -> Callable[[Tensor], list[MaybeTensor]]:
         """See Opened."""
-        product = self._product_at(y, transpose=transpose)
-        pull: Pull = torch.func.vjp(self._of_floating(product), *self._floating())[1]
-        alone = self._product_at(y.detach(), transpose=transpose)
+        pull = self._pull_of(self._product_with(y, transpose=transpose))
+        alone = self._product_with(y.detach(), transpose=transpose)
         return lambda s: self._by_place(pull(s), alone, s)
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
         """See Opened."""
-        return self._along(self._evaluate, tangents)
+        return self._along(self._value, tangents)
 
     def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
         """See Opened."""
-        return self._along(self._product_at(y, transpose=transpose), tangents)
+        return self._along(self._product_with(y, transpose=transpose), tangents)
