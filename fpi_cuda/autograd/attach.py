@@ -14,12 +14,12 @@ from torch.autograd import forward_ad
 from fpi_cuda import transforms
 from fpi_cuda.autograd.cut_graph import notice_cut, notice_cut_in_step
 from fpi_cuda.autograd.equation import Equation, Evaluate
-from fpi_cuda.autograd.fixed_point import FixedPoint, pulled
+from fpi_cuda.autograd.fixed_point import FixedPoint
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import MaybeTensor, follows, has_tangent
 from fpi_cuda.autograd.graph import ANCHOR
 from fpi_cuda.autograd.inputs import Inputs
-from fpi_cuda.autograd.linear import Opened, solution
+from fpi_cuda.autograd.linear import Opened, Point
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
 from fpi_cuda.autograd.strategy import Strategy, finite_rows
 from fpi_cuda.recomputed import tensors_saved_as_they_are
@@ -144,9 +144,8 @@ class SolvedEquation(Equation):
         if self.all_failed is not None:
             self.pull(v.detach())
             return self._no_gradient()
-        x, gx, status = FixedPoint.apply(self, self.x, *inputs)
-        opened = self.opened(x, gx, inputs)
-        return pulled(self, opened, v, status, x, gx, tuple(inputs))
+        point = self._point(inputs)
+        return point.pulled(point.opened(), v)
 
     def pulled_without(self, c: Tensor, bad: Tensor) -> list[MaybeTensor] | None:
         """The same from the solution c, samples `bad` evaluated elsewhere; None: impossible."""
@@ -159,13 +158,17 @@ class SolvedEquation(Equation):
     def pushed(self, inputs: Sequence[Tensor]) -> Tensor:
         """The tangent of x, as a function of the inputs, whose tangents g has as well."""
         # Forward mode is off here, so this one has the graph alone.
-        x, gx, status = FixedPoint.apply(self, self.x, *inputs)
+        point = self._point(inputs)
         with transforms.in_forward_mode():
-            tangent = forward_ad.unpack_dual(self._flat_map(x)).tangent
+            tangent = forward_ad.unpack_dual(self._flat_map(point.x)).tangent
         if tangent is None or self.all_failed is not None:
-            return torch.zeros_like(x)
-        opened, given = self.opened(x, gx, inputs), tuple(inputs)
-        return solution(self, opened, tangent, status, x, gx, given, transpose=False)[0]
+            return torch.zeros_like(self.x)
+        return point.solution(point.opened(), tangent, transpose=False)[0]
+
+    def _point(self, inputs: Sequence[Tensor]) -> Point:
+        """The solution, as a function of the inputs."""
+        x, gx, status = FixedPoint.apply(self, self.x, *inputs)
+        return Point(self, status, x, gx, tuple(inputs))
 
     def require_all_tangents(self) -> None:
         """Raise where a tangent of a gradient would come out too small."""

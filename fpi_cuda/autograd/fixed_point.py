@@ -13,14 +13,13 @@ from fpi_cuda.autograd.graft import MaybeTensor
 from fpi_cuda.autograd.linear import (
     Inputs,
     Opened,
+    Point,
     as_lower_levels_see,
     if_once_only,
     primal,
     remember,
     side_by_side,
-    solution,
 )
-from fpi_cuda.result import Status
 
 
 class FixedPoint(torch.autograd.Function):
@@ -41,12 +40,13 @@ class FixedPoint(torch.autograd.Function):
         x, gx, status, *_ = outputs
         ctx.num_told = len(outputs) - 1
         ctx.mark_non_differentiable(*outputs[1:])
-        remember(ctx, x, gx, status, *inputs)
+        point = Point(ctx.equation, status, x, gx, tuple(inputs))
+        remember(ctx, *point.tensors())
         if any(ctx.needs_input_grad):
             ctx.equation.look()
 
         def opened() -> Opened:
-            found: Opened = ctx.equation.opened(x, gx, tuple(inputs))
+            found = point.opened()
             found.gx  # noqa: B018
             return found
 
@@ -54,23 +54,21 @@ class FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
-        x, gx, status, *inputs = ctx.saved_tensors
+        point = Point.of(ctx.equation, *ctx.saved_tensors)
         if v is None:
-            return (None,) * (2 + len(inputs))
+            return (None,) * (2 + len(point.inputs))
         if transforms.is_legacy_batched(v):
             return tuple(transforms.all_one_by_one(lambda v: FixedPoint.backward(ctx, v), v))
-        opened = ctx.opened or ctx.equation.opened(x, gx, tuple(inputs))
-        return (None, None, *pulled(ctx.equation, opened, v, status, x, gx, tuple(inputs)))
+        return (None, None, *point.pulled(ctx.opened or point.opened(), v))
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        equation = ctx.equation
         with as_lower_levels_see():
-            x, gx, status, *inputs = [primal(t) for t in ctx.saved_tensors]
-            equation.look()
-            opened = equation.opened(x, gx, tuple(inputs))
+            point = Point.of(ctx.equation, *map(primal, ctx.saved_tensors))
+            point.equation.look()
+            opened = point.opened()
             t = opened.pushed([None, *tangents])
-            y = solution(equation, opened, t, status, x, gx, tuple(inputs), transpose=False)[0]
+            y = point.solution(opened, t, transpose=False)[0]
         return (y, *(None,) * ctx.num_told)
 
     @staticmethod
@@ -79,18 +77,3 @@ class FixedPoint(torch.autograd.Function):
         return side_by_side(
             lambda x0: FixedPoint.apply(merged, x0, *inputs), info.batch_size, [x0], dims[1:2]
         )
-
-
-def pulled(
-    equation: Equation, opened: Opened, v: Tensor, status: Tensor, x: Tensor, gx: Tensor,
-    inputs: Inputs,
-) -> list[MaybeTensor]:  # fmt: skip
-    """The derivative of <v, x> in each input, as a function of v, x and the inputs."""
-    c, bad = solution(equation, opened, v, status, x, gx, inputs, transpose=True)
-    if equation.sees(bad):
-        if bool(bad.all()):
-            return [torch.zeros_like(t) for t in inputs]
-        opened = equation.opened(x, gx, inputs, bad)
-        status = torch.where(bad, int(Status.NONFINITE), status).to(status.dtype)
-        c, _ = solution(equation, opened, v, status, x, gx, inputs, transpose=True)
-    return opened.pulled(c)[1:]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +51,77 @@ class Opened(Jacobian, Protocol):
         """The derivative of J^T y or J y, y held, along tangents."""
 
 
+class Point(NamedTuple):
+    """Where an equation was solved, and how that ended, as one level of derivatives sees it.
+
+    Attributes:
+        equation: it.
+        status: (B,) int8, of the solve.
+        x, gx: (B, D) the solution, and what is differentiated there.
+        inputs: all that it depends on besides x.
+    """
+
+    equation: Any
+    status: Tensor
+    x: Tensor
+    gx: Tensor
+    inputs: Inputs
+
+    @classmethod
+    def of(cls, equation: Any, status: Tensor, x: Tensor, gx: Tensor, *inputs: Tensor) -> Point:
+        """The same from tensors in a row, as autograd keeps them."""
+        return cls(equation, status, x, gx, inputs)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in a row."""
+        return (*self[1:4], *self.inputs)
+
+    def without(self, bad: Tensor) -> Point:
+        """The same where these samples (B,) have failed too."""
+        status = torch.where(bad, int(Status.NONFINITE), self.status).to(self.status.dtype)
+        return self._replace(status=status)
+
+    def opened(self, bad: Tensor | None = None) -> Opened:
+        """The map there; see Equation."""
+        found: Opened = self.equation.opened(self.x, self.gx, self.inputs, bad)
+        return found
+
+    def through_product(self, y: Tensor, *, transpose: bool) -> tuple[Opened, Pull]:
+        """The map there, and how to pull back through J^T y or J y."""
+        opened = self.opened()
+        return opened, opened.through_product(y, transpose=transpose)
+
+    def solve(self, opened: Opened, b: Tensor, *, transpose: bool) -> tuple[Tensor, Tensor]:
+        """Linear, which looks whether the map that was opened is still the one that was solved."""
+        tensors = (*self.tensors()[:3], opened.gx.detach(), *self.inputs)
+        return Linear.apply(self.equation.at(opened), transpose, b, *tensors)
+
+    def solution(self, opened: Opened, b: Tensor, *, transpose: bool) -> tuple[Tensor, Tensor]:
+        """y of y = M y + b or what stands for it, as a function of b, x and the inputs.
+
+        Returns:
+            y, and (B,) bool: the sample failed.
+        """
+        b = without_failed(b, self.status)
+        k = self.equation.truncation
+        if not k:
+            return self.solve(opened, b, transpose=transpose)
+        y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
+        plain = Point.of(self.equation, *(t.detach() for t in self.tensors()))
+        _, bad = plain.solve(opened, b.detach(), transpose=transpose)
+        return y.masked_fill((bad & finite_rows(b))[:, None], 0.0), bad
+
+    def pulled(self, opened: Opened, v: Tensor) -> list[MaybeTensor]:
+        """The derivative of <v, x> in each input, as a function of v, x and the inputs."""
+        c, bad = self.solution(opened, v, transpose=True)
+        if self.equation.sees(bad):
+            if bool(bad.all()):
+                return [torch.zeros_like(t) for t in self.inputs]
+            opened = self.opened(bad)
+            c, _ = self.without(bad).solution(opened, v, transpose=True)
+        return opened.pulled(c)[1:]
+
+
 class Linear(torch.autograd.Function):
     """y of y = M y + b, M = J^T or J, and which samples failed. With truncation, its series.
 
@@ -75,26 +147,28 @@ class Linear(torch.autograd.Function):
         ctx.equation, ctx.transpose, _, status, x, gx, _, *inputs = args
         y, bad = outputs
         ctx.mark_non_differentiable(bad)
-        status = torch.where(bad, int(Status.NONFINITE), status).to(status.dtype)
-        remember(ctx, y, status, x, gx, *inputs)
+        point = Point(ctx.equation, status, x, gx, tuple(inputs)).without(bad)
+        remember(ctx, y, *point.tensors())
         ctx.through = None
         if ctx.equation.truncation != 0:
-            ctx.through = if_once_only(ctx, lambda: through_product(ctx, y, x, gx, *inputs))
+            look = functools.partial(point.through_product, y, transpose=ctx.transpose)
+            ctx.through = if_once_only(ctx, look)
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor, _: None) -> tuple[MaybeTensor, ...]:
-        equation, transpose = ctx.equation, ctx.transpose
-        y, status, x, gx, *inputs = ctx.saved_tensors
+        transpose = ctx.transpose
+        y, *tensors = ctx.saved_tensors
         if v is None:
-            return (None,) * (7 + len(inputs))
+            return (None,) * (4 + len(tensors))
         if transforms.is_legacy_batched(v):
             return tuple(transforms.all_one_by_one(lambda v: Linear.backward(ctx, v, None), v))
-        s = without_failed(v, status)
-        found: list[MaybeTensor] = [None] * (1 + len(inputs))
-        if equation.truncation != 0:
-            equation.require_true_products()
-            opened, through = ctx.through or through_product(ctx, y, x, gx, *inputs)
-            s = solved_at(equation, opened, s, status, x, gx, inputs, transpose=not transpose)[0]
+        point = Point.of(ctx.equation, *tensors)
+        s = without_failed(v, point.status)
+        found: list[MaybeTensor] = [None] * (1 + len(point.inputs))
+        if point.equation.truncation != 0:
+            point.equation.require_true_products()
+            opened, through = ctx.through or point.through_product(y, transpose=transpose)
+            s = point.solve(opened, s, transpose=not transpose)[0]
             found = through(s)
         of_x, *of_inputs = found
         return (None, None, s, None, of_x, None, None, *of_inputs)
@@ -104,19 +178,18 @@ class Linear(torch.autograd.Function):
         ctx: Any, _: None, __: None, tb: MaybeTensor, ___: None, tx: MaybeTensor, ____: None,
         _____: None, *ti: MaybeTensor,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        equation, transpose = ctx.equation, ctx.transpose
+        transpose = ctx.transpose
         with as_lower_levels_see():
-            y, status, x, gx, *inputs = map(primal, ctx.saved_tensors)
+            y, *tensors = map(primal, ctx.saved_tensors)
+            point = Point.of(ctx.equation, *tensors)
             t = torch.zeros_like(y) if tb is None else tb
-            if equation.truncation == 0:
-                return without_failed(t, status), None
-            equation.require_true_products()
-            opened = equation.opened(x, gx, tuple(inputs))
+            if point.equation.truncation == 0:
+                return without_failed(t, point.status), None
+            point.equation.require_true_products()
+            opened = point.opened()
             t = t + opened.pushed_product(y, [tx, *ti], transpose=transpose)
-            t = without_failed(t, status)
-            return solved_at(equation, opened, t, status, x, gx, inputs, transpose=transpose)[
-                0
-            ], None
+            t = without_failed(t, point.status)
+            return point.solve(opened, t, transpose=transpose)[0], None
 
     @staticmethod
     def vmap(
@@ -130,44 +203,6 @@ class Linear(torch.autograd.Function):
             lambda *rows: Linear.apply(whole, transpose, *rows, *args[5:]),
             info.batch_size, args[:5], dims[2:7],
         )  # fmt: skip
-
-
-def through_product(
-    ctx: Any, y: Tensor, x: Tensor, gx: Tensor, *inputs: Tensor
-) -> tuple[Opened, Pull]:
-    """g at the point of a linear system, and how to pull back through its product with y."""
-    opened = ctx.equation.opened(x, gx, inputs)
-    return opened, opened.through_product(y, transpose=ctx.transpose)
-
-
-def solution(
-    equation: Any, opened: Opened, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
-    inputs: Inputs, *, transpose: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y of y = M y + b or what stands for it, as a function of b, x and the inputs.
-
-    Args:
-        opened: g at x.
-    Returns:
-        y, and (B,) bool: the sample failed.
-    """
-    b = without_failed(b, status)
-    k = equation.truncation
-    if not k:
-        return solved_at(equation, opened, b, status, x, gx, inputs, transpose=transpose)
-    y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
-    b_at, status, x, gx, *aside = (t.detach() for t in (b, status, x, gx, *inputs))
-    _, bad = solved_at(equation, opened, b_at, status, x, gx, aside, transpose=transpose)
-    return y.masked_fill((bad & finite_rows(b))[:, None], 0.0), bad
-
-
-def solved_at(
-    equation: Any, opened: Opened, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
-    inputs: Sequence[Tensor], *, transpose: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Linear, where g was evaluated again for derivatives of what it gives."""
-    now = opened.gx.detach()
-    return Linear.apply(equation.at(opened), transpose, b, status, x, gx, now, *inputs)
 
 
 def remember(ctx: Any, *tensors: Tensor) -> None:

@@ -91,7 +91,7 @@ class Transformed:
     def _along(self, function: Function, tangents: Sequence[MaybeTensor]) -> Tensor:
         """The derivative of a function of the point along tangents."""
         # Zeros with the dimensions of a vmap that the other tangents have, for in-place operations.
-        zero = sum(torch.zeros_like(t).sum().real for t in tangents if t is not None)
+        zero = transforms.zero_of(self._point[0], *(t for t in tangents if t is not None))
         along = tuple(
             torch.zeros_like(self._point[i]) + zero if (t := tangents[i]) is None else t
             for i in self._places
