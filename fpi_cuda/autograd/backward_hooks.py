@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
+from fpi_cuda.autograd.graft import MaybeTensor, gradients
+from fpi_cuda.autograd.one_matrix import differ, waves
 
 CHANGED = (
     "fixed_point: a second derivative differentiates the products with the Jacobian of g, and a "
@@ -18,6 +20,11 @@ CHANGED = (
 
 ROUNDINGS = 4.0
 """Of the arithmetic that g is evaluated in: what two products may differ by."""
+
+
+def share_of(state: torch.dtype, arithmetic: torch.dtype) -> float:
+    """By what share products with one Jacobian may differ."""
+    return max(torch.finfo(state).eps ** 0.5, ROUNDINGS * torch.finfo(arithmetic).eps)
 
 
 def require_true_products(
@@ -39,40 +46,21 @@ def require_true_products(
     """
     if transforms.in_dual_level() or not gx.requires_grad:
         return
-    w = waves(gx, 0)
-    pulled = torch.autograd.grad(gx, list(leaves), w, retain_graph=True, allow_unused=True)
+
+    def push(directions: Sequence[Tensor]) -> MaybeTensor:
+        with torch.no_grad(), forward_ad.dual_level():
+            pairs = zip(leaves, directions, strict=True)
+            duals = [forward_ad.make_dual(leaf.detach(), d) for leaf, d in pairs]
+            return forward_ad.unpack_dual(evaluate(duals)).tangent
+
+    share = share_of(gx.dtype, arithmetic)
     directions = [waves(leaf, 1 + i) for i, leaf in enumerate(leaves)]
     try:
-        with torch.no_grad(), forward_ad.dual_level():
-            duals = [
-                forward_ad.make_dual(leaf.detach(), d)
-                for leaf, d in zip(leaves, directions, strict=True)
-            ]
-            pushed = forward_ad.unpack_dual(evaluate(duals)).tangent
+        changed = differ(
+            lambda w: gradients([gx], leaves, [w], create_graph=False),
+            push, waves(gx, 0), directions, share, share,
+        )  # fmt: skip
     except (NotImplementedError, RuntimeError) as error:
         raise RuntimeError(CHANGED + ". Whether it does cannot be told, see above") from error
-    if differ(pushed, w, list(pulled), directions, arithmetic):
+    if changed:
         raise RuntimeError(CHANGED)
-
-
-def differ(
-    pushed: Tensor | None,
-    w: Tensor,
-    pulled: Sequence[Tensor | None],
-    directions: Sequence[Tensor],
-    arithmetic: torch.dtype,
-) -> bool:
-    """Whether <w, pushed> and the sum of <directions, pulled> differ by more than rounding."""
-    gap = size = 0.0
-    for p, d in zip([pushed, *pulled], [-w, *directions], strict=True):
-        if p is not None:
-            gap += float((p.double() * d).sum())
-            size += float(p.double().norm() * d.double().norm())
-    rounding = max(torch.finfo(w.dtype).eps ** 0.5, ROUNDINGS * torch.finfo(arithmetic).eps)
-    return abs(gap) > rounding * size
-
-
-def waves(t: Tensor, phase: int) -> Tensor:
-    """Numbers between -1 and 1 in the shape of t, other ones for each phase."""
-    numbers = torch.arange(1, t.numel() + 1, device=t.device, dtype=torch.float64)
-    return (numbers * (1 + 0.1 * phase) + phase).sin().to(t.dtype).reshape(t.shape)

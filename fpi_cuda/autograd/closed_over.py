@@ -141,11 +141,16 @@ def exchanging(
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The tensors among the arguments of a call, or in what it returns."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
+    return (part for part in parts_in(value) if isinstance(part, Tensor))
+
+
+def parts_in(value: Any) -> Iterator[Any]:
+    """All that lies in tuples, lists and dicts."""
+    if isinstance(value, (tuple, list, dict)):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(part)
+            yield from parts_in(part)
+    else:
+        yield value
 
 
 def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:

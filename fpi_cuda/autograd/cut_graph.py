@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from fpi_cuda import transforms
-from fpi_cuda.autograd.backward_hooks import waves
+from fpi_cuda.autograd.closed_over import parts_in, tensors_in
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import has_tangent
 from fpi_cuda.autograd.graph import Edge, edges_of, is_edge_of, leads_to
+from fpi_cuda.autograd.one_matrix import waves
 from fpi_cuda.faithful import Habit, habit_of
 from fpi_cuda.unconverged import FixedPointWarning, call_site
 
@@ -215,17 +215,16 @@ class _CutFinder(TorchFunctionMode):
         """Call, then compare what went in with what came out."""
         result = func(*args, **(kwargs or {}))
         if not self.line and is_cut(result):
-            given = pytree.tree_leaves((args, kwargs))
             site = call_site()
-            if site and any(isinstance(t, Tensor) and leads_to(t, self._x) for t in given):
+            if site and any(leads_to(t, self._x) for t in tensors_in((args, kwargs))):
                 self.line = f" at {site.filename}:{site.lineno}"
         return result
 
 
 def is_cut(result: Any) -> bool:
     """Whether these are numbers that autograd knows nothing of."""
-    leaves = pytree.tree_leaves(result)
-    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    parts = list(parts_in(result))
+    tensors = [t for t in parts if isinstance(t, Tensor)]
     numbers = [t for t in tensors if t.is_floating_point()]
-    numbers += [t for t in leaves if type(t).__name__ in ("float", "ndarray")]
+    numbers += [t for t in parts if type(t).__name__ in ("float", "ndarray")]
     return bool(numbers) and not any(t.requires_grad for t in tensors)

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fpi_cuda.autograd.backward_hooks import CHANGED, differ, waves
+from fpi_cuda.autograd.backward_hooks import CHANGED, share_of
 from fpi_cuda.autograd.flat_map import has_rows, replace_rows
 from fpi_cuda.autograd.graph import mark_as_anchor
 from fpi_cuda.autograd.linear import Inputs, Opened
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
+from fpi_cuda.autograd.one_matrix import differ, waves
 from fpi_cuda.autograd.same_value import require_same_value, same_value
 from fpi_cuda.autograd.strategy import Strategy
 from fpi_cuda.autograd.transformed import Transformed
@@ -140,9 +141,12 @@ class Equation:
             return by_graph
         there = Transformed(self.evaluate, x, inputs)
         if not self.changes and self.truncation != 0:
-            w, t = waves(x, 0), waves(x, 1)
-            pushed, pulled = there.product(t), by_graph.transposed(w)
-            self.changes.append(differ(pushed, w, [pulled], [t], self.arithmetic))
+            share, transposed = share_of(x.dtype, self.arithmetic), by_graph.transposed
+            changed = differ(
+                lambda w: [transposed(w)], lambda d: there.product(d[0]), waves(x, 0),
+                [waves(x, 1)], share, share,
+            )  # fmt: skip
+            self.changes.append(changed)
         # Forward mode runs no hook on gradients.
         return by_graph if transpose else Products(there.product, by_graph.transposed)
 

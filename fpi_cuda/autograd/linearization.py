@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.autograd.graft import ONCE, MaybeTensor, Tape, gradients, reattached
+from fpi_cuda.autograd.one_matrix import differ, waves
 
 # <J^T w, J^T w> and <w, J J^T w> may differ by rounding, in g too (autocast), not by this share.
 SAME_MATRIX = 0.1
-# Of the largest change by rounding that a few products show: chance may make them small.
-ROUNDINGS = 4.0
 
 Pull = Callable[[Tensor], list[MaybeTensor]]
 
@@ -59,43 +58,19 @@ class Linearization:
             weight = torch.zeros_like(self.gx).requires_grad_()
             (pulled,) = Tape([self.gx], [self.x]).pull([weight], create_graph=True)
         with torch.no_grad():
-            product = functools.partial(gradient, pulled, weight)
-            require_one_matrix(self.transposed, product, self.gx)
+            w = waves(self.gx, 0)
+            # Along J^T w itself nothing cancels, and made of size 1, nothing vanishes.
+            d = self.transposed(w)
+            if d.numel():
+                d = d / d.abs().amax().clamp_min(torch.finfo(d.dtype).tiny)
+            if differ(
+                lambda w: [self.transposed(w)],
+                lambda d: gradient(pulled, weight, d[0]),
+                w, [d], SAME_MATRIX, 100 * torch.finfo(w.dtype).eps,
+            ):  # fmt: skip
+                # A backward of the user's own that autograd cannot see through.
+                raise RuntimeError(ONCE)
         return pulled, weight
-
-
-def require_one_matrix(
-    transposed: Callable[[Tensor], Tensor], product: Callable[[Tensor], Tensor], like: Tensor
-) -> None:
-    """Raise unless <J^T w, J^T w> = <w, J J^T w> for some w (B, D) like another tensor.
-
-    A backward of the user's own that autograd cannot see through makes J t too small.
-    """
-    w = torch.arange(1, like.numel() + 1, device=like.device).sin()
-    w = w.reshape(like.shape).to(like.dtype)
-    p = transposed(w)
-    q = product(p)
-    size = inner(p, p)
-    gap = (inner(w, q) - size).abs() - SAME_MATRIX * size
-    sizes = size.sqrt() + inner(q, q).sqrt()
-    if bool(gap <= 100 * torch.finfo(w.dtype).eps * inner(w, w).sqrt() * sizes):
-        return
-    # It may round to fewer digits inside, or be what is left of numbers that cancel.
-    off_p = torch.stack([inner(o, o).sqrt() for o in offs(transposed, w, p)])
-    off_q = torch.stack([inner(w, o).abs() for o in offs(product, p, q)])
-    if bool(gap > ROUNDINGS * (off_p.amax() * size.sqrt() + off_q.amax())):
-        raise RuntimeError(ONCE)
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> in float64."""
-    return (a.double() * b.double()).sum()
-
-
-def offs(apply: Callable[[Tensor], Tensor], t: Tensor, product: Tensor) -> list[Tensor]:
-    """What a linear map's own rounding changes in `product`, apply(t), a few times over."""
-    # Multiples that are no powers of two are rounded to other neighbours.
-    return [apply(t * k) / k - product for k in (1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)]
 
 
 def gradient(out: MaybeTensor, leaf: Tensor, weight: Tensor) -> Tensor:

@@ -104,6 +104,23 @@ def test_hooks_that_look_have_second_derivatives(
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("kind", BACKWARD)
+def test_hooks_that_look_may_see_rounding_alone(kind: str) -> None:
+    class Halved(nn.LayerNorm):
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:  # type: ignore[override]
+            return 0.5 * super().forward(x + z)
+
+    for seed in range(8):
+        # Of two numbers it keeps the signs: its Jacobian is about zero.
+        z = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+        g = Halved(2)
+        hang(g, kind, change=False)
+        value = fpi.fixed_point(g, torch.zeros(4, 2), z).value
+        (slope,) = torch.autograd.grad(value.square().sum(), z, create_graph=True)
+        slope.sum().backward()
+        torch.testing.assert_close(z.grad, torch.zeros(4, 2), rtol=0, atol=1e-2)
+
+
 @pytest.mark.parametrize("adjoint", ["implicit", "gmres", "neumann", "phantom"])
 @pytest.mark.parametrize("kind", BACKWARD)
 @pytest.mark.parametrize("make", [dense, Plain])
