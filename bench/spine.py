@@ -96,7 +96,7 @@ def traced(call: Callable[[], object]) -> Trace:
             known[code] = file_of(frame)
         file = known[code]
         if file is not None:
-            calls.append((file, code.co_qualname))
+            calls.append((file, getattr(code, "co_qualname", code.co_name)))
         elif code.co_filename.endswith("_ops.py") and code.co_name == "__call__":
             package, _, name = str(frame.f_locals["self"]).partition(".")
             if package == "fpi_cuda":
