@@ -388,6 +388,9 @@ class Judge:
         by_x, by_z = torch.autograd.functional.jacobian(
             lambda x, z: judge(unit * x, unit * z) / unit, (x / unit, z.double() / unit)
         )
+        stats, grows = self.solution.adjoint_stats, spectral_radius(by_x.reshape(n, n)) >= 1
+        if grows and isinstance(self.case.linear, fpi.Picard) and not bool(stats.converged.all()):
+            return  # and says so
         system = torch.eye(n, dtype=F64) - by_x.reshape(n, n)
         want = torch.linalg.solve(system, by_z.reshape(n, n) @ tangent.double().reshape(n))
         condition = torch.linalg.matrix_norm(torch.linalg.inv(system), 2)
@@ -399,6 +402,11 @@ class Judge:
     def _flag(self, what: str, where: Tensor) -> None:
         if bool(where.any()):
             self.found.append(what)
+
+
+def spectral_radius(matrix: Tensor) -> float:
+    """The size of the largest eigenvalue."""
+    return float(torch.linalg.eigvals(matrix).abs().max())
 
 
 def fuzz_layer(seed: int, index: int) -> list[str]:
