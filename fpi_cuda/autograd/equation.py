@@ -13,12 +13,12 @@ from torch import Tensor
 from fpi_cuda.autograd.backward_hooks import CHANGED, share_of
 from fpi_cuda.autograd.flat_map import has_rows, replace_rows
 from fpi_cuda.autograd.graph import mark_as_anchor
-from fpi_cuda.autograd.linear import Inputs, Opened
+from fpi_cuda.autograd.linear import Opened
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
 from fpi_cuda.autograd.one_matrix import differ, waves
 from fpi_cuda.autograd.same_value import require_same_value, same_value
 from fpi_cuda.autograd.strategy import Strategy
-from fpi_cuda.autograd.transformed import Transformed
+from fpi_cuda.autograd.transformed import Inputs, Transformed
 from fpi_cuda.recomputed import tensors_saved_as_they_are
 
 Apply = Callable[[Tensor], Tensor]
@@ -162,10 +162,6 @@ class Equation:
             bad: (B,) bool, samples to evaluate where another one is.
         """
         return Transformed(self.evaluate, x, inputs, self.hidden)
-
-    def at(self, opened: Opened) -> Equation:
-        """This equation, for whatever asks for g at that point."""
-        return self
 
     def sees(self, bad: Tensor) -> bool:
         """Whether samples failed (B,) that g can be evaluated without."""

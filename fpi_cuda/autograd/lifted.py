@@ -15,9 +15,8 @@ from fpi_cuda.autograd.equation import Equation, Evaluate, leaf_at
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import has_tangent
 from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, sequence_number
-from fpi_cuda.autograd.linear import Inputs
 from fpi_cuda.autograd.strategy import Strategy, failed
-from fpi_cuda.autograd.transformed import HIDDEN
+from fpi_cuda.autograd.transformed import HIDDEN, Inputs
 from fpi_cuda.module_tree import held_by
 from fpi_cuda.result import SolveResult
 from fpi_cuda.shortcuts import any_backward_hooks
