@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +57,7 @@ def strategy_for(
     engine: Backend,
     account: Account,
     flat_map: FlatMap,
+    x_star: Tensor,
     on_device: DeviceSolve | None = None,
     solver: FixedPointSolver | LinearSolver | None = None,
 ) -> Strategy:
@@ -65,13 +65,14 @@ def strategy_for(
 
     Args:
         flat_map: the map of the fixed point.
+        x_star: (B, D) the solution, plain.
         on_device: tried before the solver of the host.
         solver: of the system, where that is known already.
     """
     adjoint, arithmetic = options.adjoint, flat_map.arithmetic
     if not isinstance(adjoint, Implicit):
         return Strategy(account, arithmetic, truncation_of(adjoint))
-    rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
+    rtol = accuracy_of_forward(options, x_star) if adjoint.rtol is None else adjoint.rtol
     system = SystemSolve(
         solver or options.adjoint_solver(flat_map.layout.dim),
         options.adjoint_steps,
@@ -88,24 +89,19 @@ From an x of the size of atol the forward asks for nothing; a gradient should st
 """
 
 
-def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) -> Strategy:
-    """`strategy`, as accurate as the forward was asked to be where its tolerance is not relative.
+def accuracy_of_forward(options: Options, x_star: Tensor) -> float | Tensor:
+    """Relative accuracy that the forward was asked for: one number, or (B,) float64.
 
     The gradient is off by the forward's relative error in any case; an adjoint solved to rtol
     alone, which may be 0, would take steps that nobody sees.
-
-    Args:
-        x_star: (B, D) the solution, plain.
     """
-    adjoint = options.adjoint
-    asked = isinstance(adjoint, Implicit) and adjoint.rtol is None and options.atol > 0
-    if not asked:
-        return strategy
+    if options.atol <= 0:
+        return options.rtol
     with torch.no_grad():
         most = max(options.rtol, LOOSEST_BY_ATOL)
         # NaN, of samples that failed, asks for nothing either.
         share = (options.rtol + options.atol / row_norm(x_star)).nan_to_num(most)
-        return dataclasses.replace(strategy, rtol=share.clamp(max=most))
+        return share.clamp(max=most)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def forward(equation: Equation, x0: Tensor, *inputs: Tensor) -> Inputs:
-        return equation.solved(x0, inputs)
+        return equation.solved(equation, x0, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], outputs: Inputs) -> None:

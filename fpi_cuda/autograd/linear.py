@@ -88,7 +88,7 @@ class Point(NamedTuple):
             y, and (B,) bool: the sample failed.
         """
         b = without_failed(b, self.status)
-        k = self.equation.truncation
+        k = self.equation.common.truncation
         if not k:
             return self.solve(opened, b, transpose=transpose)
         y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
@@ -121,8 +121,10 @@ class Linear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if not torch.equal(now, gx):
             good = ~failed(status)
-            require_same_value(now[good], gx[good], equation.arithmetic, equation.sizes)
-        strategy = equation.strategy(status, x)
+            require_same_value(
+                now[good], gx[good], equation.common.arithmetic, equation.common.sizes
+            )
+        strategy = equation.common.strategy(status, x)
         matrix = held or equation.matrix(x, gx, inputs, transpose=transpose)
         y, bad = strategy.solve(b, matrix, transpose=transpose)
         return y.clone(), torch.zeros_like(status, dtype=torch.bool) if bad is None else bad
@@ -135,7 +137,7 @@ class Linear(torch.autograd.Function):
         point = Point(ctx.equation, ctx.held, status, x, gx, tuple(inputs)).without(bad)
         remember(ctx, y, *point.tensors())
         ctx.through = None
-        if ctx.equation.truncation != 0:
+        if ctx.equation.common.truncation != 0:
             look = functools.partial(point.through_product, y, transpose=ctx.transpose)
             ctx.through = if_once_only(ctx, look)
 
@@ -150,7 +152,7 @@ class Linear(torch.autograd.Function):
         point = Point.of(ctx.equation, ctx.held, *tensors)
         s = without_failed(v, point.status)
         found: list[MaybeTensor] = [None] * (1 + len(point.inputs))
-        if point.equation.truncation != 0:
+        if point.equation.common.truncation != 0:
             point.equation.require_true_products()
             opened, through = ctx.through or point.through_product(y, transpose=transpose)
             s = point.solve(opened, s, transpose=not transpose)[0]
@@ -168,7 +170,7 @@ class Linear(torch.autograd.Function):
             y, *tensors = map(primal, ctx.saved_tensors)
             point = Point.of(ctx.equation, ctx.held, *tensors)
             t = torch.zeros_like(y) if tb is None else tb
-            if point.equation.truncation == 0:
+            if point.equation.common.truncation == 0:
                 return without_failed(t, point.status), None
             point.equation.require_true_products()
             opened = point.opened()
@@ -199,7 +201,7 @@ def remember(ctx: Any, *tensors: Tensor) -> None:
 
 def if_once_only(ctx: Any, make: Callable[[], T]) -> T | None:
     """What a backward pass needs, made ahead where g could not be evaluated by then; else None."""
-    if not (ctx.equation.once_only and transforms.active() and any(ctx.needs_input_grad)):
+    if not (ctx.equation.common.once_only and transforms.active() and any(ctx.needs_input_grad)):
         return None
     with as_lower_levels_see():
         return make()

@@ -14,7 +14,7 @@ from fpi_cuda import transforms
 from fpi_cuda.autograd.backward_hooks import require_true_products
 from fpi_cuda.autograd.closed_over import Watch, exchanging, here
 from fpi_cuda.autograd.cut_graph import unreached
-from fpi_cuda.autograd.equation import Equation, Evaluate
+from fpi_cuda.autograd.equation import Common, Equation, Evaluate
 from fpi_cuda.autograd.fixed_point import FixedPoint
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import MaybeTensor, has_tangent, stand_in
@@ -63,10 +63,12 @@ class SolvedEquation(Equation):
     ) -> None:  # fmt: skip
         self.x = x
         self.gx = gx
-        self.strategy = lambda status, x: strategy.over(status)
-        self.truncation = strategy.truncation
-        self.arithmetic = flat_map.arithmetic
-        self.changes = []
+        self.common = Common(
+            lambda status, _: strategy.over(status),
+            strategy.truncation,
+            flat_map.arithmetic,
+            flat_map.layout.sizes,
+        )
         self._flat_map = flat_map
         self._leaf = leaf
         self._strategy = strategy
@@ -106,11 +108,7 @@ class SolvedEquation(Equation):
         whole = not leaf.requires_grad or (len(layout.shapes) == 1 and id(leaf) in anchors)
         self.unreached = [] if whole else unreached(gx, leaf, layout.sizes, visited)
 
-    @property
-    def sizes(self) -> Sequence[int]:  # type: ignore[override]
-        return self._flat_map.layout.sizes
-
-    def solved(self, x0: Tensor, inputs: Inputs) -> Inputs:
+    def solved(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
         return self.x.detach(), self.gx.detach(), self._strategy.account.status.detach()
 
@@ -141,7 +139,7 @@ class SolvedEquation(Equation):
         leaf = mark_as_anchor(stand_in(x))
         with torch.enable_grad():
             now = self._evaluated(flat_map, leaf, aside)
-        if self.hooked or any_backward_hooks(flat_map.g):
+        if self.common.hooked or any_backward_hooks(flat_map.g):
             moving = [t for t in aside if id(t) not in own]
 
             def evaluate(given: Sequence[Tensor]) -> Tensor:
@@ -149,14 +147,14 @@ class SolvedEquation(Equation):
                 again = [t if id(t) in own else next(rest) for t in aside]
                 return self._evaluated(flat_map, given[0], again)
 
-            require_true_products(evaluate, now, [leaf, *moving], self.arithmetic)
+            require_true_products(evaluate, now, [leaf, *moving], self.common.arithmetic)
         if set(leaves_of(now)) != set(map(id, aside)):
             # An energy makes a leaf of an x that does not require grad, to differentiate in it.
             with torch.enable_grad():
                 again = [self._evaluated(flat_map, x.detach(), aside) for _ in range(2)]
             self._require_made_inside([now, *again], aside)
         rows = slice(None) if bad is None else ~bad
-        require_same_value(now[rows], gx[rows], self.arithmetic, self.sizes)
+        require_same_value(now[rows], gx[rows], self.common.arithmetic, self.common.sizes)
         return OpenLinearization(leaf, now, aside, x, inputs)
 
     def sees(self, bad: Tensor) -> bool:
@@ -255,7 +253,7 @@ class SolvedEquation(Equation):
         pairs += [(getattr(module, name, t), now[id(t)]) for t, module, name in self._places]
         with exchanging(pairs, self._around) as exchange:
             gx = flat_map.bound(z)(x)
-        self.hooked |= exchange.hooks_set
+        self.common.hooked |= exchange.hooks_set
         return gx
 
     def _require_usable(self) -> None:
