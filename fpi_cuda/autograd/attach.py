@@ -74,7 +74,7 @@ class Attached(torch.autograd.Function):
             if follows(v, *inputs):
                 return (None, None, None, *equation.pulled(v, inputs))
         if legacy or transforms.active():
-            c: MaybeTensor = transforms.one_by_one(lambda v: equation.pull(v)[0], v)
+            c: MaybeTensor = transforms.one_by_one(lambda v: equation.solve(v, transpose=True), v)
             return (None, None, c, *equation.nothing())
         c, more = equation.pulled_through_g(v)
         return (None, None, c, *more)
@@ -87,7 +87,7 @@ class Attached(torch.autograd.Function):
         elif torch.is_grad_enabled():
             tangent = equation.pushed(ctx.saved_tensors)
         else:
-            tangent = equation.push(t)
+            tangent = equation.solve(t, transpose=False)
         return ctx.layout.unflatten(tangent)
 
 

@@ -102,7 +102,7 @@ class LiftedEquation(Equation):
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
         self.common.once_only = stochastic
         self._inside |= stochastic or watch.functions
-        self.common.hooked |= watch.hooks_set or any_backward_hooks(self._flat_map.g)
+        self.common.hooked |= any_backward_hooks(self._flat_map.g)
         return bool(more or hidden)
 
     def _inputs_among(self, captured: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:

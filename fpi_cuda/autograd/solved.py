@@ -167,34 +167,29 @@ class SolvedEquation(Equation):
         return Linearization(self._leaf, self.gx)
 
     @functools.cached_property
-    def all_failed(self) -> Tensor | None:
-        """(B,) bool, all True, where no sample was solved; else None."""
+    def all_failed(self) -> bool:
+        """Whether no sample was solved."""
         hopeless = self._strategy.account.hopeless
-        return hopeless if hopeless is not None and bool(hopeless.all()) else None
+        return hopeless is not None and bool(hopeless.all())
 
-    def pull(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(I - dg/dx)^-T v without a graph, and the samples that fail, if any."""
-        c, bad = self._strategy.solve(v, self.jacobian, transpose=True)
-        return c, bad if self.all_failed is None else self.all_failed
-
-    def push(self, t: Tensor) -> Tensor:
-        """(I - dg/dx)^-1 t without a graph."""
-        return self._strategy.solve(t, self.jacobian, transpose=False)[0]
+    def solve(self, b: Tensor, *, transpose: bool) -> Tensor:
+        """(I - J^T)^-1 b or (I - J)^-1 b, J = dg/dx, without a graph."""
+        return self._strategy.solve(b, self.jacobian, transpose=transpose)[0]
 
     def pulled_through_g(self, v: Tensor) -> tuple[MaybeTensor, list[MaybeTensor]]:
         """What goes through the graph of g(x) for v, and what each input gets besides."""
-        c, bad = self.pull(v)
-        if bad is None or (self.unnamed and not bool(bad.all())):
+        c, bad = self._strategy.solve(v, self.jacobian, transpose=True)
+        if self.all_failed or (bad is not None and bool(bad.all())):
+            return None, self._with_overflow(self._zeros(), v)
+        if bad is None or self.unnamed:
             return c, self._with_overflow(self.nothing(), v)
-        found = self._zeros()
-        if not bool(bad.all()):
-            found = self.opened(self.x, self.gx, tuple(self.originals), bad).pulled(c)[1:]
-        return None, self._with_overflow(found, v)
+        opened = self.opened(self.x, self.gx, tuple(self.originals), bad)
+        return None, self._with_overflow(opened.pulled(c)[1:], v)
 
     def pulled(self, v: Tensor, inputs: Inputs) -> list[MaybeTensor]:
         """The derivative of <v, x> in each input, as a function of v and the inputs."""
-        if self.all_failed is not None:
-            self.pull(v.detach())
+        if self.all_failed:
+            self.solve(v.detach(), transpose=True)  # for the account
             return self._with_overflow(self._zeros(), v)
         point = self._point(inputs)
         return self._with_overflow(point.pulled(point.opened(), v), v)
@@ -205,7 +200,7 @@ class SolvedEquation(Equation):
         point = self._point(inputs)
         with transforms.in_forward_mode():
             tangent = forward_ad.unpack_dual(self._flat_map(point.x)).tangent
-        if tangent is None or self.all_failed is not None:
+        if tangent is None or self.all_failed:
             return torch.zeros_like(self.x)
         return point.solution(point.opened(), tangent, transpose=False)[0]
 
