@@ -63,12 +63,6 @@ class SolvedEquation(Equation):
     ) -> None:  # fmt: skip
         self.x = x
         self.gx = gx
-        self.common = Common(
-            lambda status, _: strategy.over(status),
-            strategy.truncation,
-            flat_map.arithmetic,
-            flat_map.layout.sizes,
-        )
         self._flat_map = flat_map
         self._leaf = leaf
         self._strategy = strategy
@@ -107,6 +101,17 @@ class SolvedEquation(Equation):
         layout = flat_map.layout
         whole = not leaf.requires_grad or (len(layout.shapes) == 1 and id(leaf) in anchors)
         self.unreached = [] if whole else unreached(gx, leaf, layout.sizes, visited)
+
+    @functools.cached_property
+    def common(self) -> Common:  # type: ignore[override]
+        """See Equation."""
+        strategy, flat_map = self._strategy, self._flat_map
+        return Common(
+            lambda status, _: strategy.over(status),
+            strategy.truncation,
+            flat_map.arithmetic,
+            flat_map.layout.sizes,
+        )
 
     def solved(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
