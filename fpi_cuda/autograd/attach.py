@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,10 +34,9 @@ LEGACY_TANGENT = (
 )
 
 
-class Check(Protocol):
-    """Raises where g(x) is not what the solver was shown, but for ignored samples (B,)."""
-
-    def __call__(self, x: Tensor, gx: Tensor, ignored: Tensor | None = None) -> None: ...
+Check = Callable[[Tensor, Tensor, MaybeTensor], None]
+"""check(x, gx, ignored): raises where g(x) is not what the solver was shown, ignored samples (B,)
+apart."""
 
 
 class Attached(torch.autograd.Function):

@@ -130,7 +130,7 @@ class Equation:
         return found
 
     def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs, *, transpose: bool) -> Jacobian:
-        """The Jacobian at plain numbers.
+        """The Jacobian at plain numbers, of one sample at least.
 
         Args:
             transpose: J^T y is asked for; else J y.
@@ -138,8 +138,6 @@ class Equation:
         Raises:
             RuntimeError: it is another map by now.
         """
-        if len(x) == 0:
-            return Linearization(x, x)
         by_graph, leaf = self.known.jacobian, leaf_at(x)
         if leaf is None:
             return Transformed(self.evaluate, x, inputs)
@@ -285,8 +283,6 @@ class ManySides(EquationOfMany):
 
     def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs, *, transpose: bool) -> Jacobian:
         """See Equation."""
-        if len(x) == 0:
-            return Linearization(x, x)
         first, there = self.apart(x)[0], self.apart(gx)[0]
         one = self._one.matrix(first, there, inputs, transpose=transpose)
         return Products(self.of_each(one.product), self.of_each(one.transposed))

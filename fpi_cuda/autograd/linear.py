@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.graft import MaybeTensor
-from fpi_cuda.autograd.linearization import OpenLinearization, Pull
+from fpi_cuda.autograd.linearization import Jacobian, Linearization, OpenLinearization, Pull
 from fpi_cuda.autograd.same_value import require_same_value
 from fpi_cuda.autograd.strategy import dropped, failed, finite_rows, series
 from fpi_cuda.autograd.transformed import Inputs, Transformed
@@ -125,7 +125,9 @@ class Linear(torch.autograd.Function):
                 now[good], gx[good], equation.common.arithmetic, equation.common.sizes
             )
         strategy = equation.common.strategy(status, x)
-        matrix = held or equation.matrix(x, gx, inputs, transpose=transpose)
+        matrix: Jacobian = Linearization(x, x)
+        if len(x):
+            matrix = held or equation.matrix(x, gx, inputs, transpose=transpose)
         y, bad = strategy.solve(b, matrix, transpose=transpose)
         return y.clone(), torch.zeros_like(status, dtype=torch.bool) if bad is None else bad
 
