@@ -13,7 +13,6 @@ from fpi_cuda.autograd import (
     Apply,
     DeviceSolve,
     FlatMap,
-    LinearSolve,
     LinearSystem,
     Strategy,
 )
@@ -135,7 +134,7 @@ class SystemSolve:
             idle = (found.x == system.b).all(1) & (found.status != Status.CONVERGED)
             if worst < Status.DIVERGED and not bool(idle.any()):
                 return found
-        return corrected(self, system, coupling, found or self._rows(system, None))
+        return self._corrected(system, coupling, found or self._rows(system, None))
 
     def _rows(self, system: LinearSystem, coupling: Coupling | None) -> SolveResult:
         solver, b = self.solver, system.b
@@ -177,27 +176,20 @@ class SystemSolve:
         status, num_steps = (t.repeat_interleave(rows) for t in (whole.status, whole.num_steps))
         return SolveResult(y, status, num_steps, residual)
 
-
-def corrected(
-    again: LinearSolve, system: LinearSystem, coupling: Coupling, found: SolveResult
-) -> SolveResult:
-    """`found`, of rows on their own, if it is true of all rows together; else the joint solution.
-
-    Args:
-        again: solves jointly for what is left, once the coupling says so.
-    """
-    apply, b = system.apply, system.b
-    product = apply(found.x)
-    left = product + b
-    told = found
-    if num_moved(found.x, left, found.status, found.residual):
-        told = retold(found, left, system.atol, 0.0)
-    if told is found or not feels(told, found, left):
-        failed = bool((told.status != Status.CONVERGED).any())
-        # What is no solution may be as far as rows get on their own.
-        if not failed or not rows_mix(apply, b, coupling.together):
-            coupling.is_independent()
-            return told
-    coupling.depends()
-    more = again(system._replace(b=left - found.x), coupling, None)
-    return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)
+    def _corrected(
+        self, system: LinearSystem, coupling: Coupling, found: SolveResult
+    ) -> SolveResult:
+        """`found`, of rows on their own, if it is true of all rows together; else the joint one."""
+        left = system.apply(found.x) + system.b
+        told = found
+        if num_moved(found.x, left, found.status, found.residual):
+            told = retold(found, left, system.atol, 0.0)
+        if told is found or not feels(told, found, left):
+            failed = bool((told.status != Status.CONVERGED).any())
+            # What is no solution may be as far as rows get on their own.
+            if not failed or not rows_mix(system.apply, system.b, coupling.together):
+                coupling.is_independent()
+                return told
+        coupling.depends()
+        more = self(system._replace(b=left - found.x), coupling, None)
+        return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)

@@ -111,11 +111,11 @@ class Substitution(TorchFunctionMode):
 
     def exchanged(self, t: Tensor) -> Tensor:
         """What stands in for t, or t itself."""
-        for key in (t,) if self._around is None else (t, self._around.exchanged(t)):
-            pair = self._pairs.get(id(key))
-            if pair is not None:
-                return pair[1]
-        return t if self._around is None else self._around.exchanged(t)
+        pair = self._pairs.get(id(t))
+        if pair is None and self._around is not None:
+            t = self._around.exchanged(t)
+            pair = self._pairs.get(id(t))
+        return t if pair is None else pair[1]
 
 
 @contextlib.contextmanager

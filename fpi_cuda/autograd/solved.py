@@ -145,14 +145,13 @@ class SolvedEquation(Equation):
         with torch.enable_grad():
             now = self._evaluated(flat_map, leaf, aside)
         if self.common.hooked or any_backward_hooks(flat_map.g):
-            moving = [t for t in aside if id(t) not in own]
+            moving = [leaf, *(t for t in aside if id(t) not in own)]
 
             def evaluate(given: Sequence[Tensor]) -> Tensor:
-                rest = iter(given[1:])
-                again = [t if id(t) in own else next(rest) for t in aside]
-                return self._evaluated(flat_map, given[0], again)
+                other = dict(zip(map(id, moving), given, strict=True))
+                return self._evaluated(flat_map, given[0], [other.get(id(t), t) for t in aside])
 
-            require_true_products(evaluate, now, [leaf, *moving], self.common.arithmetic)
+            require_true_products(evaluate, now, moving, self.common.arithmetic)
         if set(leaves_of(now)) != set(map(id, aside)):
             # An energy makes a leaf of an x that does not require grad, to differentiate in it.
             with torch.enable_grad():
