@@ -138,13 +138,12 @@ class Equation:
         Raises:
             RuntimeError: it is another map by now.
         """
-        by_graph, leaf = self.known.jacobian, leaf_at(x)
+        common, by_graph, leaf = self.common, self.known.jacobian, leaf_at(x)
         if leaf is None:
             return Transformed(self.evaluate, x, inputs)
         if by_graph is None or not torch.equal(by_graph.x, x):
             by_graph = self.keep(leaf, inputs)
-            require_same_value(by_graph.gx, gx, self.common.arithmetic, self.common.sizes)
-        common = self.common
+            require_same_value(by_graph.gx, gx, common.arithmetic, common.sizes)
         if not common.hooked:
             return by_graph
         there = Transformed(self.evaluate, x, inputs)
@@ -165,13 +164,9 @@ class Equation:
         """g at x, as the levels that are active see it.
 
         Args:
-            bad: (B,) bool, samples to evaluate where another one is.
+            bad: (B,) bool, samples to evaluate where another one is, of what is linearized.
         """
         return Transformed(self.evaluate, x, inputs, self.common.hidden)
-
-    def sees(self, bad: Tensor) -> bool:
-        """Whether samples failed (B,) that g can be evaluated without."""
-        return False
 
     def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> Equation:
         """The equation of the samples of a vmap side by side.

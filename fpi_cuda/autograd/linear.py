@@ -16,7 +16,7 @@ from fpi_cuda.autograd.graft import MaybeTensor
 from fpi_cuda.autograd.linearization import Jacobian, Linearization, OpenLinearization, Pull
 from fpi_cuda.autograd.same_value import require_same_value
 from fpi_cuda.autograd.strategy import dropped, failed, finite_rows, series
-from fpi_cuda.autograd.transformed import Inputs, Transformed
+from fpi_cuda.autograd.transformed import Inputs, Transformed, has_slope
 from fpi_cuda.result import Status
 
 T = TypeVar("T")
@@ -99,7 +99,8 @@ class Point(NamedTuple):
     def pulled(self, opened: Opened, v: Tensor) -> list[MaybeTensor]:
         """The derivative of <v, x> in each input, as a function of v, x and the inputs."""
         c, bad = self.solution(opened, v, transpose=True)
-        if self.equation.sees(bad):
+        # The other kind is what transforms see, and they hide which samples failed.
+        if isinstance(opened, OpenLinearization) and bool(bad.any()):
             if bool(bad.all()):
                 return [torch.zeros_like(t) for t in self.inputs]
             opened = self.opened(bad)
@@ -234,7 +235,7 @@ def side_by_side(
 
 def primal(t: Tensor) -> Tensor:
     """t without its tangent."""
-    return forward_ad.unpack_dual(t).primal if t.is_floating_point() or t.is_complex() else t
+    return forward_ad.unpack_dual(t).primal if has_slope(t) else t
 
 
 @contextlib.contextmanager

@@ -161,10 +161,6 @@ class SolvedEquation(Equation):
         require_same_value(now[rows], gx[rows], self.common.arithmetic, self.common.sizes)
         return OpenLinearization(leaf, now, aside, x, inputs)
 
-    def sees(self, bad: Tensor) -> bool:
-        """See Equation."""
-        return not transforms.active() and bool(bad.any())
-
     @functools.cached_property
     def jacobian(self) -> Jacobian:
         """dg/dx, from the graph of g(x)."""
