@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from fpi_cuda.autograd import (
     Apply,
     DeviceSolve,
     FlatMap,
-    LinearSolve,
     LinearSystem,
     Strategy,
 )
@@ -58,6 +56,7 @@ def strategy_for(
     engine: Backend,
     account: Account,
     flat_map: FlatMap,
+    x_star: Tensor,
     on_device: DeviceSolve | None = None,
     solver: FixedPointSolver | LinearSolver | None = None,
 ) -> Strategy:
@@ -65,13 +64,14 @@ def strategy_for(
 
     Args:
         flat_map: the map of the fixed point.
+        x_star: (B, D) the solution, plain.
         on_device: tried before the solver of the host.
         solver: of the system, where that is known already.
     """
     adjoint, arithmetic = options.adjoint, flat_map.arithmetic
     if not isinstance(adjoint, Implicit):
         return Strategy(account, arithmetic, truncation_of(adjoint))
-    rtol = options.rtol if adjoint.rtol is None else adjoint.rtol
+    rtol = accuracy_of_forward(options, x_star) if adjoint.rtol is None else adjoint.rtol
     system = SystemSolve(
         solver or options.adjoint_solver(flat_map.layout.dim),
         options.adjoint_steps,
@@ -88,24 +88,19 @@ From an x of the size of atol the forward asks for nothing; a gradient should st
 """
 
 
-def with_forward_accuracy(strategy: Strategy, options: Options, x_star: Tensor) -> Strategy:
-    """`strategy`, as accurate as the forward was asked to be where its tolerance is not relative.
+def accuracy_of_forward(options: Options, x_star: Tensor) -> float | Tensor:
+    """Relative accuracy that the forward was asked for: one number, or (B,) float64.
 
     The gradient is off by the forward's relative error in any case; an adjoint solved to rtol
     alone, which may be 0, would take steps that nobody sees.
-
-    Args:
-        x_star: (B, D) the solution, plain.
     """
-    adjoint = options.adjoint
-    asked = isinstance(adjoint, Implicit) and adjoint.rtol is None and options.atol > 0
-    if not asked:
-        return strategy
+    if options.atol <= 0:
+        return options.rtol
     with torch.no_grad():
         most = max(options.rtol, LOOSEST_BY_ATOL)
         # NaN, of samples that failed, asks for nothing either.
         share = (options.rtol + options.atol / row_norm(x_star)).nan_to_num(most)
-        return dataclasses.replace(strategy, rtol=share.clamp(max=most))
+        return share.clamp(max=most)
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ class SystemSolve:
             idle = (found.x == system.b).all(1) & (found.status != Status.CONVERGED)
             if worst < Status.DIVERGED and not bool(idle.any()):
                 return found
-        return corrected(self, system, coupling, found or self._rows(system, None))
+        return self._corrected(system, coupling, found or self._rows(system, None))
 
     def _rows(self, system: LinearSystem, coupling: Coupling | None) -> SolveResult:
         solver, b = self.solver, system.b
@@ -181,27 +176,20 @@ class SystemSolve:
         status, num_steps = (t.repeat_interleave(rows) for t in (whole.status, whole.num_steps))
         return SolveResult(y, status, num_steps, residual)
 
-
-def corrected(
-    again: LinearSolve, system: LinearSystem, coupling: Coupling, found: SolveResult
-) -> SolveResult:
-    """`found`, of rows on their own, if it is true of all rows together; else the joint solution.
-
-    Args:
-        again: solves jointly for what is left, once the coupling says so.
-    """
-    apply, b = system.apply, system.b
-    product = apply(found.x)
-    left = product + b
-    told = found
-    if num_moved(found.x, left, found.status, found.residual):
-        told = retold(found, left, system.atol, 0.0)
-    if told is found or not feels(told, found, left):
-        failed = bool((told.status != Status.CONVERGED).any())
-        # What is no solution may be as far as rows get on their own.
-        if not failed or not rows_mix(apply, b, coupling.together):
-            coupling.is_independent()
-            return told
-    coupling.depends()
-    more = again(system._replace(b=left - found.x), coupling, None)
-    return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)
+    def _corrected(
+        self, system: LinearSystem, coupling: Coupling, found: SolveResult
+    ) -> SolveResult:
+        """`found`, of rows on their own, if it is true of all rows together; else the joint one."""
+        left = system.apply(found.x) + system.b
+        told = found
+        if num_moved(found.x, left, found.status, found.residual):
+            told = retold(found, left, system.atol, 0.0)
+        if told is found or not feels(told, found, left):
+            failed = bool((told.status != Status.CONVERGED).any())
+            # What is no solution may be as far as rows get on their own.
+            if not failed or not rows_mix(system.apply, system.b, coupling.together):
+                coupling.is_independent()
+                return told
+        coupling.depends()
+        more = self(system._replace(b=left - found.x), coupling, None)
+        return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)

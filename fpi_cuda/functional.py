@@ -15,7 +15,6 @@ from fpi_cuda.adjoint import (
     differentiated_map,
     strategy_for,
     truncation_of,
-    with_forward_accuracy,
 )
 from fpi_cuda.autograd import (
     Account,
@@ -338,8 +337,9 @@ def reported(
     account = Account(result.status, record, coupling, late=loop.is_late)
     adjoint = adjoint_of(solved, account, record)
     by_loop = None if adjoint is None else adjoint.solve
-    strategy = strategy_for(options, engine, account, flat_map, by_loop, plan.adjoint_solver)
-    strategy = with_forward_accuracy(strategy, options, result.x)
+    strategy = strategy_for(
+        options, engine, account, flat_map, result.x, by_loop, plan.adjoint_solver
+    )
     evaluated = differentiated_map(flat_map, options.adjoint)
     evaluate = None if adjoint is None else adjoint.evaluate
     watch = None if loop.is_late else check
@@ -435,8 +435,7 @@ def solved_lifted(
 
     def strategy(status: Tensor, x: Tensor) -> Strategy:
         account = Account(status, record, coupling)
-        chosen = strategy_for(options, engine, account, flat_map)
-        return with_forward_accuracy(chosen, options, x)
+        return strategy_for(options, engine, account, flat_map, x)
 
     damping = differentiated_map(flat_map, options.adjoint).damping
     equation = LiftedEquation(flat_map, run, strategy, truncation_of(options.adjoint), damping)

@@ -11,7 +11,6 @@ from fpi_cuda.autograd.scaling import Apply
 from fpi_cuda.autograd.strategy import (
     Account,
     DeviceSolve,
-    LinearSolve,
     LinearSystem,
     Strategy,
     residual_in,
@@ -24,7 +23,6 @@ __all__ = [
     "DeviceSolve",
     "FlatMap",
     "Jacobian",
-    "LinearSolve",
     "LinearSystem",
     "Linearization",
     "Strategy",

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.cut_graph import notice_cut, notice_cut_in_step
-from fpi_cuda.autograd.equation import Equation, Evaluate
-from fpi_cuda.autograd.fixed_point import FixedPoint
+from fpi_cuda.autograd.equation import Evaluate
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import MaybeTensor, follows, has_tangent
 from fpi_cuda.autograd.graph import ANCHOR
-from fpi_cuda.autograd.inputs import Inputs
-from fpi_cuda.autograd.linear import Opened, Point
-from fpi_cuda.autograd.linearization import Jacobian, Linearization
-from fpi_cuda.autograd.strategy import Strategy, finite_rows
+from fpi_cuda.autograd.solved import SolvedEquation
+from fpi_cuda.autograd.strategy import Strategy
 from fpi_cuda.recomputed import tensors_saved_as_they_are
 from fpi_cuda.state import Layout
 
@@ -39,152 +34,9 @@ LEGACY_TANGENT = (
 )
 
 
-class Check(Protocol):
-    """Raises where g(x) is not what the solver was shown, but for ignored samples (B,)."""
-
-    def __call__(self, x: Tensor, gx: Tensor, ignored: Tensor | None = None) -> None: ...
-
-
-class SolvedEquation(Equation):
-    """x = g(x) where x is known, and what g depends on was found in the graph of g(x).
-
-    Args:
-        flat_map: g, or what is differentiated in its place.
-        x: (B, D) the solution, plain.
-        leaf: the same numbers, where g was evaluated.
-        gx: (B, D) g there, with its graph.
-        inputs: what g depends on.
-        strategy: how linear systems are solved.
-    """
-
-    def __init__(
-        self, flat_map: FlatMap, x: Tensor, leaf: Tensor, gx: Tensor, inputs: Inputs,
-        strategy: Strategy,
-    ) -> None:  # fmt: skip
-        self.x = x
-        self.gx = gx
-        self.strategy = lambda status, x: strategy.over(status)
-        self.truncation = strategy.truncation
-        self.arithmetic = flat_map.arithmetic
-        self._flat_map = flat_map
-        self._leaf = leaf
-        self._inputs = inputs
-        self._strategy = strategy
-        self._opened: Any = None
-        self.changes = []
-
-    def solved(self, x0: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """See Equation."""
-        return self.x.detach(), self.gx.detach(), self._strategy.account.status.detach()
-
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
-        """See Equation."""
-        return lambda x: self._inputs.evaluate(self._flat_map, x, inputs)
-
-    def matrix(
-        self, x: Tensor, gx: Tensor, inputs: Sequence[Tensor], *, transpose: bool
-    ) -> Jacobian:
-        """See Equation."""
-        found: Jacobian = self._opened or self._inputs.opened(self._flat_map, x, gx, inputs, None)
-        return found
-
-    def opened(
-        self, x: Tensor, gx: Tensor, inputs: Sequence[Tensor], bad: Tensor | None = None
-    ) -> Opened:
-        """See Equation."""
-        if transforms.active():
-            self._inputs.require_all_exchanged(self._flat_map, self.x)
-            return super().opened(x, gx, tuple(inputs))
-        if self._opened is not None and bad is None:
-            known: Opened = self._opened
-            return known
-        flat_map = self._flat_map
-        if bad is not None:
-            flat_map = flat_map.mended_if_batchwise(self.x, bad)
-        return self._inputs.opened(flat_map, x, gx, inputs, bad)
-
-    def at(self, opened: Opened) -> SolvedEquation:
-        """See Equation."""
-        if transforms.active():
-            return self
-        other = SolvedEquation.__new__(SolvedEquation)
-        other.__dict__ = self.__dict__ | {"_opened": opened}
-        return other
-
-    def sees(self, bad: Tensor) -> bool:
-        """See Equation."""
-        return not transforms.active() and bool(bad.any())
-
-    @property
-    def sizes(self) -> Sequence[int]:  # type: ignore[override]
-        return self._flat_map.layout.sizes
-
-    @functools.cached_property
-    def jacobian(self) -> Jacobian:
-        """dg/dx, from the graph of g(x)."""
-        return Linearization(self._leaf, self.gx)
-
-    @functools.cached_property
-    def all_failed(self) -> Tensor | None:
-        """(B,) bool, all True, where no sample was solved; else None."""
-        hopeless = self._strategy.account.hopeless
-        return hopeless if hopeless is not None and bool(hopeless.all()) else None
-
-    def pull(self, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(I - dg/dx)^-T v without a graph, and the samples that fail, if any."""
-        c, bad = self._strategy.solve(v, self.jacobian, transpose=True)
-        return c, bad if self.all_failed is None else self.all_failed
-
-    def push(self, t: Tensor) -> Tensor:
-        """(I - dg/dx)^-1 t without a graph."""
-        return self._strategy.solve(t, self.jacobian, transpose=False)[0]
-
-    def pulled(self, v: Tensor, inputs: Sequence[Tensor]) -> list[MaybeTensor]:
-        """The derivative of <v, x> in each input, as a function of v and the inputs."""
-        if self.all_failed is not None:
-            self.pull(v.detach())
-            return self._no_gradient()
-        point = self._point(inputs)
-        return point.pulled(point.opened(), v)
-
-    def pulled_without(self, c: Tensor, bad: Tensor) -> list[MaybeTensor] | None:
-        """The same from the solution c, samples `bad` evaluated elsewhere; None: impossible."""
-        if bool(bad.all()):
-            return self._no_gradient()
-        if self._inputs.unnamed:
-            return None
-        return self.opened(self.x, self.gx, self._inputs.originals, bad).pulled(c)[1:]
-
-    def pushed(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The tangent of x, as a function of the inputs, whose tangents g has as well."""
-        # Forward mode is off here, so this one has the graph alone.
-        point = self._point(inputs)
-        with transforms.in_forward_mode():
-            tangent = forward_ad.unpack_dual(self._flat_map(point.x)).tangent
-        if tangent is None or self.all_failed is not None:
-            return torch.zeros_like(self.x)
-        return point.solution(point.opened(), tangent, transpose=False)[0]
-
-    def _point(self, inputs: Sequence[Tensor]) -> Point:
-        """The solution, as a function of the inputs."""
-        x, gx, status = FixedPoint.apply(self, self.x, *inputs)
-        return Point(self, status, x, gx, tuple(inputs))
-
-    def require_all_tangents(self) -> None:
-        """Raise where a tangent of a gradient would come out too small."""
-        if transforms.in_dual_level() and not transforms.active():
-            self._inputs.require_all_tangents(self._flat_map, self.x)
-
-    def overflow(self, v: Tensor) -> list[Tensor] | None:
-        """What each input gets besides where v is not finite in samples left out; None: nothing."""
-        hopeless = self._strategy.account.hopeless
-        if hopeless is None:
-            return None
-        rows = hopeless & ~finite_rows(v.detach())
-        return [spoiled(t, rows) for t in self._inputs.originals] if bool(rows.any()) else None
-
-    def _no_gradient(self) -> list[MaybeTensor]:
-        return [torch.zeros_like(t) for t in self._inputs.originals]
+Check = Callable[[Tensor, Tensor, MaybeTensor], None]
+"""check(x, gx, ignored): raises where g(x) is not what the solver was shown, ignored samples (B,)
+apart."""
 
 
 class Attached(torch.autograd.Function):
@@ -198,7 +50,7 @@ class Attached(torch.autograd.Function):
     def forward(
         ctx: Any, get: Callable[[], SolvedEquation], layout: Layout, gx: Tensor, *inputs: Tensor
     ) -> Any:
-        ctx.get, ctx.layout, ctx.num_inputs = get, layout, len(inputs)
+        ctx.get, ctx.layout = get, layout
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
         # A copy, so that an in-place op on the value does not reach the x that is linearized at;
@@ -211,7 +63,6 @@ class Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *parts: Tensor) -> tuple[MaybeTensor, ...]:
         equation, v = ctx.get(), ctx.layout.flatten(parts if ctx.layout.is_tuple else parts[0])
-        nothing: list[MaybeTensor] = [None] * ctx.num_inputs
         legacy = transforms.is_legacy_batched(v)
         if torch.is_grad_enabled() or transforms.in_dual_level():
             if legacy:
@@ -220,18 +71,12 @@ class Attached(torch.autograd.Function):
             inputs = ctx.saved_tensors
             equation.require_all_tangents()
             if follows(v, *inputs):
-                more = None if transforms.active() else equation.overflow(v)
-                return (None, None, None, *added(equation.pulled(v, inputs), more))
+                return (None, None, None, *equation.pulled(v, inputs))
         if legacy or transforms.active():
-            c = transforms.one_by_one(lambda v: equation.pull(v)[0], v)
-            return (None, None, c, *nothing)
-        c, bad = equation.pull(v)
-        overflow = equation.overflow(v)
-        if bad is not None:
-            found = equation.pulled_without(c, bad)
-            if found is not None:
-                return (None, None, None, *added(found, overflow))
-        return (None, None, c, *added(nothing, overflow))
+            c: MaybeTensor = transforms.one_by_one(lambda v: equation.solve(v, transpose=True), v)
+            return (None, None, c, *equation.nothing())
+        c, more = equation.pulled_through_g(v)
+        return (None, None, c, *more)
 
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, t: Tensor, *___: Tensor) -> Any:
@@ -241,7 +86,7 @@ class Attached(torch.autograd.Function):
         elif torch.is_grad_enabled():
             tangent = equation.pushed(ctx.saved_tensors)
         else:
-            tangent = equation.push(t)
+            tangent = equation.solve(t, transpose=False)
         return ctx.layout.unflatten(tangent)
 
 
@@ -309,32 +154,31 @@ def attach(
         gx = (evaluate or evaluated)(x)
     if check is not None and once:
         check(x, gx, hopeless)
-    inputs = Inputs(flat_map, x, gx, born_after)
-    for t in inputs.originals:
+    equation = SolvedEquation(flat_map, x_star, x, gx, strategy, born_after)
+    for t in equation.originals:
         if t.is_nested and t.layout == torch.strided:
             raise TypeError(STRIDED_NESTED)
-    if inputs.unnamed and account.late and account.hopeless is not None:
+    if equation.unnamed and account.late and account.hopeless is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
         account.late = False
         return attach(flat_map, x_star, check, strategy, born_after)
-    if not (inputs.originals or inputs.unnamed or has_tangent(gx)):
+    if not (equation.originals or equation.unnamed or has_tangent(gx)):
         return layout.taken_apart(x_star)
-    if strategy.truncation != 0 and inputs.unreached:
-        notice_cut(flat_map, x, inputs.unreached)
-    equation = SolvedEquation(flat_map, x_star, x, gx, inputs, strategy)
-    return state_of(equation, layout, inputs.originals)
+    if strategy.truncation != 0 and equation.unreached:
+        notice_cut(flat_map, x, equation.unreached)
+    return state_of(equation, layout)
 
 
-def state_of(equation: SolvedEquation, layout: Layout, inputs: Sequence[Tensor]) -> Any:
-    """The solution as the user's state, as a function of the inputs.
+def state_of(equation: SolvedEquation, layout: Layout) -> Any:
+    """The solution as the user's state, as a function of all that g depends on.
 
     A g that holds its own fixed point, as self.x = fixed_point(self.step, ...).value does, is a
     cycle that Python's collector sees only through nodes with one owner: the tensor's own.
     """
     # What changes a tensor in place must change its tangent in place: no parts there.
     if not layout.is_tuple or transforms.in_dual_level():
-        return Attached.apply(lambda: equation, layout, equation.gx, *inputs)
-    parts = Attached.apply(weakref.ref(equation), layout, equation.gx, *inputs)
+        return Attached.apply(lambda: equation, layout, equation.gx, *equation.originals)
+    parts = Attached.apply(weakref.ref(equation), layout, equation.gx, *equation.originals)
     return tuple(_Part.apply(equation, part) for part in parts)
 
 
@@ -346,18 +190,3 @@ def drop_gradient(x: Tensor) -> None:
 def contiguous_copy(t: Tensor) -> Tensor:
     """t, row-major, in memory of its own."""
     return t.clone(memory_format=torch.contiguous_format)
-
-
-def added(pulled: list[MaybeTensor], more: list[Tensor] | None) -> list[MaybeTensor]:
-    """The sums of two lists of gradients."""
-    if more is None:
-        return pulled
-    return [b if a is None else a + b for a, b in zip(pulled, more, strict=True)]
-
-
-def spoiled(t: Tensor, rows: Tensor) -> Tensor:
-    """A gradient for t that is NaN in rows (B,), or as a whole where t has no such rows."""
-    if t.dim() == 0 or len(t) != len(rows):
-        return torch.full_like(t, torch.nan)
-    mask = rows.reshape(-1, *[1] * (t.dim() - 1))
-    return torch.where(mask, torch.full_like(t, torch.nan), 0.0)

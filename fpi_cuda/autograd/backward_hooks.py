@@ -22,9 +22,22 @@ ROUNDINGS = 4.0
 """Of the arithmetic that g is evaluated in: what two products may differ by."""
 
 
-def share_of(state: torch.dtype, arithmetic: torch.dtype) -> float:
-    """By what share products with one Jacobian may differ."""
-    return max(torch.finfo(state).eps ** 0.5, ROUNDINGS * torch.finfo(arithmetic).eps)
+def products_differ(
+    pull: Callable[[Tensor], Sequence[MaybeTensor]],
+    push: Callable[[Sequence[Tensor]], MaybeTensor],
+    gx: Tensor,
+    leaves: Sequence[Tensor],
+    arithmetic: torch.dtype,
+) -> bool:
+    """Whether J^T w and J d are products with two matrices; see `differ`.
+
+    Args:
+        gx, leaves: what w and the directions d are like.
+        arithmetic: what g is evaluated in.
+    """
+    share = max(torch.finfo(gx.dtype).eps ** 0.5, ROUNDINGS * torch.finfo(arithmetic).eps)
+    directions = [waves(leaf, 1 + i) for i, leaf in enumerate(leaves)]
+    return differ(pull, push, waves(gx, 0), directions, share, share)
 
 
 def require_true_products(
@@ -53,13 +66,11 @@ def require_true_products(
             duals = [forward_ad.make_dual(leaf.detach(), d) for leaf, d in pairs]
             return forward_ad.unpack_dual(evaluate(duals)).tangent
 
-    share = share_of(gx.dtype, arithmetic)
-    directions = [waves(leaf, 1 + i) for i, leaf in enumerate(leaves)]
+    def pull(w: Tensor) -> list[MaybeTensor]:
+        return gradients([gx], leaves, [w], create_graph=False)
+
     try:
-        changed = differ(
-            lambda w: gradients([gx], leaves, [w], create_graph=False),
-            push, waves(gx, 0), directions, share, share,
-        )  # fmt: skip
+        changed = products_differ(pull, push, gx, leaves, arithmetic)
     except (NotImplementedError, RuntimeError) as error:
         raise RuntimeError(CHANGED + ". Whether it does cannot be told, see above") from error
     if changed:

@@ -33,7 +33,6 @@ class Watch(TorchFunctionMode):
     Attributes:
         functions: it calls an autograd.Function.
         blind: it has made tensors out of sight; known after `captured` too.
-        hooks_set: it sets hooks on tensors.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
@@ -43,7 +42,6 @@ class Watch(TorchFunctionMode):
         self._used: list[tuple[weakref.ref[Tensor], Tensor | None]] = []
         self.functions = False
         self.blind = False
-        self.hooks_set = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -58,7 +56,6 @@ class Watch(TorchFunctionMode):
                 stand_in = t if here.substitution is None else here.substitution.exchanged(t)
                 self._used.append((weakref.ref(t), None if stand_in is t else stand_in))
         self.functions |= getattr(func, "__name__", "") == "custom_function_call"
-        self.hooks_set |= func is Tensor.register_hook
         self._known.update((id(t), t) for t in made)
         return result
 
@@ -114,11 +111,11 @@ class Substitution(TorchFunctionMode):
 
     def exchanged(self, t: Tensor) -> Tensor:
         """What stands in for t, or t itself."""
-        for key in (t,) if self._around is None else (t, self._around.exchanged(t)):
-            pair = self._pairs.get(id(key))
-            if pair is not None:
-                return pair[1]
-        return t if self._around is None else self._around.exchanged(t)
+        pair = self._pairs.get(id(t))
+        if pair is None and self._around is not None:
+            t = self._around.exchanged(t)
+            pair = self._pairs.get(id(t))
+        return t if pair is None else pair[1]
 
 
 @contextlib.contextmanager

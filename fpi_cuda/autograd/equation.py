@@ -10,42 +10,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fpi_cuda.autograd.backward_hooks import CHANGED, share_of
+from fpi_cuda.autograd.backward_hooks import CHANGED, products_differ
 from fpi_cuda.autograd.flat_map import has_rows, replace_rows
 from fpi_cuda.autograd.graph import mark_as_anchor
-from fpi_cuda.autograd.linear import Inputs, Opened
+from fpi_cuda.autograd.linear import Opened
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
-from fpi_cuda.autograd.one_matrix import differ, waves
 from fpi_cuda.autograd.same_value import require_same_value, same_value
+from fpi_cuda.autograd.scaling import Apply
 from fpi_cuda.autograd.strategy import Strategy
-from fpi_cuda.autograd.transformed import Transformed
+from fpi_cuda.autograd.transformed import Inputs, Transformed
 from fpi_cuda.recomputed import tensors_saved_as_they_are
-
-Apply = Callable[[Tensor], Tensor]
 
 Evaluate = Callable[[Tensor], Tensor]
 """x (B, D) -> g(x) (B, D), all else being bound."""
 
 
 @dataclass
-class Known:
-    """What is known of the solution of an equation.
-
-    Attributes:
-        jacobian: there, where its graph was recorded.
-        bad: (B,) bool, samples that failed, to be evaluated where another one is; None: none.
-        notices: to be given once somebody asks for derivatives.
-        merged: the same of equations of several like this side by side, by how they are merged.
-    """
-
-    jacobian: Linearization | None = None
-    bad: Tensor | None = None
-    notices: list[Callable[[], None]] = field(default_factory=list)
-    merged: dict[tuple[Any, ...], Known] = field(default_factory=dict)
-
-
-class Equation:
-    """x = g(x, *inputs), for FixedPoint and Linear; both ask for it at every level of torch.func.
+class Common:
+    """What an equation has in common with those of several like it side by side.
 
     Attributes:
         strategy: strategy(status, x): how linear systems are solved for samples whose solve ended
@@ -55,18 +37,45 @@ class Equation:
         sizes: of the parts of the state, which add up to D.
         once_only: a backward pass may come where g cannot be evaluated.
         hooked: hooks in g may change gradients.
-        changes: whether they do, once that was seen.
+        changes: whether they do; None: that was not seen yet.
         hidden: the last inputs, where nothing can stand in for them.
+        notices: to be given once somebody asks for derivatives.
     """
 
     strategy: Callable[[Tensor, Tensor], Strategy]
     truncation: int | None
     arithmetic: torch.dtype
     sizes: Sequence[int]
-    once_only = False
+    once_only: bool = False
+    hooked: bool = False
+    changes: bool | None = None
     hidden: Inputs = ()
-    hooked = False
-    changes: list[bool]
+    notices: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass
+class Known:
+    """What is known of the solution of an equation.
+
+    Attributes:
+        jacobian: there, where its graph was recorded.
+        bad: (B,) bool, samples that failed, to be evaluated where another one is; None: none.
+        merged: the same of equations of several like this side by side, by how they are merged.
+    """
+
+    jacobian: Linearization | None = None
+    bad: Tensor | None = None
+    merged: dict[tuple[Any, ...], Known] = field(default_factory=dict)
+
+
+class Equation:
+    """x = g(x, *inputs), for FixedPoint and Linear; both ask for it at every level of torch.func.
+
+    Attributes:
+        common: what does not depend on the level.
+    """
+
+    common: Common
 
     @functools.cached_property
     def known(self) -> Known:
@@ -81,18 +90,18 @@ class Equation:
         """
         raise NotImplementedError
 
-    def solved(self, x0: Tensor, inputs: Inputs) -> Inputs:
-        """x (B, D), what is differentiated at x, status (B,), and more of plain numbers."""
-        return self.solved_of(self, x0, inputs)
+    def solved(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
+        """x (B, D), what is differentiated at x, status (B,), and more of plain numbers.
 
-    def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
-        """The same of an equation that is this one, or that of several like this side by side."""
+        Args:
+            whole: whose solution it is: this equation, or that of several like it side by side.
+        """
         raise NotImplementedError
 
     def look(self) -> None:
         """Somebody asks for derivatives of the solution: see whether they are whole."""
-        while self.known.notices:
-            self.known.notices.pop()()
+        while self.common.notices:
+            self.common.notices.pop()()
 
     def leave_out(self, bad: Tensor, x: Tensor, inputs: Inputs) -> None:
         """Evaluate bad samples where another one is from now on, if that leaves the others alone.
@@ -106,7 +115,7 @@ class Equation:
             expected = self.evaluate(x, *inputs)[~bad]
             self.known.bad = bad
             moved = self.evaluate(x, *inputs)[~bad]
-            if not same_value(moved, expected, x.dtype, self.sizes):
+            if not same_value(moved, expected, x.dtype, self.common.sizes):
                 self.known.bad = None
 
     def evaluate(self, x: Tensor, *inputs: Tensor) -> Tensor:
@@ -121,7 +130,7 @@ class Equation:
         return found
 
     def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs, *, transpose: bool) -> Jacobian:
-        """The Jacobian at plain numbers.
+        """The Jacobian at plain numbers, of one sample at least.
 
         Args:
             transpose: J^T y is asked for; else J y.
@@ -129,47 +138,35 @@ class Equation:
         Raises:
             RuntimeError: it is another map by now.
         """
-        if len(x) == 0:
-            return Linearization(x, x)
-        by_graph, leaf = self.known.jacobian, leaf_at(x)
+        common, by_graph, leaf = self.common, self.known.jacobian, leaf_at(x)
         if leaf is None:
             return Transformed(self.evaluate, x, inputs)
         if by_graph is None or not torch.equal(by_graph.x, x):
             by_graph = self.keep(leaf, inputs)
-            require_same_value(by_graph.gx, gx, self.arithmetic, self.sizes)
-        if not self.hooked:
+            require_same_value(by_graph.gx, gx, common.arithmetic, common.sizes)
+        if not common.hooked:
             return by_graph
         there = Transformed(self.evaluate, x, inputs)
-        if not self.changes and self.truncation != 0:
-            share, transposed = share_of(x.dtype, self.arithmetic), by_graph.transposed
-            changed = differ(
-                lambda w: [transposed(w)], lambda d: there.product(d[0]), waves(x, 0),
-                [waves(x, 1)], share, share,
-            )  # fmt: skip
-            self.changes.append(changed)
+        if common.changes is None and common.truncation != 0:
+            transposed = by_graph.transposed
+            common.changes = products_differ(
+                lambda w: [transposed(w)], lambda d: there.product(d[0]), x, [x], common.arithmetic
+            )
         # Forward mode runs no hook on gradients.
         return by_graph if transpose else Products(there.product, by_graph.transposed)
 
     def require_true_products(self) -> None:
         """Raise where hooks make the products with the Jacobian those of no function."""
-        if any(self.changes):
+        if self.common.changes:
             raise RuntimeError(CHANGED)
 
     def opened(self, x: Tensor, gx: Tensor, inputs: Inputs, bad: Tensor | None = None) -> Opened:
         """g at x, as the levels that are active see it.
 
         Args:
-            bad: (B,) bool, samples to evaluate where another one is.
+            bad: (B,) bool, samples to evaluate where another one is, of what is linearized.
         """
-        return Transformed(self.evaluate, x, inputs, self.hidden)
-
-    def at(self, opened: Opened) -> Equation:
-        """This equation, for whatever asks for g at that point."""
-        return self
-
-    def sees(self, bad: Tensor) -> bool:
-        """Whether samples failed (B,) that g can be evaluated without."""
-        return False
+        return Transformed(self.evaluate, x, inputs, self.common.hidden)
 
     def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> Equation:
         """The equation of the samples of a vmap side by side.
@@ -191,27 +188,17 @@ class Products(NamedTuple):
     transposed: Apply
 
 
-SHARED = (
-    "strategy", "truncation", "arithmetic", "sizes", "once_only", "hooked", "changes", "hidden",
-)  # fmt: skip
-
-
 class EquationOfMany(Equation):
     """An equation for several samples in the place of each one of another equation."""
 
     def __init__(self, one: Equation, size: int) -> None:
         self._one = one
         self._size = size
-        for name in SHARED:
-            setattr(self, name, getattr(one, name))
+        self.common = one.common
 
-    def look(self) -> None:
+    def solved(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
-        self._one.look()
-
-    def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
-        """See Equation."""
-        return self._one.solved_of(whole, x0, inputs)
+        return self._one.solved(whole, x0, inputs)
 
 
 class MergedEquation(EquationOfMany):
@@ -291,8 +278,6 @@ class ManySides(EquationOfMany):
 
     def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs, *, transpose: bool) -> Jacobian:
         """See Equation."""
-        if len(x) == 0:
-            return Linearization(x, x)
         first, there = self.apart(x)[0], self.apart(gx)[0]
         one = self._one.matrix(first, there, inputs, transpose=transpose)
         return Products(self.of_each(one.product), self.of_each(one.transposed))

@@ -11,7 +11,6 @@ from fpi_cuda import transforms
 from fpi_cuda.autograd.equation import Equation
 from fpi_cuda.autograd.graft import MaybeTensor
 from fpi_cuda.autograd.linear import (
-    Inputs,
     Opened,
     Point,
     as_lower_levels_see,
@@ -20,6 +19,7 @@ from fpi_cuda.autograd.linear import (
     remember,
     side_by_side,
 )
+from fpi_cuda.autograd.transformed import Inputs
 
 
 class FixedPoint(torch.autograd.Function):
@@ -31,7 +31,7 @@ class FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def forward(equation: Equation, x0: Tensor, *inputs: Tensor) -> Inputs:
-        return equation.solved(x0, inputs)
+        return equation.solved(equation, x0, inputs)
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], outputs: Inputs) -> None:
@@ -40,7 +40,7 @@ class FixedPoint(torch.autograd.Function):
         x, gx, status, *_ = outputs
         ctx.num_told = len(outputs) - 1
         ctx.mark_non_differentiable(*outputs[1:])
-        point = Point(ctx.equation, status, x, gx, tuple(inputs))
+        point = Point(ctx.equation, None, status, x, gx, tuple(inputs))
         remember(ctx, *point.tensors())
         if any(ctx.needs_input_grad):
             ctx.equation.look()
@@ -54,7 +54,7 @@ class FixedPoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, v: MaybeTensor, *_: None) -> tuple[MaybeTensor, ...]:
-        point = Point.of(ctx.equation, *ctx.saved_tensors)
+        point = Point.of(ctx.equation, None, *ctx.saved_tensors)
         if v is None:
             return (None,) * (2 + len(point.inputs))
         if transforms.is_legacy_batched(v):
@@ -64,7 +64,7 @@ class FixedPoint(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: None, __: None, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
         with as_lower_levels_see():
-            point = Point.of(ctx.equation, *map(primal, ctx.saved_tensors))
+            point = Point.of(ctx.equation, None, *map(primal, ctx.saved_tensors))
             point.equation.look()
             opened = point.opened()
             t = opened.pushed([None, *tangents])

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from fpi_cuda import transforms
 from fpi_cuda.autograd.closed_over import Watch, exchanging, here
 from fpi_cuda.autograd.cut_graph import MOST_LOOKS, looks_at, notice_cut, unreached
-from fpi_cuda.autograd.equation import Equation, Evaluate, leaf_at
+from fpi_cuda.autograd.equation import Common, Equation, Evaluate, leaf_at
 from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graft import has_tangent
 from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, sequence_number
-from fpi_cuda.autograd.linear import Inputs
 from fpi_cuda.autograd.strategy import Strategy, failed
-from fpi_cuda.autograd.transformed import HIDDEN
+from fpi_cuda.autograd.transformed import HIDDEN, Inputs
 from fpi_cuda.module_tree import held_by
 from fpi_cuda.result import SolveResult
 from fpi_cuda.shortcuts import any_backward_hooks
@@ -48,10 +47,8 @@ class LiftedEquation(Equation):
         self._flat_map = flat_map
         self._around = here.substitution
         self._solve = solve
-        self.strategy = strategy
-        self.arithmetic = flat_map.arithmetic
-        self.sizes = flat_map.layout.sizes
-        self.truncation = truncation
+        layout = flat_map.layout
+        self.common = Common(strategy, truncation, flat_map.arithmetic, layout.sizes)
         self._damping = damping
         self._originals = [*flat_map.z]
         self._values = [*flat_map.z]
@@ -60,12 +57,11 @@ class LiftedEquation(Equation):
         self._watch: Watch | None = None
         self._all_seen = False
         self._left = False
-        self.changes = []
 
     @property
     def inputs(self) -> Inputs:
         """All that g was seen to depend on besides x."""
-        return (*self._values, *self.hidden)
+        return (*self._values, *self.common.hidden)
 
     def sees_more_at(self, x: Tensor) -> bool:
         """See what g closes over at x (B, D); whether that is more than was known.
@@ -98,15 +94,15 @@ class LiftedEquation(Equation):
         if edges.difference(map(edge_of, plain)):
             raise RuntimeError(HIDDEN)
         # Plain autograd finds them behind g, though no function of torch was given them.
-        known = set(map(id, (*plain, *self.hidden)))
+        known = set(map(id, (*plain, *self.common.hidden)))
         hidden = [t for i, t in leaves.items() if i not in known]
-        self.hidden = (*self.hidden, *hidden)
+        self.common.hidden = (*self.common.hidden, *hidden)
         if depends and not (more or hidden):
             raise RuntimeError(HIDDEN)
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
-        self.once_only = stochastic
+        self.common.once_only = stochastic
         self._inside |= stochastic or watch.functions
-        self.hooked |= watch.hooks_set or any_backward_hooks(self._flat_map.g)
+        self.common.hooked |= any_backward_hooks(self._flat_map.g)
         return bool(more or hidden)
 
     def _inputs_among(self, captured: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -121,7 +117,7 @@ class LiftedEquation(Equation):
         settled = [m for m in self._flat_map.modules if not getattr(m, "training", True)]
         return held_by(training, buffers=False) + held_by(settled)
 
-    def solved_of(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
+    def solved(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
         evaluate = whole.bound(inputs, damped=False)
 
@@ -137,19 +133,18 @@ class LiftedEquation(Equation):
         watch = self._watch = Watch(self._originals)
         gx = whole.keep(leaf, inputs).gx
         self._watch = None
-        whole.hooked = self.hooked
-        self._left = not set(map(id, self.hidden)).issuperset(leaves_of(gx))
+        self._left = not set(map(id, self.common.hidden)).issuperset(leaves_of(gx))
         more = self._inputs_among(watch.captured())
         self._all_seen = not (self._left or more or watch.blind or transforms.numbers(gx) is not gx)
         once, step, flat_map = whole.bound(inputs, damped=False), gx, self._flat_map
         if self._damping[0] > 1 and looks_at(flat_map.g).looks < MOST_LOOKS:
             with torch.enable_grad():
                 step = once(leaf)
-        elif self.truncation == 0:
+        elif self.common.truncation == 0:
             return gx.detach()
         columns = unreached(step, leaf, flat_map.layout.sizes)
         if columns:
-            self.known.notices.append(lambda: notice_cut(flat_map, x, columns, once))
+            self.common.notices.append(lambda: notice_cut(flat_map, x, columns, once))
         return gx.detach()
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
@@ -168,7 +163,7 @@ class LiftedEquation(Equation):
                     result = function(given)
                 else:
                     result = self._watch.call(function, given, given=inputs)
-            self.hooked |= exchange.hooks_set
+            self.common.hooked |= exchange.hooks_set
             return result
 
         flat_map = self._flat_map.recorded(call).bound(inputs[: len(self._flat_map.z)])

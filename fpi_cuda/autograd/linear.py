@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,42 +13,19 @@ from torch.autograd import forward_ad
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.graft import MaybeTensor
-from fpi_cuda.autograd.linearization import Jacobian
+from fpi_cuda.autograd.linearization import Jacobian, Linearization, OpenLinearization, Pull
 from fpi_cuda.autograd.same_value import require_same_value
 from fpi_cuda.autograd.strategy import dropped, failed, finite_rows, series
+from fpi_cuda.autograd.transformed import Inputs, Transformed, has_slope
 from fpi_cuda.result import Status
 
 T = TypeVar("T")
 
-Inputs = tuple[Tensor, ...]
+Opened = OpenLinearization | Transformed
+"""A map at a point; its products are functions of x, of the inputs and of what they take.
 
-Pull = Callable[[Tensor], list[MaybeTensor]]
-
-
-class Opened(Jacobian, Protocol):
-    """A map at a point; its products are functions of x, of the inputs and of what they take.
-
-    A list that is returned or taken begins with what belongs to x; the inputs follow.
-    """
-
-    @property
-    def gx(self) -> Tensor:
-        """g there."""
-
-    def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
-        """J^T y or J y."""
-
-    def pulled(self, c: Tensor) -> list[MaybeTensor]:
-        """The derivative of <c, g>."""
-
-    def through_product(self, y: Tensor, *, transpose: bool) -> Pull:
-        """s -> the derivative of <J^T y, s> or <J y, s>, y held."""
-
-    def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
-        """The derivative of g along tangents."""
-
-    def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
-        """The derivative of J^T y or J y, y held, along tangents."""
+A list that is returned or taken begins with what belongs to x; the inputs follow.
+"""
 
 
 class Point(NamedTuple):
@@ -56,25 +33,30 @@ class Point(NamedTuple):
 
     Attributes:
         equation: it.
+        held: the map there, where it is at hand.
         status: (B,) int8, of the solve.
         x, gx: (B, D) the solution, and what is differentiated there.
         inputs: all that it depends on besides x.
     """
 
     equation: Any
+    held: OpenLinearization | None
     status: Tensor
     x: Tensor
     gx: Tensor
     inputs: Inputs
 
     @classmethod
-    def of(cls, equation: Any, status: Tensor, x: Tensor, gx: Tensor, *inputs: Tensor) -> Point:
+    def of(
+        cls, equation: Any, held: OpenLinearization | None, status: Tensor, x: Tensor, gx: Tensor,
+        *inputs: Tensor,
+    ) -> Point:  # fmt: skip
         """The same from tensors in a row, as autograd keeps them."""
-        return cls(equation, status, x, gx, inputs)
+        return cls(equation, held, status, x, gx, inputs)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in a row."""
-        return (*self[1:4], *self.inputs)
+        return (*self[2:5], *self.inputs)
 
     def without(self, bad: Tensor) -> Point:
         """The same where these samples (B,) have failed too."""
@@ -83,6 +65,8 @@ class Point(NamedTuple):
 
     def opened(self, bad: Tensor | None = None) -> Opened:
         """The map there; see Equation."""
+        if self.held is not None and bad is None and not transforms.active():
+            return self.held
         found: Opened = self.equation.opened(self.x, self.gx, self.inputs, bad)
         return found
 
@@ -94,7 +78,8 @@ class Point(NamedTuple):
     def solve(self, opened: Opened, b: Tensor, *, transpose: bool) -> tuple[Tensor, Tensor]:
         """Linear, which looks whether the map that was opened is still the one that was solved."""
         tensors = (*self.tensors()[:3], opened.gx.detach(), *self.inputs)
-        return Linear.apply(self.equation.at(opened), transpose, b, *tensors)
+        held = opened if isinstance(opened, OpenLinearization) else None
+        return Linear.apply(self.equation, held, transpose, b, *tensors)
 
     def solution(self, opened: Opened, b: Tensor, *, transpose: bool) -> tuple[Tensor, Tensor]:
         """y of y = M y + b or what stands for it, as a function of b, x and the inputs.
@@ -103,18 +88,19 @@ class Point(NamedTuple):
             y, and (B,) bool: the sample failed.
         """
         b = without_failed(b, self.status)
-        k = self.equation.truncation
+        k = self.equation.common.truncation
         if not k:
             return self.solve(opened, b, transpose=transpose)
         y = series(lambda y: opened.differentiable(y, transpose=transpose), b, k)
-        plain = Point.of(self.equation, *(t.detach() for t in self.tensors()))
+        plain = Point.of(self.equation, None, *(t.detach() for t in self.tensors()))
         _, bad = plain.solve(opened, b.detach(), transpose=transpose)
         return y.masked_fill((bad & finite_rows(b))[:, None], 0.0), bad
 
     def pulled(self, opened: Opened, v: Tensor) -> list[MaybeTensor]:
         """The derivative of <v, x> in each input, as a function of v, x and the inputs."""
         c, bad = self.solution(opened, v, transpose=True)
-        if self.equation.sees(bad):
+        # The other kind is what transforms see, and they hide which samples failed.
+        if isinstance(opened, OpenLinearization) and bool(bad.any()):
             if bool(bad.all()):
                 return [torch.zeros_like(t) for t in self.inputs]
             opened = self.opened(bad)
@@ -131,26 +117,30 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        equation: Any, transpose: bool, b: Tensor, status: Tensor, x: Tensor, gx: Tensor,
-        now: Tensor, *inputs: Tensor,
+        equation: Any, held: OpenLinearization | None, transpose: bool, b: Tensor, status: Tensor,
+        x: Tensor, gx: Tensor, now: Tensor, *inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if not torch.equal(now, gx):
             good = ~failed(status)
-            require_same_value(now[good], gx[good], equation.arithmetic, equation.sizes)
-        strategy = equation.strategy(status, x)
-        matrix = equation.matrix(x, gx, inputs, transpose=transpose)
+            require_same_value(
+                now[good], gx[good], equation.common.arithmetic, equation.common.sizes
+            )
+        strategy = equation.common.strategy(status, x)
+        matrix: Jacobian = Linearization(x, x)
+        if len(x):
+            matrix = held or equation.matrix(x, gx, inputs, transpose=transpose)
         y, bad = strategy.solve(b, matrix, transpose=transpose)
         return y.clone(), torch.zeros_like(status, dtype=torch.bool) if bad is None else bad
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
-        ctx.equation, ctx.transpose, _, status, x, gx, _, *inputs = args
+        ctx.equation, ctx.held, ctx.transpose, _, status, x, gx, _, *inputs = args
         y, bad = outputs
         ctx.mark_non_differentiable(bad)
-        point = Point(ctx.equation, status, x, gx, tuple(inputs)).without(bad)
+        point = Point(ctx.equation, ctx.held, status, x, gx, tuple(inputs)).without(bad)
         remember(ctx, y, *point.tensors())
         ctx.through = None
-        if ctx.equation.truncation != 0:
+        if ctx.equation.common.truncation != 0:
             look = functools.partial(point.through_product, y, transpose=ctx.transpose)
             ctx.through = if_once_only(ctx, look)
 
@@ -159,31 +149,31 @@ class Linear(torch.autograd.Function):
         transpose = ctx.transpose
         y, *tensors = ctx.saved_tensors
         if v is None:
-            return (None,) * (4 + len(tensors))
+            return (None,) * (5 + len(tensors))
         if transforms.is_legacy_batched(v):
             return tuple(transforms.all_one_by_one(lambda v: Linear.backward(ctx, v, None), v))
-        point = Point.of(ctx.equation, *tensors)
+        point = Point.of(ctx.equation, ctx.held, *tensors)
         s = without_failed(v, point.status)
         found: list[MaybeTensor] = [None] * (1 + len(point.inputs))
-        if point.equation.truncation != 0:
+        if point.equation.common.truncation != 0:
             point.equation.require_true_products()
             opened, through = ctx.through or point.through_product(y, transpose=transpose)
             s = point.solve(opened, s, transpose=not transpose)[0]
             found = through(s)
         of_x, *of_inputs = found
-        return (None, None, s, None, of_x, None, None, *of_inputs)
+        return (None, None, None, s, None, of_x, None, None, *of_inputs)
 
     @staticmethod
     def jvp(
-        ctx: Any, _: None, __: None, tb: MaybeTensor, ___: None, tx: MaybeTensor, ____: None,
-        _____: None, *ti: MaybeTensor,
+        ctx: Any, _: None, __: None, ___: None, tb: MaybeTensor, ____: None, tx: MaybeTensor,
+        _____: None, ______: None, *ti: MaybeTensor,
     ) -> tuple[Tensor, None]:  # fmt: skip
         transpose = ctx.transpose
         with as_lower_levels_see():
             y, *tensors = map(primal, ctx.saved_tensors)
-            point = Point.of(ctx.equation, *tensors)
+            point = Point.of(ctx.equation, ctx.held, *tensors)
             t = torch.zeros_like(y) if tb is None else tb
-            if point.equation.truncation == 0:
+            if point.equation.common.truncation == 0:
                 return without_failed(t, point.status), None
             point.equation.require_true_products()
             opened = point.opened()
@@ -193,15 +183,15 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, dims: Any, equation: Any, transpose: bool, *args: Tensor
+        info: Any, dims: Any, equation: Any, _: None, transpose: bool, *args: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        if all(dim is None for dim in dims[3:]):
+        if all(dim is None for dim in dims[4:]):
             whole = equation.with_sides(info.batch_size)
         else:
-            whole = equation.merged(info.batch_size, dims[7:], info.randomness)
+            whole = equation.merged(info.batch_size, dims[8:], info.randomness)
         return side_by_side(
-            lambda *rows: Linear.apply(whole, transpose, *rows, *args[5:]),
-            info.batch_size, args[:5], dims[2:7],
+            lambda *rows: Linear.apply(whole, None, transpose, *rows, *args[5:]),
+            info.batch_size, args[:5], dims[3:8],
         )  # fmt: skip
 
 
@@ -214,7 +204,7 @@ def remember(ctx: Any, *tensors: Tensor) -> None:
 
 def if_once_only(ctx: Any, make: Callable[[], T]) -> T | None:
     """What a backward pass needs, made ahead where g could not be evaluated by then; else None."""
-    if not (ctx.equation.once_only and transforms.active() and any(ctx.needs_input_grad)):
+    if not (ctx.equation.common.once_only and transforms.active() and any(ctx.needs_input_grad)):
         return None
     with as_lower_levels_see():
         return make()
@@ -245,7 +235,7 @@ def side_by_side(
 
 def primal(t: Tensor) -> Tensor:
     """t without its tangent."""
-    return forward_ad.unpack_dual(t).primal if t.is_floating_point() or t.is_complex() else t
+    return forward_ad.unpack_dual(t).primal if has_slope(t) else t
 
 
 @contextlib.contextmanager

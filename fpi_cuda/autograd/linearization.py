@@ -82,6 +82,8 @@ def gradient(out: MaybeTensor, leaf: Tensor, weight: Tensor) -> Tensor:
 class OpenLinearization(Linearization):
     """One that can itself be differentiated, in x and in what else g depends on.
 
+    A list that is returned or taken begins with what belongs to x; the inputs follow.
+
     Args:
         x, gx: leaf and value, as above.
         leaves: what gx was computed from besides x; see reattached.
@@ -101,16 +103,16 @@ class OpenLinearization(Linearization):
         self._tape = Tape([gx], [x, *leaves])
 
     def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
-        """See Opened."""
+        """J^T y or J y."""
         (found,) = self._reattached(lambda y: [self._product(y, transpose=transpose)], y)
         return torch.zeros_like(y) if found is None else found
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
-        """See Opened."""
+        """The derivative of <c, g>."""
         return self._reattached(lambda c: self._tape.pull([c], create_graph=True), c)
 
     def through_product(self, y: Tensor, *, transpose: bool) -> Pull:
-        """See Opened."""
+        """s -> the derivative of <J^T y, s> or <J y, s>, y held."""
 
         def slopes(left: Tensor, right: Tensor) -> list[MaybeTensor]:
             product = self._product(left, transpose=True)
@@ -119,11 +121,11 @@ class OpenLinearization(Linearization):
         return lambda s: self._reattached(slopes, *((y, s) if transpose else (s, y)))
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
-        """See Opened."""
+        """The derivative of g along tangents."""
         return self._pushed(lambda: self.gx, [], tangents)
 
     def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
-        """See Opened."""
+        """The derivative of J^T y or J y, y held, along tangents."""
         return self._pushed(lambda y: self._product(y, transpose=transpose), [y], tangents)
 
     def _pushed(

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fpi_cuda import transforms
 from fpi_cuda.autograd.graft import MaybeTensor
-from fpi_cuda.autograd.linear import Inputs
+
+Inputs = tuple[Tensor, ...]
 
 Pull = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -129,25 +130,25 @@ class Transformed:
         return self.pushed([t, *[None] * (len(self._point) - 1)])
 
     def differentiable(self, y: Tensor, *, transpose: bool) -> Tensor:
-        """See Opened."""
+        """See OpenLinearization."""
         return self.transposed(y) if transpose else self.product(y)
 
     def pulled(self, c: Tensor) -> list[MaybeTensor]:
-        """See Opened."""
+        """See OpenLinearization."""
         return self._by_place(self.pull(c), self._value, c)
 
     def through_product(
         self, y: Tensor, *, transpose: bool
     ) -> Callable[[Tensor], list[MaybeTensor]]:
-        """See Opened."""
+        """See OpenLinearization."""
         pull = self._pull_of(self._product_with(y, transpose=transpose))
         alone = self._product_with(y.detach(), transpose=transpose)
         return lambda s: self._by_place(pull(s), alone, s)
 
     def pushed(self, tangents: list[MaybeTensor]) -> Tensor:
-        """See Opened."""
+        """See OpenLinearization."""
         return self._along(self._value, tangents)
 
     def pushed_product(self, y: Tensor, tangents: list[MaybeTensor], *, transpose: bool) -> Tensor:
-        """See Opened."""
+        """See OpenLinearization."""
         return self._along(self._product_with(y, transpose=transpose), tangents)
