@@ -71,11 +71,24 @@ class SolvedEquation(Equation):
         self._inputs = inputs
         self._strategy = strategy
         self._opened: Any = None
+        self._there = gx
         self.changes = []
 
     def solved(self, x0: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """See Equation."""
-        return self.x.detach(), self.gx.detach(), self._strategy.account.status.detach()
+        return self.x.detach(), self._there.detach(), self._strategy.account.status.detach()
+
+    def _leave_out_failed(self) -> None:
+        """Evaluate failed samples where another one is, unless the forward pass has seen to it."""
+        account = self._strategy.account
+        hopeless = account.hopeless if account.late else None
+        if hopeless is None or self.all_failed is not None:
+            return
+        with transforms.in_forward_mode():  # what it reads instead keeps its tangents
+            mended = self._flat_map.mended_if_batchwise(self.x, hopeless)
+        with torch.no_grad():
+            self._there = torch.where(hopeless[:, None], mended(self.x), self.gx)
+        self._flat_map = mended
 
     def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
         """See Equation."""
@@ -137,6 +150,10 @@ class SolvedEquation(Equation):
 
     def push(self, t: Tensor) -> Tensor:
         """(I - dg/dx)^-1 t without a graph."""
+        account = self._strategy.account
+        if account.late and (hopeless := account.hopeless) is not None:
+            # It comes from g at failed samples too.
+            t = t.masked_fill(hopeless[:, None], 0.0)
         return self._strategy.solve(t, self.jacobian, transpose=False)[0]
 
     def pulled(self, v: Tensor, inputs: Sequence[Tensor]) -> list[MaybeTensor]:
@@ -167,6 +184,7 @@ class SolvedEquation(Equation):
 
     def _point(self, inputs: Sequence[Tensor]) -> Point:
         """The solution, as a function of the inputs."""
+        self._leave_out_failed()
         x, gx, status = FixedPoint.apply(self, self.x, *inputs)
         return Point(self, status, x, gx, tuple(inputs))
 
