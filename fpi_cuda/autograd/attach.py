@@ -90,7 +90,9 @@ class SolvedEquation(Equation):
             self._there = torch.where(hopeless[:, None], mended(self.x), self.gx)
         self._flat_map = mended
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
         """See Equation."""
         return lambda x: self._inputs.evaluate(self._flat_map, x, inputs)
 

@@ -43,6 +43,10 @@ class Known:
     notices: list[Callable[[], None]] = field(default_factory=list)
     merged: dict[tuple[Any, ...], Known] = field(default_factory=dict)
 
+    def leaves_out(self) -> bool:
+        """Whether samples failed, here or side by side, that can be evaluated elsewhere."""
+        return self.bad is not None or any(known.leaves_out() for known in self.merged.values())
+
 
 class Equation:
     """x = g(x, *inputs), for FixedPoint and Linear; both ask for it at every level of torch.func.
@@ -73,11 +77,14 @@ class Equation:
         """What a solve has found."""
         return Known()
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
         """g with these inputs, what does not depend on x done once.
 
         Args:
             damped: what is differentiated, which may be a few damped steps of g.
+            bad: (B,) bool, samples to evaluate where another one is; None: those that are known.
         """
         raise NotImplementedError
 
@@ -161,7 +168,14 @@ class Equation:
         Args:
             bad: (B,) bool, samples to evaluate where another one is.
         """
-        return Transformed(self.evaluate, x, inputs, self.hidden)
+        evaluate = self.evaluate
+        if bad is not None:
+            evaluate = functools.partial(self.evaluate_without, bad)
+        return Transformed(evaluate, x, inputs, self.hidden)
+
+    def evaluate_without(self, bad: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
+        """What is differentiated, bad samples (B,) where another one is."""
+        return self.bound(inputs, damped=True, bad=bad)(x)
 
     def at(self, opened: Opened) -> Equation:
         """This equation, for whatever asks for g at that point."""
@@ -225,9 +239,11 @@ class MergedEquation(EquationOfMany):
         self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
         self.known = one.known.merged.setdefault((size, dims, randomness), Known())
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
         """See Equation."""
-        bad = self.known.bad
+        bad = self.known.bad if bad is None else bad
         if bad is not None:
             pairs = zip(inputs, self._dims, strict=True)
             inputs = [self._without_bad(t, dim, bad) for t, dim in pairs]
@@ -285,7 +301,9 @@ class ManySides(EquationOfMany):
 
         return of_all
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
         """See Equation; g need not be evaluated under a vmap here."""
         return self.of_each(self._one.bound(inputs, damped=damped))
 

@@ -83,6 +83,9 @@ class Point(NamedTuple):
 
     def opened(self, bad: Tensor | None = None) -> Opened:
         """The map there; see Equation."""
+        known = self.equation.known
+        if bad is None and known.bad is None and known.leaves_out():
+            bad = failed(self.status)  # of the samples of a vmap, each with its own
         found: Opened = self.equation.opened(self.x, self.gx, self.inputs, bad)
         return found
 
