@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fpi_cuda as fpi
 
@@ -169,6 +170,44 @@ def test_second_derivatives_without_the_failed_sample(weights: Any) -> None:
     with pytest.warns(fpi.FixedPointWarning, match=WARNING):
         found = second(bad)
     torch.testing.assert_close(found, second(z.detach()[OTHERS].requires_grad_()))
+
+
+@pytest.mark.filterwarnings("ignore::fpi_cuda.FixedPointWarning")
+@pytest.mark.parametrize("order", ["second", "third", "tangent", "tangent alone"])
+def test_what_was_evaluated_at_failed_samples_too(
+    order: str, weights: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop whose result nobody waits for leaves them to whoever asks for more derivatives."""
+    from fpi_cuda.loops import host
+
+    z, a = weights
+
+    def g(x: Tensor, z: Tensor, a: Tensor) -> Tensor:
+        return torch.tanh(x @ a.T + z) + 0.1 * torch.sqrt(4 - z[:, :1])
+
+    def solved(z: Tensor, a: Tensor) -> Tensor:
+        return fpi.fixed_point(g, torch.zeros_like(z), z, a, **TIGHT).value
+
+    def found() -> tuple[Tensor, ...]:
+        there = z.detach().clamp(max=1.0).index_fill(0, torch.tensor(BAD), 50.0).requires_grad_()
+        if order.startswith("tangent"):
+            alone = order.endswith("alone")
+            with forward_ad.dual_level(), torch.set_grad_enabled(not alone):
+                pair = [forward_ad.make_dual(t, t.detach().sin()) for t in (there, a)]
+                tangent = forward_ad.unpack_dual(solved(*pair)).tangent
+            return (tangent,) if alone else torch.autograd.grad(tangent.square().sum(), (there, a))
+        total = solved(there, a)[OTHERS].square().sum()
+        slopes = torch.autograd.grad(total, (there, a), create_graph=True)
+        if order == "third":
+            total = slopes[0].square().sum() + slopes[1].square().sum()
+            slopes = torch.autograd.grad(total, (there, a), create_graph=True)
+        return torch.autograd.grad(slopes[0].sum() + slopes[1].square().sum(), (there, a))
+
+    expected = found()
+    monkeypatch.setattr(host, "is_late", True)
+    late = found()
+    assert all(torch.isfinite(t).all() for t in late)
+    torch.testing.assert_close(late, expected)
 
 
 def test_forward_mode_leaves_the_failed_sample_out(weights: Any) -> None:

@@ -606,3 +606,30 @@ def test_a_sample_that_fails_under_a_vmap(order: str) -> None:
     expected = vmap(grad(loss))(ZZ)
     expected[1, 2] = 0.0
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["grad", "jacrev", "hessian", "grad of vmap"])
+def test_a_derivative_that_is_nan_where_a_sample_of_a_vmap_failed(order: str) -> None:
+    def layer(a: Tensor, z: Tensor) -> Tensor:
+        def g(x: Tensor, z: Tensor) -> Tensor:
+            return torch.tanh(x @ a.T + z) + a[0, 0] * torch.sqrt(4 - z[:, :1])
+
+        return fpi.fixed_point(g, torch.zeros_like(z), z, **TIGHT).value
+
+    def total(a: Tensor, z: Tensor) -> Tensor:
+        return layer(a, z)[:2].square().sum()
+
+    of = {
+        "grad": grad(total, (0, 1)),
+        "jacrev": jacrev(lambda a, z: layer(a, z)[:2, 0], (0, 1)),
+        "hessian": lambda a, z: (hessian(total)(a, z),),
+        "grad of vmap": grad(lambda a, z: vmap(total, (None, 0))(a, z[None]).sum(), (0, 1)),
+    }[order]
+    good = ZZ.clamp(max=1.0)
+    good[:, 2] = 0.5
+    bad = good.clone()
+    bad[1, 2] = 50.0
+    with pytest.warns(fpi.FixedPointWarning):
+        found = vmap(of, (None, 0))(A, bad)
+    # What the last sample is has no part in the loss.
+    torch.testing.assert_close(found, vmap(of, (None, 0))(A, good))

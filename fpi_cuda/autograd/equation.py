@@ -67,6 +67,10 @@ class Known:
     bad: Tensor | None = None
     merged: dict[tuple[Any, ...], Known] = field(default_factory=dict)
 
+    def leaves_out(self) -> bool:
+        """Whether samples failed, here or side by side, that can be evaluated elsewhere."""
+        return self.bad is not None or any(known.leaves_out() for known in self.merged.values())
+
 
 class Equation:
     """x = g(x, *inputs), for FixedPoint and Linear; both ask for it at every level of torch.func.
@@ -82,11 +86,14 @@ class Equation:
         """What a solve has found."""
         return Known()
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
         """g with these inputs, what does not depend on x done once.
 
         Args:
             damped: what is differentiated, which may be a few damped steps of g.
+            bad: (B,) bool, samples to evaluate where another one is; None: those that are known.
         """
         raise NotImplementedError
 
@@ -166,7 +173,14 @@ class Equation:
         Args:
             bad: (B,) bool, samples to evaluate where another one is, of what is linearized.
         """
-        return Transformed(self.evaluate, x, inputs, self.common.hidden)
+        evaluate = self.evaluate
+        if bad is not None:
+            evaluate = functools.partial(self.evaluate_without, bad)
+        return Transformed(evaluate, x, inputs, self.common.hidden)
+
+    def evaluate_without(self, bad: Tensor, x: Tensor, *inputs: Tensor) -> Tensor:
+        """What is differentiated, bad samples (B,) where another one is."""
+        return self.bound(inputs, damped=True, bad=bad)(x)
 
     def merged(self, size: int, dims: Sequence[int | None], randomness: str) -> Equation:
         """The equation of the samples of a vmap side by side.
@@ -212,9 +226,11 @@ class MergedEquation(EquationOfMany):
         self._vmap = functools.partial(torch.func.vmap, in_dims=(0, *dims), randomness=randomness)
         self.known = one.known.merged.setdefault((size, dims, randomness), Known())
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
         """See Equation."""
-        bad = self.known.bad
+        bad = self.known.bad if bad is None else bad
         if bad is not None:
             pairs = zip(inputs, self._dims, strict=True)
             inputs = [self._without_bad(t, dim, bad) for t, dim in pairs]
@@ -272,7 +288,9 @@ class ManySides(EquationOfMany):
 
         return of_all
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
         """See Equation; g need not be evaluated under a vmap here."""
         return self.of_each(self._one.bound(inputs, damped=damped))
 

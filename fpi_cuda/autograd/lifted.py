@@ -147,8 +147,11 @@ class LiftedEquation(Equation):
             self.common.notices.append(lambda: notice_cut(flat_map, x, columns, once))
         return gx.detach()
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
-        """g with these inputs, what does not depend on x done once."""
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
+        """See Equation."""
+        bad = self.known.bad if bad is None else bad
         # functional_call has put others where modules held some of them.
         pairs = [*zip(self._originals, inputs, strict=False)]
         pairs += [
@@ -167,8 +170,8 @@ class LiftedEquation(Equation):
             return result
 
         flat_map = self._flat_map.recorded(call).bound(inputs[: len(self._flat_map.z)])
-        if self.known.bad is not None:
-            flat_map = flat_map.mended(self.known.bad)
+        if bad is not None:
+            flat_map = flat_map.mended(bad)
         if damped and self._damping != flat_map.damping:
             flat_map = flat_map.damped(*self._damping)
         if self._inside and not transforms.active():

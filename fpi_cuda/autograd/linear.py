@@ -67,6 +67,9 @@ class Point(NamedTuple):
         """The map there; see Equation."""
         if self.held is not None and bad is None and not transforms.active():
             return self.held
+        known = self.equation.known
+        if bad is None and known.bad is None and known.leaves_out():
+            bad = failed(self.status)  # of the samples of a vmap, each with its own
         found: Opened = self.equation.opened(self.x, self.gx, self.inputs, bad)
         return found
 

@@ -62,7 +62,7 @@ class SolvedEquation(Equation):
         born_after: int,
     ) -> None:  # fmt: skip
         self.x = x
-        self.gx = gx
+        self.gx = self._there = gx
         self._flat_map = flat_map
         self._leaf = leaf
         self._strategy = strategy
@@ -115,9 +115,23 @@ class SolvedEquation(Equation):
 
     def solved(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
-        return self.x.detach(), self.gx.detach(), self._strategy.account.status.detach()
+        return self.x.detach(), self._there.detach(), self._strategy.account.status.detach()
 
-    def bound(self, inputs: Sequence[Tensor], *, damped: bool) -> Evaluate:
+    def _leave_out_failed(self) -> None:
+        """Evaluate failed samples where another one is, unless the forward pass has seen to it."""
+        account = self._strategy.account
+        hopeless = account.hopeless if account.late else None
+        if hopeless is None or self.all_failed:
+            return
+        with transforms.in_forward_mode():  # what it reads instead keeps its tangents
+            mended = self._flat_map.mended_if_batchwise(self.x, hopeless)
+        with torch.no_grad():
+            self._there = torch.where(hopeless[:, None], mended(self.x), self.gx)
+        self._flat_map = mended
+
+    def bound(
+        self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
+    ) -> Evaluate:
         """See Equation."""
         return lambda x: self._evaluated(self._flat_map, x, inputs)
 
@@ -174,6 +188,10 @@ class SolvedEquation(Equation):
 
     def solve(self, b: Tensor, *, transpose: bool) -> Tensor:
         """(I - J^T)^-1 b or (I - J)^-1 b, J = dg/dx, without a graph."""
+        account = self._strategy.account
+        if not transpose and account.late and account.hopeless is not None:
+            # A tangent comes from g at failed samples too.
+            b = b.masked_fill(account.hopeless[:, None], 0.0)
         return self._strategy.solve(b, self.jacobian, transpose=transpose)[0]
 
     def pulled_through_g(self, v: Tensor) -> tuple[MaybeTensor, list[MaybeTensor]]:
@@ -206,6 +224,7 @@ class SolvedEquation(Equation):
 
     def _point(self, inputs: Inputs) -> Point:
         """The solution, as a function of the inputs."""
+        self._leave_out_failed()
         x, gx, status = FixedPoint.apply(self, self.x, *inputs)
         return Point(self, None, status, x, gx, inputs)
 
