@@ -314,11 +314,6 @@ def generator_states(device: torch.device) -> list[Tensor]:
     return states
 
 
-counting_changes = functools.partial(torch.inference_mode, False)
-"""A context outside of inference mode: what is made inside counts how often it is changed. Grad
-mode is on in it, as it is where inference mode never was."""
-
-
 @contextlib.contextmanager
 def rehearsal(device: torch.device) -> Iterator[None]:
     """An evaluation that does not count: the random numbers it draws will be drawn again."""

@@ -33,7 +33,6 @@ from fpi_cuda.backends import reference
 from fpi_cuda.capturing import UNDER_GRAD, being_captured
 from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
 from fpi_cuda.declined import Declined
-from fpi_cuda.faithful import Replay
 from fpi_cuda.loops import (
     BEING_CAPTURED,
     IN_TRANSFORM,
@@ -266,8 +265,7 @@ def solve_flat(
         only_host = BEING_CAPTURED
     plan = plan_of(g, layout, options, only_host=only_host)
     options, engine, rowwise = plan.options, plan.engine, plan.rowwise
-    replay = Replay(layout.device, g)
-    flat_map = FlatMap(g, layout, z, replay, hoisted=plan.whole is None)
+    flat_map = FlatMap(g, layout, z, hoisted=plan.whole is None)
     record = AdjointRecord(options.notice.look_at_adjoint, layout.batch_dims)
     coupling = coupling_of(flat_map, options, rowwise)
     if only_host is UNROLLED:
@@ -280,7 +278,7 @@ def solve_flat(
         )
     else:
         solved = None
-        with torch.no_grad(), replay.solving():
+        with torch.no_grad(), flat_map.replay.solving():
             while solved is None:
                 try:
                     solved = plan.loop.solve(plan, flat_map, start.detach(), coupling)
@@ -304,8 +302,7 @@ def coupling_of(flat_map: FlatMap, options: Options, rowwise: bool) -> Coupling 
     """What is known of whether rows depend on one another; None where they cannot."""
     if rowwise:
         return None
-    layout = flat_map.layout
-    rows = layout.batch if layout.together is None else layout.together
+    rows = flat_map.layout.rows_together
     return None if rows < 2 else Coupling(key_of(flat_map, options), rows)
 
 

@@ -43,7 +43,8 @@ class FlatMap:
     Args:
         hoisted: prepare and step stand for g: prepare(*z) is called once, here.
     Attributes:
-        g, layout, z, replay, hoisted: as given.
+        g, layout, z, hoisted: as given.
+        replay: what surrounds evaluations of g.
         modules: that g is or holds.
         buffers: that evaluations of g, and of its prepare, may move; none where there are none.
         read: what g reads besides x: what prepare returned, else z; of failed samples, perhaps,
@@ -57,22 +58,22 @@ class FlatMap:
         g: Any,
         layout: Layout,
         z: tuple[Tensor, ...],
-        replay: Replay,
         *,
         hoisted: bool = False,
     ) -> None:
+        self.replay = replay = Replay(layout.device, g)
+        of_prepare = Replay(layout.device, g, "prepare") if hoisted else None
         self.g = g
         self.layout = layout
         self.z = z
-        self.replay = replay
         self.hoisted = hoisted
         self.arithmetic = replay.autocast_dtype or layout.dtype
         self.modules = modules_of(g)
         self.buffers = moving_buffers(self.modules)
-        of_g, of_prepare = self.buffers or (None, None)
-        self._run = keeping(of_g, replay)
-        if hoisted:
-            self._prepared = keeping(of_prepare, Replay(layout.device, g, "prepare"))
+        mine, of_its_own = self.buffers or (None, None)
+        self._run = keeping(mine, replay)
+        if of_prepare is not None:
+            self._prepared = keeping(of_its_own, of_prepare)
         self._named = "what prepare returned" if hoisted else "z"
         self._read_only = ReadOnly("z", z)
         self._recording: Recording | None = None

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from fpi_cuda import transforms
 from fpi_cuda.autograd import Account, FlatMap, Jacobian, Linearization
 from fpi_cuda.cells.lowering import (
     described,
@@ -130,7 +130,7 @@ def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
     if reason is not None:
         raise NotLowered(reason)
     evaluate = None
-    if fused.ours and hasattr(plan.engine, "cell_layer_") and forward_ad._current_level < 0:
+    if fused.ours and hasattr(plan.engine, "cell_layer_") and not transforms.in_dual_level():
         evaluate = fused_evaluation(fused.described, plan.engine)
     return FusedAdjoint(plan, fused, solver, account.hopeless, evaluate)
 
