@@ -122,10 +122,10 @@ def compile_step(variant):
     """(capability, registers, spill bytes) of one kernel."""
     import triton.language as tl
 
-    from fpi_cuda.backends.triton.shape import ANDERSON_SUMS, BROYDEN_SUMS, SPAN, shape_of
+    from fpi_cuda.ops.triton.shape import ANDERSON_SUMS, BROYDEN_SUMS, SPAN, shape_of
 
     module, kernel_name, state, history, m, dim = variant
-    kernel = getattr(importlib.import_module(f"fpi_cuda.backends.triton.{module}"), kernel_name)
+    kernel = getattr(importlib.import_module(f"fpi_cuda.ops.triton.{module}"), kernel_name)
     compute = "fp64" if state == "fp64" else "fp32"
     sums = ANDERSON_SUMS if module.startswith("anderson") else BROYDEN_SUMS
     shape = shape_of(dim, m, 8 if compute == "fp64" else 4, sums)
@@ -149,9 +149,9 @@ def compile_loop(variant):
     """(capability, registers, spill bytes) of one fused loop, with every term that may be there."""
     import triton.language as tl
 
-    from fpi_cuda.backends.triton.cell_shape import cell_shape
-    from fpi_cuda.backends.triton.cell_tile import cell_loop_kernel
     from fpi_cuda.lowered import ACTIVATIONS
+    from fpi_cuda.ops.triton.cell_shape import cell_shape
+    from fpi_cuda.ops.triton.cell_tile import cell_loop_kernel
     from fpi_cuda.precision import NAMES
 
     capability, state, precision, m, layers = variant

@@ -53,10 +53,10 @@ def ours(dtype: Any = None, name: str | None = None) -> Any:
     """Our backend for this device."""
     import torch
 
-    from fpi_cuda import backends
+    from fpi_cuda import ops
 
     name = name or ("native" if ON_CPU else "cuda")
-    return backends.resolve(name, torch.device(here()), dtype or torch.float32)
+    return ops.resolve(name, torch.device(here()), dtype or torch.float32)
 
 
 def close(found: Any, expected: Any, tolerance: float, what: str) -> str:
@@ -92,7 +92,7 @@ def environment() -> Any:
 @check
 def extension_loads() -> Any:
     from fpi_cuda import _extension
-    from fpi_cuda.device_loop import native
+    from fpi_cuda.loops.device import native
 
     info = _extension.build_info()
     return f"{info}; device loop: {native.why_not() or 'ready'}"
@@ -108,9 +108,9 @@ def steps_agree(
     """14 steps by our op and by the reference; x lies `offset` elements into its memory."""
     import torch
 
-    from fpi_cuda.backends import reference
-    from fpi_cuda.solvers.stepping import step
-    from fpi_cuda.solvers.workspace import allocate
+    from fpi_cuda.loops.stepping import step
+    from fpi_cuda.loops.workspace import allocate
+    from fpi_cuda.ops import reference
 
     torch.manual_seed(0)
     z = torch.randn(batch, dim, device=here()).to(dtype)
@@ -196,7 +196,7 @@ def whole_solve(batch: int, dim: int, solver: Any) -> Callable[..., Any]:
     """A row-wise problem that reads nothing from the device; call it with rowwise=."""
     import torch
 
-    from fpi_cuda.solvers.loop import solve
+    from fpi_cuda.loops.iteration import solve
 
     torch.manual_seed(0)
     z = torch.randn(batch, dim, device=here())
@@ -255,8 +255,8 @@ def products_agree(
     """x W^T by the loop's kernel, against its twin and float64; one-hot rows show a swap."""
     import torch
 
-    from fpi_cuda.backends import reference_loop
     from fpi_cuda.lowered import Layer, Lowered
+    from fpi_cuda.ops import reference_loop
     from fpi_cuda.options import Picard
     from fpi_cuda.solvers import fused
 
@@ -380,7 +380,7 @@ def looped(body: Callable[[Any], Any], batch: int, most: int) -> Any:
     """`body(status)` in a WHILE graph: the capture, the loop, status and rounds."""
     import torch
 
-    from fpi_cuda.device_loop import native
+    from fpi_cuda.loops.device import native
 
     status = torch.zeros(batch, dtype=torch.int8, device="cuda")
     rounds = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -443,7 +443,7 @@ def while_graph_of_linear_and_tanh() -> Any:
 def while_graph_of_autograd() -> Any:
     import torch
 
-    from fpi_cuda.device_loop.cuda_graphs import CudaGraphs
+    from fpi_cuda.loops.device.cuda_graphs import CudaGraphs
 
     linear = torch.nn.Linear(64, 64, device="cuda")
     v, c = torch.randn(8, 64, device="cuda"), torch.randn(8, 64, device="cuda")
@@ -583,7 +583,7 @@ def one_step(case: Any, rate: float) -> str:
 
     from bench.measure import cuda_clock
     from bench.step_rows import Ours, snapshot
-    from fpi_cuda.backends import reference
+    from fpi_cuda.ops import reference
 
     row = Ours(ours(), case, snapshot(case, torch.device("cuda"), reference))
     row.require_right()

@@ -29,7 +29,7 @@ from bench.peers.ours import BASELINE, FpiCuda
 from bench.problems import Problem, tanh_cell
 from bench.record import Record, finite, skipped_lines
 from bench.report import wrapped
-from fpi_cuda.device_loop import chunks
+from fpi_cuda.loops.device import chunks
 
 WAITS = ("Synchronize", "DtoH")
 """What the name of a profiler event holds where the host waits for the device."""

@@ -40,10 +40,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.fuzz_layers import fuzz_layer
-from fpi_cuda import backends
+from fpi_cuda import ops
+from fpi_cuda.loops.iteration import solve
 from fpi_cuda.options import MAX_DEPTH, Anderson, Broyden, Picard
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing.random_maps import ALWAYS, NEVER, NO_FIXED_POINT, RandomMaps, draw_maps
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -132,7 +132,7 @@ def draw_case(seed: int, index: int, batch: int) -> Case:
 def run(case: Case, backend_name: str | None) -> tuple[SolveResult, Trace]:
     """Solve, and keep the norms of every evaluation."""
     maps = case.maps
-    backend = backends.resolve(backend_name, maps.x0.device, maps.x0.dtype)
+    backend = ops.resolve(backend_name, maps.x0.device, maps.x0.dtype)
     shape = (case.max_steps, maps.x0.shape[0])
     trace = Trace(*(torch.full(shape, torch.nan, dtype=torch.float64) for _ in range(2)))
 
@@ -280,7 +280,7 @@ def fuzz(
 ) -> Report:
     """Run the cases; every `resolve_every`-th is also solved in parts."""
     report = Report()
-    bitwise = backends.resolve(backend, torch.device("cpu"), torch.float32).name == "native"
+    bitwise = ops.resolve(backend, torch.device("cpu"), torch.float32).name == "native"
     for index in tqdm(indices, unit="batch", disable=not sys.stderr.isatty()):
         case = draw_case(seed, index, batch)
         result, trace = run(case, backend)

@@ -26,7 +26,7 @@ from bench.measure import Clock, Timing, cpu_clock, cuda_clock, spread
 from bench.record import Record, skipped_lines
 from bench.report import aligned, piped, wrapped
 from bench.step_rows import Case, Compiled, HandWritten, Ours, Row, TorchDEQ, right, snapshot
-from fpi_cuda import backends
+from fpi_cuda import ops
 
 FULL = ((128, 65536, 5), (4096, 159, 5), (256, 128, 5), (1, 10**7, 5), (16384, 1024, 8))
 SHORT = ((16, 16384, 5), (256, 159, 5), (64, 128, 5), (1, 10**6, 5), (512, 1024, 8))
@@ -82,7 +82,7 @@ def run(
     for wave in range(3):
         numbered = enumerate(zip(cases, tables, strict=True))
         for number, (case, table) in tqdm(numbered, "step", len(cases), unit="case"):
-            start = functools.cache(functools.partial(snapshot, case, device, backends.reference))
+            start = functools.cache(functools.partial(snapshot, case, device, ops.reference))
             ours = {
                 f"fpi_cuda {backend.name}": functools.partial(ours_of, backend, case, start)
                 for backend in available(device, case.dtype)
@@ -180,7 +180,7 @@ def available(device: torch.device, dtype: torch.dtype) -> list[ModuleType]:
         if name == "triton" and device.type == "cpu":
             continue
         try:
-            found.append(backends.resolve(name, device, dtype))
+            found.append(ops.resolve(name, device, dtype))
         except ValueError:
             continue
     return found

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.measure import Clock, Timing, seconds
-from fpi_cuda.control import column
+from fpi_cuda.loops import stepping
+from fpi_cuda.loops.workspace import Workspace, allocate
+from fpi_cuda.ops.solver_state import column
 from fpi_cuda.options import Anderson
-from fpi_cuda.result import Status
-from fpi_cuda.solvers import stepping
-from fpi_cuda.solvers.workspace import Workspace, allocate
+from fpi_cuda.solution import Status
 
 RTOL = 1e-12
 MAX_STEPS = 1000

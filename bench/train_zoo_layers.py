@@ -19,11 +19,11 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from bench.data import BIBTEX_FEATURES, BIBTEX_LABELS, load_bibtex
-from fpi_cuda import backends
+from fpi_cuda import ops
+from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.stepping import BoundMap
 from fpi_cuda.options import Anderson, Picard
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.loop import solve
-from fpi_cuda.solvers.stepping import FlatMap
+from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing import NUM_SAMPLES
 from fpi_cuda.testing.trained import WEIGHTS, energy_descent, sigmoid_perceptron
 
@@ -115,10 +115,10 @@ Layer = Perceptron | Energy
 
 
 def flat_solve(
-    evaluate: FlatMap, x0: Tensor, solver: Anderson | Picard, rtol: float, max_steps: int = 300
+    evaluate: BoundMap, x0: Tensor, solver: Anderson | Picard, rtol: float, max_steps: int = 300
 ) -> SolveResult:
     """The library's loop with the best backend."""
-    backend = backends.resolve(None, x0.device, x0.dtype)
+    backend = ops.resolve(None, x0.device, x0.dtype)
     return solve(evaluate, x0, solver, rtol=rtol, atol=0.0, max_steps=max_steps, backend=backend)
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import machine
-from fpi_cuda import backends
+from fpi_cuda import ops
+from fpi_cuda.loops.iteration import solve
 from fpi_cuda.options import Anderson, Broyden, Picard
-from fpi_cuda.result import Status
-from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solution import Status
 from fpi_cuda.testing import Problem, names, problem
 
 Solver = Picard | Anderson | Broyden
@@ -150,7 +150,7 @@ def run(
         rtol=rtol,
         atol=0.0,
         max_steps=max_steps if label == "picard" else int(RATIO_LIMIT * max_steps),
-        backend=backends.resolve(backend, p.x0.device, p.x0.dtype),
+        backend=ops.resolve(backend, p.x0.device, p.x0.dtype),
         rowwise=rowwise,
     )
     seconds = time.perf_counter() - start

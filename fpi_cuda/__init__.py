@@ -5,7 +5,7 @@ from __future__ import annotations
 from fpi_cuda import cells
 from fpi_cuda._extension import build_info, native_available, warn_if_missing
 from fpi_cuda.diagnostics import contract_, jacobian_penalty, spectral_radius
-from fpi_cuda.functional import fixed_point
+from fpi_cuda.fixed_point import fixed_point
 from fpi_cuda.layer import FPILayer
 from fpi_cuda.options import (
     GMRES,
@@ -20,7 +20,7 @@ from fpi_cuda.options import (
     Unroll,
 )
 from fpi_cuda.partial import partial
-from fpi_cuda.result import ConvergenceError, Solution, Stats, Status
+from fpi_cuda.solution import ConvergenceError, Solution, Stats, Status
 from fpi_cuda.unconverged import FixedPointWarning
 
 __version__ = "0.1.0"

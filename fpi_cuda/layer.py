@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda import transforms
-from fpi_cuda.dense import why_not_dense
-from fpi_cuda.explanation import explain
-from fpi_cuda.functional import detached, solve_as_told, solve_untraced
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.dense import why_not_dense
+from fpi_cuda.evaluation.state import STATE_DTYPES
+from fpi_cuda.explain import explain
+from fpi_cuda.fixed_point import detached, solve_as_told, solve_untraced
 from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit
 from fpi_cuda.request import Options, require_known, require_map
-from fpi_cuda.result import Solution
-from fpi_cuda.state import STATE_DTYPES
+from fpi_cuda.solution import Solution
 from fpi_cuda.unconverged import Notice
 
 NOT_ALWAYS_SHOWN = (

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fpi_cuda.activations import FUNCTIONS, identity
 from fpi_cuda.declined import Declined
-from fpi_cuda.elementwise import FUNCTIONS, identity
 
 ACTIVATIONS = tuple(FUNCTIONS)
 """Names that all kernels know, in the order of their numbers."""

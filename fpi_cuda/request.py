@@ -14,8 +14,9 @@ from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from fpi_cuda import backends
-from fpi_cuda.dense import why_not_dense
+from fpi_cuda import ops
+from fpi_cuda.evaluation.dense import why_not_dense
+from fpi_cuda.evaluation.shortcuts import why_not_hoisted, why_rows_unknown
 from fpi_cuda.options import (
     ADJOINTS,
     FIXED_POINT_SOLVERS,
@@ -31,7 +32,6 @@ from fpi_cuda.options import (
     require_real,
 )
 from fpi_cuda.precision import require_precision
-from fpi_cuda.shortcuts import why_not_hoisted, why_rows_unknown
 from fpi_cuda.unconverged import Notice
 
 ROUTES = ("host", "device", "fused")
@@ -69,8 +69,8 @@ class Options:
             require_precision(
                 owner, self.precision, self.adjoint.rtol, 0.0, what="rtol of Implicit"
             )
-        if self.backend is not None and self.backend not in backends.NAMES:
-            valid = ", ".join(map(repr, backends.NAMES))
+        if self.backend is not None and self.backend not in ops.NAMES:
+            valid = ", ".join(map(repr, ops.NAMES))
             raise ValueError(f"{owner}: unknown backend {self.backend!r}. Valid: None, {valid}")
         if self.route is not None and self.route not in ROUTES:
             valid = ", ".join(map(repr, ROUTES))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.row_norm import difference_norm, row_norm
+from fpi_cuda.norms import difference_norm, row_norm
+from fpi_cuda.solution import SolveResult, Status
 
 BROKEN_PROMISE = (
     "fixed_point: g has another value at the solution for all rows together than the solver was "
@@ -42,7 +42,7 @@ class SolutionCheck:
         arithmetic: what g is evaluated in.
         coupling: None where it was promised that rows are independent.
         on_word: whether nothing but somebody's word says that rows are independent.
-        num_moved: of a backend, see fpi_cuda.row_norm.num_moved.
+        num_moved: of a backend, see fpi_cuda.norms.num_moved.
     """
 
     result: SolveResult

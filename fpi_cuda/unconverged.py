@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fpi_cuda.capturing import being_captured
+from fpi_cuda.evaluation.stream_capture import being_captured
 from fpi_cuda.late import Late, worst_of
-from fpi_cuda.result import AdjointRecord, Status
-from fpi_cuda.row_norm import row_norm
+from fpi_cuda.norms import row_norm
+from fpi_cuda.solution import AdjointRecord, Status
 
 OUTSIDE_OF = ("fpi_cuda", "torch")
 """Packages whose lines are nobody's call site."""

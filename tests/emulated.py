@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpi_cuda.row_norm import num_moved
+from fpi_cuda.norms import num_moved
 
 ROOT = Path(__file__).parents[1]
 EMULATION = ROOT / "tests" / "emulation"
@@ -132,7 +132,7 @@ class Pipe:
 
 
 class Emulated(Pipe):
-    """A backend for fpi_cuda.solvers.loop.solve.
+    """A backend for fpi_cuda.loops.iteration.solve.
 
     Args:
         driver: from compile_driver.

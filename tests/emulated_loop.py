@@ -11,7 +11,7 @@ import torch
 from emulated import EMULATION, ROOT, Pipe, build, bytes_of
 from torch import Tensor
 
-from fpi_cuda.row_norm import num_moved
+from fpi_cuda.norms import num_moved
 
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = [
@@ -43,7 +43,7 @@ class Laid:
 
 
 class EmulatedLoop(Pipe):
-    """A backend for fpi_cuda.solvers.fused.solve_fused.
+    """A backend for fpi_cuda.loops.fused.solve.solve_fused.
 
     Args:
         driver: from compile_loop.

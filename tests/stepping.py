@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.control import column
+from fpi_cuda.loops.stepping import step
+from fpi_cuda.loops.workspace import Workspace, allocate
+from fpi_cuda.ops.solver_state import column
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
-from fpi_cuda.solvers.stepping import step
-from fpi_cuda.solvers.workspace import Workspace, allocate
 
 SOLVERS: list[FixedPointSolver] = [
     Picard(),

@@ -15,10 +15,10 @@ from bench import machine, step
 from bench.measure import cpu_clock, cuda_clock
 from bench.record import Record
 from bench.step_rows import Case, Ours, hand_written_step, right, snapshot
-from fpi_cuda import backends
-from fpi_cuda.backends import reference
-from fpi_cuda.control import column
-from fpi_cuda.result import Status
+from fpi_cuda import ops
+from fpi_cuda.ops import reference
+from fpi_cuda.ops.solver_state import column
+from fpi_cuda.solution import Status
 
 CPU = torch.device("cpu")
 CASE = Case(3, 40, 2, torch.float32)
@@ -28,7 +28,7 @@ CASE = Case(3, 40, 2, torch.float32)
 def test_every_timed_step_is_the_same_accelerated_step(dtype: torch.dtype) -> None:
     case = Case(3, 40, 4, dtype)
     start = snapshot(case, CPU, reference)
-    row = Ours(backends.resolve(None, CPU, dtype), case, start)
+    row = Ours(ops.resolve(None, CPU, dtype), case, start)
     ends = []
     for _ in range(2):
         row.reset()

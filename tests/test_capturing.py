@@ -7,18 +7,18 @@ import torch
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
-from fpi_cuda import faithful, functional
-from fpi_cuda.capturing import NoRandomNumbers, being_captured
-from fpi_cuda.solvers import loop
-from fpi_cuda.solvers.polling import CountAtOnce, CountNever
+from fpi_cuda.evaluation import context
+from fpi_cuda.evaluation.stream_capture import NoRandomNumbers, being_captured
+from fpi_cuda.loops import iteration
+from fpi_cuda.loops.polling import CountAtOnce, CountNever
 
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library believe that the current stream is being captured."""
-    for module in (faithful, functional):
+    for module in (context, functional):
         monkeypatch.setattr(module, "being_captured", lambda device: True)
-    monkeypatch.setattr(loop, "active_count", lambda device: CountNever())
+    monkeypatch.setattr(iteration, "active_count", lambda device: CountNever())
 
 
 class Counted:
@@ -42,7 +42,7 @@ def test_steps_after_the_last_sample_has_stopped_change_nothing(rowwise: bool) -
     assert counted.evaluations == (60 if rowwise else 61)
     assert int(found.num_steps.max()) < 30
     with pytest.MonkeyPatch.context() as undone, torch.no_grad():
-        undone.setattr(loop, "active_count", lambda device: CountAtOnce())
+        undone.setattr(iteration, "active_count", lambda device: CountAtOnce())
         expected = fpi.fixed_point(Counted(), x0, z, rtol=1e-8, max_steps=60)
     for name in ("value", "status", "num_steps", "residual"):
         assert torch.equal(getattr(found, name), getattr(expected, name))

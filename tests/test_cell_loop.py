@@ -13,14 +13,14 @@ from lowered_maps import MAPS, adjoint, permuted, two_layers, with_strides
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda.backends import native, reference_loop
-from fpi_cuda.elementwise import FUNCTIONS
+from fpi_cuda.activations import FUNCTIONS
+from fpi_cuda.loops.fused import solve as fused
+from fpi_cuda.loops.fused.solve import solve_fused
 from fpi_cuda.lowered import ACTIVATIONS, Layer, Lowered
+from fpi_cuda.ops import native, reference_loop
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.precision import FLOORS
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers import fused
-from fpi_cuda.solvers.fused import solve_fused
+from fpi_cuda.solution import SolveResult, Status
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 

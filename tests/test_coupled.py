@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpi_cuda.solvers.coupled import LEVELS, rows_mix
+from fpi_cuda.loops.coupled import LEVELS, rows_mix
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fpi_cuda as fpi
-from fpi_cuda import _extension, backends
+from fpi_cuda import _extension, ops
 
 built = pytest.mark.skipif(not _extension.native_available(), reason="built without the extension")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -16,7 +16,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 def no_cuda(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """A library with CUDA kernels, or without them for the reason given."""
     monkeypatch.setattr(_extension, "load_error", None)
-    monkeypatch.setattr(backends, "_no_cuda_reason", lambda: request.param)
+    monkeypatch.setattr(ops, "_no_cuda_reason", lambda: request.param)
 
 
 @built
@@ -30,9 +30,9 @@ def test_the_ops_are_registered_for_cuda_where_they_were_built() -> None:
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_scratch_is_asked_for_where_blocks_share_a_sample(dtype: torch.dtype) -> None:
-    assert backends.cuda.scratch(torch.empty(3, 16384, dtype=dtype)) is None
-    one = backends.cuda.scratch(torch.empty(1, 16385, dtype=dtype))
-    three = backends.cuda.scratch(torch.empty(3, 16385, dtype=dtype))
+    assert ops.cuda.scratch(torch.empty(3, 16384, dtype=dtype)) is None
+    one = ops.cuda.scratch(torch.empty(1, 16385, dtype=dtype))
+    three = ops.cuda.scratch(torch.empty(3, 16385, dtype=dtype))
     assert one is not None
     assert three is not None
     assert 0 < 3 * len(one) == len(three)
@@ -43,10 +43,10 @@ def test_scratch_is_asked_for_where_blocks_share_a_sample(dtype: torch.dtype) ->
 @pytest.mark.usefixtures("no_cuda")
 def test_a_library_with_cuda_serves_states_on_a_device() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        assert backends.resolve(None, CUDA, dtype) is backends.cuda
-        assert backends.resolve("cuda", CUDA, dtype) is backends.cuda
-    assert backends.resolve(None, CUDA, torch.complex64).name == "reference"
-    assert backends.resolve(None, CPU, torch.float32).name == "native"
+        assert ops.resolve(None, CUDA, dtype) is ops.cuda
+        assert ops.resolve("cuda", CUDA, dtype) is ops.cuda
+    assert ops.resolve(None, CUDA, torch.complex64).name == "reference"
+    assert ops.resolve(None, CPU, torch.float32).name == "native"
 
 
 @pytest.mark.parametrize(
@@ -69,12 +69,12 @@ def test_cuda_says_why_it_is_unavailable(
     device: torch.device, dtype: torch.dtype, message: str
 ) -> None:
     with pytest.raises(ValueError, match=f'backend="cuda" is unavailable: .*{message}'):
-        backends.resolve("cuda", device, dtype)
+        ops.resolve("cuda", device, dtype)
 
 
 @pytest.mark.parametrize("no_cuda", ["FPI_CUDA=0 at install"], indirect=True)
 @pytest.mark.usefixtures("no_cuda")
 def test_a_library_without_cuda_leaves_devices_to_the_reference() -> None:
-    assert backends.resolve(None, CUDA, torch.float32).name == "reference"
+    assert ops.resolve(None, CUDA, torch.float32).name == "reference"
     with pytest.raises(ValueError, match="FPI_CUDA=0 at install"):
         fpi.fixed_point(torch.cos, torch.ones(2, 3), backend="cuda")

@@ -25,11 +25,11 @@ from stepping import (
 )
 from torch import Tensor
 
-from fpi_cuda.backends import reference
+from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.stepping import step
+from fpi_cuda.ops import reference
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
-from fpi_cuda.result import Status
-from fpi_cuda.solvers.loop import solve
-from fpi_cuda.solvers.stepping import step
+from fpi_cuda.solution import Status
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("g++") is None,

@@ -11,11 +11,11 @@ from stepping import MAPS, advance, assert_same_step, begin, end_first_phase, g,
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda import _extension, backends
-from fpi_cuda.backends import reference
+from fpi_cuda import _extension, ops
+from fpi_cuda.loops.iteration import solve
+from fpi_cuda.ops import reference
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
-from fpi_cuda.result import Status
-from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solution import Status
 
 pytestmark = pytest.mark.gpu
 
@@ -28,9 +28,9 @@ SOLVERS = [Picard(), Anderson(m=5), Anderson(m=16), Broyden(m=3)]
 def cuda() -> Any:
     """The backend, built and fit for this device."""
     device = torch.device("cuda")
-    reason = backends.why_not("cuda", device, torch.float32)
+    reason = ops.why_not("cuda", device, torch.float32)
     assert reason is None, f"{reason}; built as {_extension.build_info()}"
-    return backends.resolve("cuda", device, torch.float32)
+    return ops.resolve("cuda", device, torch.float32)
 
 
 def on_device(b: Any, z: Tensor) -> tuple[Any, Tensor]:
@@ -44,7 +44,7 @@ def on_device(b: Any, z: Tensor) -> tuple[Any, Tensor]:
 
 def test_cuda_is_the_best_backend_for_a_device(cuda: Any) -> None:
     for dtype in DTYPES:
-        assert backends.resolve(None, torch.device("cuda"), dtype) is cuda
+        assert ops.resolve(None, torch.device("cuda"), dtype) is cuda
 
 
 @pytest.mark.parametrize(("solver", "dtype"), pairs(*DTYPES), ids=short)

@@ -17,13 +17,13 @@ from lowered_maps import MAPS, adjoint, contraction, one_layer, permuted, two_la
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda import backends
-from fpi_cuda.backends import reference_loop
+from fpi_cuda import ops
+from fpi_cuda.loops.fused import solve as fused
 from fpi_cuda.lowered import ACTIVATIONS, Layer, Lowered
+from fpi_cuda.ops import reference_loop
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.precision import NAMES
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers import fused
+from fpi_cuda.solution import SolveResult, Status
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("g++") is None,
@@ -50,7 +50,7 @@ Start = Callable[..., EmulatedLoop]
 
 @pytest.fixture
 def start(program: Path) -> Iterator[Start]:
-    """Starts emulated backends, and sees that each ends well."""
+    """Starts emulated ops, and sees that each ends well."""
     running: list[EmulatedLoop] = []
 
     def one(**options: int) -> EmulatedLoop:
@@ -325,7 +325,7 @@ def test_cells_and_their_adjoints_go_through_it(
         EmulatedLoop.cell_loop_(engine, *args, **kwargs)
 
     monkeypatch.setattr(engine, "cell_loop_", counted)
-    monkeypatch.setattr(backends, "resolve", lambda *_: engine)
+    monkeypatch.setattr(ops, "resolve", lambda *_: engine)
     found = gradients(cell.float(), z, v, rtol=1e-5, route="fused", precision=precision)
     # Forward and adjoint, and what judges rounded ones.
     assert calls == (

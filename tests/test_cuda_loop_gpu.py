@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fpi_cuda as fpi
-from fpi_cuda import _extension, backends
-from fpi_cuda.backends import reference_loop
+from fpi_cuda import _extension, ops
+from fpi_cuda.loops.fused import solve as fused
 from fpi_cuda.lowered import ACTIVATIONS, Layer, Lowered
+from fpi_cuda.ops import reference_loop
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.precision import NAMES
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers import fused
+from fpi_cuda.solution import SolveResult, Status
 
 pytestmark = pytest.mark.gpu
 
@@ -34,9 +34,9 @@ STEPS = 2
 def cuda() -> Any:
     """The backend, built and fit for this device."""
     device = torch.device("cuda")
-    reason = backends.why_not("cuda", device, torch.float32)
+    reason = ops.why_not("cuda", device, torch.float32)
     assert reason is None, f"{reason}; built as {_extension.build_info()}"
-    return backends.resolve("cuda", device, torch.float32)
+    return ops.resolve("cuda", device, torch.float32)
 
 
 def run(backend: Any, lowered: Lowered, x0: Tensor, solver: Any, **given: Any) -> SolveResult:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fpi_cuda as fpi
-from fpi_cuda.backends import cuda, native
+from fpi_cuda.ops import cuda, native
 from fpi_cuda.precision import NAMES
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")

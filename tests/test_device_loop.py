@@ -14,14 +14,15 @@ from tape import Loop, Tape, TapeGraphs
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
-from fpi_cuda import backends, device_loop
-from fpi_cuda.device_loop import chunks
-from fpi_cuda.device_loop.cache import MOST_REBUILDS, PlanCache
-from fpi_cuda.device_loop.graphs import Refused
-from fpi_cuda.device_loop.method import numeric_flags
-from fpi_cuda.device_loop.trace import Recorder
+from fpi_cuda import ops
+from fpi_cuda.evaluation.state import Layout
 from fpi_cuda.late import Late
-from fpi_cuda.state import Layout
+from fpi_cuda.loops import device as device_loop
+from fpi_cuda.loops.device import chunks
+from fpi_cuda.loops.device.cache import MOST_REBUILDS, PlanCache
+from fpi_cuda.loops.device.graphs import Refused
+from fpi_cuda.loops.device.method import numeric_flags
+from fpi_cuda.loops.device.trace import Recorder
 
 FEATURES = 12
 TIGHT = {"rtol": 1e-10, "max_steps": 200}
@@ -210,9 +211,7 @@ def test_another_solve_gets_another_plan(
         solve(g, x0, z)
         run, arguments, options = change(g, x0, z)
         if options.get("backend") == "reference":
-            monkeypatch.setattr(
-                backends.reference, "anderson_step_", backends.native.anderson_step_
-            )
+            monkeypatch.setattr(ops.reference, "anderson_step_", ops.native.anderson_step_)
         run(*arguments, **options)
         assert tape.log.count("capture") == 2
         solve(g, x0, z)
@@ -930,7 +929,7 @@ def test_switches_that_torch_will_not_sum_up() -> None:
 
 
 def test_a_refusal_is_tried_again_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fpi_cuda.device_loop.cache.RETRY_AFTER", 3)
+    monkeypatch.setattr("fpi_cuda.loops.device.cache.RETRY_AFTER", 3)
     plans = PlanCache()
     plans.refuse(("a",), Refused("no"))
     assert [plans.refusal(("a",)) for _ in range(4)] == ["no", "no", "no", None]

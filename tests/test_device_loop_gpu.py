@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
-from fpi_cuda import device_loop
-from fpi_cuda.device_loop import PlanCache, native
+from fpi_cuda.loops import device as device_loop
+from fpi_cuda.loops.device import PlanCache, native
 
 pytestmark = pytest.mark.gpu
 

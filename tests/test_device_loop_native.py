@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fpi_cuda import _extension
-from fpi_cuda.device_loop import native
+from fpi_cuda.loops.device import native
 
 ROOT = Path(__file__).parents[1]
 KERNEL, MEMCPY, MEMSET, HOST, GRAPH, EMPTY, WAIT, RECORD = range(8)

@@ -13,10 +13,10 @@ from torch.nn.utils import parametrize
 
 import fpi_cuda as fpi
 from fpi_cuda import cells
-from fpi_cuda.backends import native
 from fpi_cuda.cells import activation as activations
 from fpi_cuda.cells import lowering
 from fpi_cuda.lowered import Layer, Lowered, NotLowered
+from fpi_cuda.ops import native
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 

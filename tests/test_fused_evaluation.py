@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda.backends import native, reference_loop
 from fpi_cuda.cells.activation import DERIVATIVES
-from fpi_cuda.fused_evaluation import CellLayer
+from fpi_cuda.loops.fused.evaluation import CellLayer
 from fpi_cuda.lowered import ACTIVATIONS
+from fpi_cuda.ops import native, reference_loop
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 

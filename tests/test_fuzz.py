@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from bench import fuzz, fuzz_layers
-from fpi_cuda.result import SolveResult, Status
+from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing import backends_available
 
 BATCH = 512

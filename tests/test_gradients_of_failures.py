@@ -56,16 +56,16 @@ def gradients_without_the_bad_one(a: Tensor, z: Tensor, **options: Any) -> tuple
 
 def test_rows_of_tiny_states_that_are_coupled_are_not_evaluated_elsewhere() -> None:
     """Whether that leaves the good ones alone is asked relative to them."""
-    from fpi_cuda.autograd.flat_map import FlatMap
-    from fpi_cuda.state import layout_of
+    from fpi_cuda.evaluation.bound_map import BoundMap
+    from fpi_cuda.evaluation.state import layout_of
 
     x = 1e-25 * torch.randn(B, D, dtype=F64)
     bad = torch.arange(B) == BAD
     for g, mends in ((lambda x: 0.5 * x, True), (lambda x: x - x.mean(0), False)):
         layout = layout_of(x)
-        flat_map = FlatMap(g, layout, ())
-        flat_map.evaluate(x, None)
-        assert (flat_map.mended_if_batchwise(x, bad) is not flat_map) == mends
+        bound_map = BoundMap(g, layout, ())
+        bound_map.evaluate(x, None)
+        assert (bound_map.mended_if_batchwise(x, bad) is not bound_map) == mends
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)

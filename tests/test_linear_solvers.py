@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.solvers.gmres import gmres
+from fpi_cuda.linear_solvers.conjugate_gradient import conjugate_gradient
+from fpi_cuda.linear_solvers.gmres import gmres
+from fpi_cuda.solution import SolveResult, Status
 
 SOLVERS = ["gmres", "gmres_restarted", "conjugate_gradient"]
 # Relative tolerance that each dtype reaches on a system of condition number below 100.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import cells, loops
+from fpi_cuda.evaluation.state import layout_of
 from fpi_cuda.lowered import Lowered, NotLowered
-from fpi_cuda.state import layout_of
 
 NO_GRAPHS = ("device", "the state is on cpu, which has no CUDA graphs")
 

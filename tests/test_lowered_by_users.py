@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fpi_cuda as fpi
 from fpi_cuda import cells
-from fpi_cuda.backends import native
 from fpi_cuda.lowered import Layer, Lowered
+from fpi_cuda.ops import native
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 

@@ -22,8 +22,8 @@ from packaging.specifiers import SpecifierSet
 
 import fpi_cuda
 from fpi_cuda import Status, _extension, lowered, precision
-from fpi_cuda.control import CONTROL_FIELDS
-from fpi_cuda.device_loop import native
+from fpi_cuda.loops.device import native
+from fpi_cuda.ops.solver_state import CONTROL_FIELDS
 
 ROOT = Path(__file__).parents[1]
 

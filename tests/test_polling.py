@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpi_cuda.backends import reference
+from fpi_cuda.loops import iteration
+from fpi_cuda.loops.polling import CountAtOnce, CountLater, active_count
+from fpi_cuda.ops import reference
 from fpi_cuda.options import Anderson
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers import loop
-from fpi_cuda.solvers.polling import CountAtOnce, CountLater, active_count
+from fpi_cuda.solution import SolveResult, Status
 
 
 class Queue:
@@ -109,8 +109,8 @@ def test_late_counts_change_no_result(
 
     def run(count: Any) -> tuple[SolveResult, list[int]]:
         calls: list[int] = []
-        monkeypatch.setattr(loop, "active_count", lambda device: count)
-        result = loop.solve(
+        monkeypatch.setattr(iteration, "active_count", lambda device: count)
+        result = iteration.solve(
             counting(z, calls), 0 * z, Anderson(m=3), rtol=1e-8, atol=0.0, max_steps=max_steps,
             backend=reference, rowwise=rowwise,
         )  # fmt: skip

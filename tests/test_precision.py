@@ -10,12 +10,12 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import cells, precision
-from fpi_cuda.backends import native, reference_loop
+from fpi_cuda.loops.fused.solve import StopTest, solve_fused
+from fpi_cuda.loops.fused.verify_rounded import judged
 from fpi_cuda.lowered import Layer, Lowered
+from fpi_cuda.ops import native, reference_loop
 from fpi_cuda.precision import FLOORS, NAMES, round_bf16, round_tf32, tf32_parts
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.fused import StopTest, solve_fused
-from fpi_cuda.solvers.judge import judged
+from fpi_cuda.solution import SolveResult, Status
 
 ROUNDED = [name for name in NAMES if name != "ieee"]
 needs_native = pytest.mark.skipif(not fpi.native_available(), reason="no native library")

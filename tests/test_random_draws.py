@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fpi_cuda as fpi
-from fpi_cuda.drawing_ops import Generators
-from fpi_cuda.random_draws import Recording, Replaying, here
+from fpi_cuda.evaluation.drawing_ops import Generators
+from fpi_cuda.evaluation.random_draws import Recording, Replaying, here
 
 F64 = torch.float64
 B, D = 6, 5

@@ -21,14 +21,14 @@ from stepping import (
 )
 from torch import Tensor
 
-from fpi_cuda import backends, rules
-from fpi_cuda.backends import reference
-from fpi_cuda.control import COUNTERS, NORMS
+from fpi_cuda import ops
+from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.stepping import step
+from fpi_cuda.norms import row_norm
+from fpi_cuda.ops import reference, rules
+from fpi_cuda.ops.solver_state import COUNTERS, NORMS
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
-from fpi_cuda.result import Status
-from fpi_cuda.row_norm import row_norm
-from fpi_cuda.solvers.loop import solve
-from fpi_cuda.solvers.stepping import step
+from fpi_cuda.solution import Status
 from fpi_cuda.testing import backends_available
 
 native = pytest.mark.skipif(
@@ -59,7 +59,7 @@ def test_native_takes_the_steps_of_the_reference(
     torch.manual_seed(dim)
     other, _ = begin(solver, batch, dim, dtype)
     for _ in range(6):
-        advance(one, z, backends.native)
+        advance(one, z, ops.native)
         advance(other, z, reference)
         assert_same_step(one, other)
 
@@ -79,7 +79,7 @@ MIXING = [
 def test_native_mixes_as_the_reference(solver: FixedPointSolver, scale: float, lost: int) -> None:
     """Past the first Picard phase, where squares leave float32, and after a rejected step."""
     ends = []
-    for backend in (backends.native, reference):
+    for backend in (ops.native, reference):
         torch.manual_seed(0)
         b, z = begin(solver, 3, 33, torch.float32)
         b.x.mul_(scale)
@@ -97,7 +97,7 @@ def test_native_mixes_as_the_reference(solver: FixedPointSolver, scale: float, l
 @every_solver
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stopped_sample_never_moves_again(solver: FixedPointSolver, backend: str) -> None:
-    engine = backends.resolve(backend, torch.device("cpu"), torch.float32)
+    engine = ops.resolve(backend, torch.device("cpu"), torch.float32)
     b, z = begin(solver, 2 * len(MAPS), 33, torch.float32)
     stopped_at: dict[int, dict[str, Tensor]] = {}
     for _ in range(50):
@@ -118,7 +118,7 @@ def test_a_stopped_sample_never_moves_again(solver: FixedPointSolver, backend: s
 def test_x_of_a_stopped_sample_is_the_point_to_return(
     solver: FixedPointSolver, backend: str
 ) -> None:
-    engine = backends.resolve(backend, torch.device("cpu"), torch.float32)
+    engine = ops.resolve(backend, torch.device("cpu"), torch.float32)
     b, z = begin(solver, 2 * len(MAPS), 31, torch.float32)
     for _ in range(50):
         advance(b, z, engine)
@@ -147,7 +147,7 @@ def test_a_sample_gets_the_same_bits_in_any_batch(solver: FixedPointSolver, dim:
                 rtol=1e-4,
                 atol=0.0,
                 max_steps=30,
-                backend=backends.native,
+                backend=ops.native,
                 rowwise=rowwise,
             )
         finally:
@@ -175,7 +175,7 @@ def test_a_sample_gets_the_same_bits_in_any_batch(solver: FixedPointSolver, dim:
 def test_opcheck(solver: FixedPointSolver, dtype: torch.dtype, some: bool) -> None:
     b, z = begin(solver, 3, 17, dtype)
     rows = torch.tensor([2, 0]) if some else None
-    advance(b, z, backends.native)
+    advance(b, z, ops.native)
     x = b.x if rows is None else b.x[rows]
     w = b.work
     points = (w.best, w.anchor, w.f_previous, w.partner_previous, w.columns_f, w.columns_g)
@@ -261,7 +261,7 @@ def test_samples_that_have_moved_are_counted(dtype: torch.dtype, dim: int) -> No
     residual = row_norm(gx.to(wide) - x.to(wide))
     residual[10] *= 1 + 1e-6  # another order of the sum
     status = torch.ones(12, dtype=torch.int8)
-    for count in (backends.native.num_moved, reference.num_moved):
+    for count in (ops.native.num_moved, reference.num_moved):
         assert count(x, gx, status, residual) == 0
         residual[[0, 6, 11]] *= 1.5
         assert count(x, gx, status, residual) == 3
@@ -283,4 +283,4 @@ def test_the_look_checks_its_arrays() -> None:
         ((x.half(), x.half(), status, residual), "num_moved: x must be float32"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            backends.native.num_moved(*wrong)
+            ops.native.num_moved(*wrong)

@@ -14,7 +14,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fpi_cuda as fpi
-from fpi_cuda import transforms
+from fpi_cuda.evaluation import transforms
 
 F64 = torch.float64
 B, D = 3, 4

@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda import backends
-from fpi_cuda.backends import reference
-from fpi_cuda.backends import triton as engine
-from fpi_cuda.backends.triton.shape import SPAN, shape_of
-from fpi_cuda.control import column
+from fpi_cuda import ops
+from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.stepping import step
+from fpi_cuda.loops.workspace import allocate
+from fpi_cuda.ops import reference
+from fpi_cuda.ops import triton as engine
+from fpi_cuda.ops.solver_state import column
+from fpi_cuda.ops.triton.shape import SPAN, shape_of
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
-from fpi_cuda.result import Status
-from fpi_cuda.solvers.loop import solve
-from fpi_cuda.solvers.stepping import step
-from fpi_cuda.solvers.workspace import allocate
+from fpi_cuda.solution import Status
 
 ROOT = Path(__file__).parents[1]
 WHY_NOT = engine.why_not(torch.device("cpu"), torch.float32)
@@ -287,7 +287,7 @@ def test_a_wrong_array_is_refused(name: str, device: str) -> None:
 
 def resolve(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """The Triton backend for such states."""
-    return backends.resolve("triton", torch.device(device), dtype)
+    return ops.resolve("triton", torch.device(device), dtype)
 
 
 def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +350,7 @@ def test_the_interpreter_asked_for_too_late() -> None:
     code = (
         "import os, triton.language, torch\nos.environ['TRITON_INTERPRET'] = '1'\n"
         "from fpi_cuda import backends\n"
-        "try: backends.resolve('triton', torch.device('cpu'), torch.float32)\n"
+        "try: ops.resolve('triton', torch.device('cpu'), torch.float32)\n"
         "except ValueError as e: print(e)"
     )
     assert "was set after Triton had been imported" in run_python(code)

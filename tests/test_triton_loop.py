@@ -15,14 +15,14 @@ from lowered_maps import MAPS, on_device, permuted, two_layers, with_strides
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda.backends import reference_loop
-from fpi_cuda.backends import triton as engine
-from fpi_cuda.backends.triton.cell_shape import MAX_DEPTH, SLOTS, cell_shape, programs_for
+from fpi_cuda.loops.fused.solve import run
 from fpi_cuda.lowered import ACTIVATIONS, Layer, Lowered
+from fpi_cuda.ops import reference_loop
+from fpi_cuda.ops import triton as engine
+from fpi_cuda.ops.triton.cell_shape import MAX_DEPTH, SLOTS, cell_shape, programs_for
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.precision import NAMES
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.fused import run
+from fpi_cuda.solution import SolveResult, Status
 
 WHY_NOT = engine.why_not(torch.device("cpu"), torch.float32)
 device = pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_slow_sample_does_not_hold_its_tile(device: str, monkeypatch: pytest.M
     lowered = Lowered((Layer(torch.eye(dim), shift=torch.ones(batch, dim)),), x_factor=factor)
     evaluations = []
     if device == "cpu":
-        from fpi_cuda.backends.triton import cell_tile
+        from fpi_cuda.ops.triton import cell_tile
 
         apply_layer = cell_tile.apply_layer
 

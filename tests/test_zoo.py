@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from bench.zoo import RATIO_LIMIT, Run, compare, missed_samples, parse_solver, run
-from fpi_cuda import backends
+from fpi_cuda import ops
+from fpi_cuda.loops.iteration import solve
 from fpi_cuda.options import Anderson, Picard
-from fpi_cuda.result import SolveResult, Status
-from fpi_cuda.solvers.loop import solve
+from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing import NUM_SAMPLES, Problem, backends_available, names, problem
 
 MAX_STEPS = 1000
@@ -41,7 +41,7 @@ def solved(name: str, solver: str, dtype: torch.dtype, rtol: float) -> Run:
 
 
 def solve_with(p: Problem, solver: str, rtol: float, max_steps: int = MAX_STEPS) -> SolveResult:
-    backend = backends.resolve(None, p.x0.device, p.x0.dtype)
+    backend = ops.resolve(None, p.x0.device, p.x0.dtype)
     options = {"rtol": rtol, "atol": 0.0, "max_steps": max_steps, "backend": backend}
     return solve(p.evaluate, p.flat_x0, parse_solver(solver), **options)
 
@@ -175,7 +175,7 @@ def test_native_gives_a_sample_the_same_bits_in_any_batch(
     name: str, solver: str, rowwise: bool
 ) -> None:
     p = problem(name, torch.float32)
-    native = backends.resolve("native", p.x0.device, p.x0.dtype)
+    native = ops.resolve("native", p.x0.device, p.x0.dtype)
     options = {"rtol": 1e-5, "atol": 0.0, "max_steps": 60, "backend": native}
     whole = solve(p.evaluate, p.flat_x0, parse_solver(solver), **options, rowwise=rowwise)
     part = torch.tensor([7, 2, 5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 import fpi_cuda as fpi
-from fpi_cuda.result import Solution, Status
+from fpi_cuda.solution import Solution, Status
 
 
 class Account:

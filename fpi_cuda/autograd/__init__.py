@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fpi_cuda.autograd.attach import attach
 from fpi_cuda.autograd.cut_graph import watching
-from fpi_cuda.autograd.flat_map import FlatMap
 from fpi_cuda.autograd.graph import sequence_number
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
 from fpi_cuda.autograd.scaling import Apply
@@ -16,12 +15,13 @@ from fpi_cuda.autograd.strategy import (
     residual_in,
 )
 from fpi_cuda.autograd.unrolled import attach_unrolled
+from fpi_cuda.evaluation.bound_map import BoundMap
 
 __all__ = [
     "Account",
     "Apply",
+    "BoundMap",
     "DeviceSolve",
-    "FlatMap",
     "Jacobian",
     "LinearSystem",
     "Linearization",

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
 from fpi_cuda.autograd.cut_graph import notice_cut, notice_cut_in_step
 from fpi_cuda.autograd.equation import Evaluate
-from fpi_cuda.autograd.flat_map import FlatMap
-from fpi_cuda.autograd.graft import MaybeTensor, follows, has_tangent
 from fpi_cuda.autograd.graph import ANCHOR
+from fpi_cuda.autograd.reattach import MaybeTensor, follows, has_tangent
 from fpi_cuda.autograd.solved import SolvedEquation
 from fpi_cuda.autograd.strategy import Strategy
-from fpi_cuda.recomputed import tensors_saved_as_they_are
-from fpi_cuda.state import Layout
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.bound_map import BoundMap
+from fpi_cuda.evaluation.recomputed import tensors_saved_as_they_are
+from fpi_cuda.evaluation.state import Layout
 
 STRIDED_NESTED = (
     "fixed_point: autograd cannot hand a gradient to a nested tensor of layout torch.strided that "
@@ -110,7 +110,7 @@ class _Part(torch.autograd.Function):
 
 
 def attach(
-    flat_map: FlatMap,
+    bound_map: BoundMap,
     x_star: Tensor,
     check: Check | None,
     strategy: Strategy,
@@ -122,13 +122,13 @@ def attach(
     Grad mode is on, or a level of forward mode.
 
     Args:
-        flat_map: g with its inputs, already evaluated.
+        bound_map: g with its inputs, already evaluated.
         x_star: (B, D) its fixed point, plain.
         check: looks at x_star and g there, and at the samples that failed; None: nobody does.
-        born_after: autograd's sequence number before flat_map was made.
-        evaluate: another way to the value of flat_map and its graph, where no sample failed.
+        born_after: autograd's sequence number before bound_map was made.
+        evaluate: another way to the value of bound_map and its graph, where no sample failed.
     """
-    layout = flat_map.layout
+    layout = bound_map.layout
     x = x_star.detach()
     if strategy.truncation != 0:
         setattr(x.requires_grad_(), ANCHOR, True)
@@ -139,33 +139,33 @@ def attach(
     if hopeless is not None:
         evaluate = None
         if not bool(hopeless.all()):
-            flat_map = flat_map.mended_if_batchwise(x_star, hopeless)
-    evaluated, once = flat_map, flat_map.damping == (1, 1.0)
+            bound_map = bound_map.mended_if_batchwise(x_star, hopeless)
+    evaluated, once = bound_map, bound_map.damping == (1, 1.0)
     if not once:
 
         def watch(step: int, x: Tensor, gx: Tensor) -> None:
             if step == 0 and check is not None:
                 check(x, gx, hopeless)
             elif step == 1 and strategy.truncation == 0:
-                notice_cut_in_step(flat_map, x, gx)
+                notice_cut_in_step(bound_map, x, gx)
 
-        evaluated = flat_map.damped(*flat_map.damping, watch)
+        evaluated = bound_map.damped(*bound_map.damping, watch)
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = (evaluate or evaluated)(x)
     if check is not None and once:
         check(x, gx, hopeless)
-    equation = SolvedEquation(flat_map, x_star, x, gx, strategy, born_after)
+    equation = SolvedEquation(bound_map, x_star, x, gx, strategy, born_after)
     for t in equation.originals:
         if t.is_nested and t.layout == torch.strided:
             raise TypeError(STRIDED_NESTED)
     if equation.unnamed and account.late and account.hopeless is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
         account.late = False
-        return attach(flat_map, x_star, check, strategy, born_after)
+        return attach(bound_map, x_star, check, strategy, born_after)
     if not (equation.originals or equation.unnamed or has_tangent(gx)):
         return layout.taken_apart(x_star)
     if strategy.truncation != 0 and equation.unreached:
-        notice_cut(flat_map, x, equation.unreached)
+        notice_cut(bound_map, x, equation.unreached)
     return state_of(equation, layout)
 
 

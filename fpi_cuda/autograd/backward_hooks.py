@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpi_cuda import transforms
-from fpi_cuda.autograd.graft import MaybeTensor, gradients
 from fpi_cuda.autograd.one_matrix import differ, waves
+from fpi_cuda.autograd.reattach import MaybeTensor, gradients
+from fpi_cuda.evaluation import transforms
 
 CHANGED = (
     "fixed_point: a second derivative differentiates the products with the Jacobian of g, and a "

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fpi_cuda import transforms
 from fpi_cuda.autograd.closed_over import parts_in, tensors_in
-from fpi_cuda.autograd.flat_map import FlatMap
-from fpi_cuda.autograd.graft import has_tangent
 from fpi_cuda.autograd.graph import Edge, edges_of, is_edge_of, leads_to
 from fpi_cuda.autograd.one_matrix import waves
-from fpi_cuda.faithful import Habit, habit_of
+from fpi_cuda.autograd.reattach import has_tangent
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.bound_map import BoundMap
+from fpi_cuda.evaluation.context import Habit, habit_of
 from fpi_cuda.unconverged import FixedPointWarning, call_site
 
 NOISE = 8.0
@@ -37,7 +37,7 @@ PASSED = ("CloneBackward", "ViewBackward")
 
 
 def notice_cut(
-    flat_map: FlatMap,
+    bound_map: BoundMap,
     x: Tensor,
     columns: Sequence[slice],
     evaluate: Callable[[Tensor], Tensor] | None = None,
@@ -47,17 +47,17 @@ def notice_cut(
     A path that is cut beside one that is not cannot be told in this way.
 
     Args:
-        evaluate: g, where it is not flat_map that evaluates it.
+        evaluate: g, where it is not bound_map that evaluates it.
     """
-    habit = looks_at(flat_map.g)
+    habit = looks_at(bound_map.g)
     if x.numel() == 0 or habit.looks >= MOST_LOOKS:
         return
     habit.looks += 1
-    evaluate, x = evaluate or flat_map.damped(1, 1.0), x.detach()
+    evaluate, x = evaluate or bound_map.damped(1, 1.0), x.detach()
     # Autocast would cache weights without their graph.
-    with torch.no_grad(), flat_map.replay.solving():
+    with torch.no_grad(), bound_map.replay.solving():
         gx = evaluate(x)
-        if not any(moves(evaluate, x, gx, flat_map, part) for part in columns):
+        if not any(moves(evaluate, x, gx, bound_map, part) for part in columns):
             return
     habit.looks = MOST_LOOKS
     line = "" if transforms.active() else line_of(evaluate, x)
@@ -71,15 +71,15 @@ def notice_cut(
     )
 
 
-def notice_cut_in_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
+def notice_cut_in_step(bound_map: BoundMap, x: Tensor, gx: Tensor) -> None:
     """The same of a step gx = g(x) of several, x being made by the one before it."""
-    sizes, columns = flat_map.layout.sizes, []
+    sizes, columns = bound_map.layout.sizes, []
     if not (transforms.active() or has_tangent(x)):
         if x.requires_grad and torch.is_grad_enabled():
             columns = unreached(gx, x, sizes)
-    elif looks_at(flat_map.g).looks < MOST_LOOKS:
+    elif looks_at(bound_map.g).looks < MOST_LOOKS:
         # A tangent does not say where it came from, nor a graph what other levels have.
-        once = flat_map.damped(1, 1.0)
+        once = bound_map.damped(1, 1.0)
 
         def seen(x: Tensor) -> Tensor:
             columns.extend(unreached(gx := once(x), x, sizes))
@@ -87,17 +87,17 @@ def notice_cut_in_step(flat_map: FlatMap, x: Tensor, gx: Tensor) -> None:
 
         torch.func.vjp(seen, x.detach())
     if columns:
-        notice_cut(flat_map, x, columns)
+        notice_cut(bound_map, x, columns)
 
 
-def watching(flat_map: FlatMap) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """flat_map.evaluate, looked at in its second call: there x comes from the first one."""
+def watching(bound_map: BoundMap) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """bound_map.evaluate, looked at in its second call: there x comes from the first one."""
     calls = itertools.count(1)
 
     def evaluate(x: Tensor, rows: Tensor | None) -> Tensor:
-        gx = flat_map.evaluate(x, rows)
+        gx = bound_map.evaluate(x, rows)
         if next(calls) == 2:
-            notice_cut_in_step(flat_map, x, gx)
+            notice_cut_in_step(bound_map, x, gx)
         return gx
 
     return evaluate
@@ -152,7 +152,7 @@ def moves(
     evaluate: Callable[[Tensor], Tensor],
     x: Tensor,
     gx: Tensor,
-    flat_map: FlatMap,
+    bound_map: BoundMap,
     columns: slice,
 ) -> bool:
     """Whether g changes with the columns of x as something that has a slope does.
@@ -162,10 +162,10 @@ def moves(
 
     Args:
         gx: evaluate(x).
-        flat_map: what is evaluated, for its arithmetic and the parts of its state.
+        bound_map: what is evaluated, for its arithmetic and the parts of its state.
     """
-    kind = torch.finfo(flat_map.arithmetic)
-    eps, sizes = kind.eps, list(flat_map.layout.sizes)
+    kind = torch.finfo(bound_map.arithmetic)
+    eps, sizes = kind.eps, list(bound_map.layout.sizes)
     part = x[:, columns].double()
     size = part.abs().amax(1, keepdim=True)
     step = max(eps**0.5, LEAST_STEP * eps) * (part.abs() + torch.where(size > 0, size, 1.0))

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.autograd.backward_hooks import CHANGED, products_differ
-from fpi_cuda.autograd.flat_map import has_rows, replace_rows
 from fpi_cuda.autograd.graph import mark_as_anchor
 from fpi_cuda.autograd.linear import Opened
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
-from fpi_cuda.autograd.same_value import require_same_value, same_value
 from fpi_cuda.autograd.scaling import Apply
 from fpi_cuda.autograd.strategy import Strategy
 from fpi_cuda.autograd.transformed import Inputs, Transformed
-from fpi_cuda.recomputed import tensors_saved_as_they_are
+from fpi_cuda.evaluation.bound_map import has_rows, replace_rows
+from fpi_cuda.evaluation.recomputed import tensors_saved_as_they_are
+from fpi_cuda.evaluation.same_value import require_same_value, same_value
 
 Evaluate = Callable[[Tensor], Tensor]
 """x (B, D) -> g(x) (B, D), all else being bound."""

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
 from fpi_cuda.autograd.equation import Equation
-from fpi_cuda.autograd.graft import MaybeTensor
 from fpi_cuda.autograd.linear import (
     Opened,
     Point,
@@ -19,7 +17,9 @@ from fpi_cuda.autograd.linear import (
     remember,
     side_by_side,
 )
+from fpi_cuda.autograd.reattach import MaybeTensor
 from fpi_cuda.autograd.transformed import Inputs
+from fpi_cuda.evaluation import transforms
 
 
 class FixedPoint(torch.autograd.Function):

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda import transforms
 from fpi_cuda.autograd.closed_over import Watch, exchanging, here
 from fpi_cuda.autograd.cut_graph import MOST_LOOKS, looks_at, notice_cut, unreached
 from fpi_cuda.autograd.equation import Common, Equation, Evaluate, leaf_at
-from fpi_cuda.autograd.flat_map import FlatMap
-from fpi_cuda.autograd.graft import has_tangent
 from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, sequence_number
+from fpi_cuda.autograd.reattach import has_tangent
 from fpi_cuda.autograd.strategy import Strategy, failed
 from fpi_cuda.autograd.transformed import HIDDEN, Inputs
-from fpi_cuda.module_tree import held_by
-from fpi_cuda.result import SolveResult
-from fpi_cuda.shortcuts import any_backward_hooks
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.bound_map import BoundMap
+from fpi_cuda.evaluation.modules import held_by
+from fpi_cuda.evaluation.shortcuts import any_backward_hooks
+from fpi_cuda.solution import SolveResult
 
 Solve = Callable[[Callable[[Tensor, "Tensor | None"], Tensor], Tensor], SolveResult]
 """solve(evaluate, x0): numbers from numbers."""
@@ -29,7 +29,7 @@ class LiftedEquation(Equation):
     """x = g(x) inside of torch.func transforms, where g closes over nothing but its inputs.
 
     Args:
-        flat_map: g as it was called.
+        bound_map: g as it was called.
         solve: the solver.
         strategy: see Equation; of plain numbers.
         truncation: that of the strategy.
@@ -38,20 +38,20 @@ class LiftedEquation(Equation):
 
     def __init__(
         self,
-        flat_map: FlatMap,
+        bound_map: BoundMap,
         solve: Solve,
         strategy: Callable[[Tensor, Tensor], Strategy],
         truncation: int | None,
         damping: tuple[int, float],
     ) -> None:
-        self._flat_map = flat_map
+        self._bound_map = bound_map
         self._around = here.substitution
         self._solve = solve
-        layout = flat_map.layout
-        self.common = Common(strategy, truncation, flat_map.arithmetic, layout.sizes)
+        layout = bound_map.layout
+        self.common = Common(strategy, truncation, bound_map.arithmetic, layout.sizes)
         self._damping = damping
-        self._originals = [*flat_map.z]
-        self._values = [*flat_map.z]
+        self._originals = [*bound_map.z]
+        self._values = [*bound_map.z]
         self._places: list[tuple[int, nn.Module, str]] = []
         self._inside = False
         self._watch: Watch | None = None
@@ -78,7 +78,7 @@ class LiftedEquation(Equation):
         watch = self._watch = Watch(self._originals)
         gx = self.bound(aside, damped=False)(at)
         self._watch = None
-        stochastic = self._flat_map.replay.stochastic
+        stochastic = self._bound_map.replay.stochastic
         depends = self._left or is_followed(gx)
         if not stochastic:
             given = (at, *aside)
@@ -102,7 +102,7 @@ class LiftedEquation(Equation):
         # Of random numbers, the vmap of a jacrev wants to hear nothing.
         self.common.once_only = stochastic
         self._inside |= stochastic or watch.functions
-        self.common.hooked |= any_backward_hooks(self._flat_map.g)
+        self.common.hooked |= any_backward_hooks(self._bound_map.g)
         return bool(more or hidden)
 
     def _inputs_among(self, captured: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -113,15 +113,15 @@ class LiftedEquation(Equation):
 
     def _held(self) -> list[tuple[nn.Module, str, Tensor]]:
         """The tensors in modules, and where they lie; not buffers in training, for g may write."""
-        training = [m for m in self._flat_map.modules if getattr(m, "training", True)]
-        settled = [m for m in self._flat_map.modules if not getattr(m, "training", True)]
+        training = [m for m in self._bound_map.modules if getattr(m, "training", True)]
+        settled = [m for m in self._bound_map.modules if not getattr(m, "training", True)]
         return held_by(training, buffers=False) + held_by(settled)
 
     def solved(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
         """See Equation."""
         evaluate = whole.bound(inputs, damped=False)
 
-        with torch.no_grad(), self._flat_map.replay.solving():
+        with torch.no_grad(), self._bound_map.replay.solving():
             result = self._solve(lambda x, rows: evaluate(x), x0.detach())
         whole.leave_out(failed(result.status), result.x, inputs)
         return (result.x, self._differentiated_at(result.x, whole, inputs), *result[1:])
@@ -136,15 +136,15 @@ class LiftedEquation(Equation):
         self._left = not set(map(id, self.common.hidden)).issuperset(leaves_of(gx))
         more = self._inputs_among(watch.captured())
         self._all_seen = not (self._left or more or watch.blind or transforms.numbers(gx) is not gx)
-        once, step, flat_map = whole.bound(inputs, damped=False), gx, self._flat_map
-        if self._damping[0] > 1 and looks_at(flat_map.g).looks < MOST_LOOKS:
+        once, step, bound_map = whole.bound(inputs, damped=False), gx, self._bound_map
+        if self._damping[0] > 1 and looks_at(bound_map.g).looks < MOST_LOOKS:
             with torch.enable_grad():
                 step = once(leaf)
         elif self.common.truncation == 0:
             return gx.detach()
-        columns = unreached(step, leaf, flat_map.layout.sizes)
+        columns = unreached(step, leaf, bound_map.layout.sizes)
         if columns:
-            self.common.notices.append(lambda: notice_cut(flat_map, x, columns, once))
+            self.common.notices.append(lambda: notice_cut(bound_map, x, columns, once))
         return gx.detach()
 
     def bound(
@@ -169,15 +169,15 @@ class LiftedEquation(Equation):
             self.common.hooked |= exchange.hooks_set
             return result
 
-        flat_map = self._flat_map.recorded(call).bound(inputs[: len(self._flat_map.z)])
+        bound_map = self._bound_map.recorded(call).bound(inputs[: len(self._bound_map.z)])
         if bad is not None:
-            flat_map = flat_map.mended(bad)
-        if damped and self._damping != flat_map.damping:
-            flat_map = flat_map.damped(*self._damping)
+            bound_map = bound_map.mended(bad)
+        if damped and self._damping != bound_map.damping:
+            bound_map = bound_map.damped(*self._damping)
         if self._inside and not transforms.active():
             # Only there can the arguments of a Function be exchanged, and dropout draws otherwise.
-            return lambda x: torch.func.vjp(flat_map, x)[0]
-        return flat_map
+            return lambda x: torch.func.vjp(bound_map, x)[0]
+        return bound_map
 
 
 def matters(t: Tensor) -> bool:

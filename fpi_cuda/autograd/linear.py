@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fpi_cuda import transforms
-from fpi_cuda.autograd.graft import MaybeTensor
 from fpi_cuda.autograd.linearization import Jacobian, Linearization, OpenLinearization, Pull
-from fpi_cuda.autograd.same_value import require_same_value
+from fpi_cuda.autograd.reattach import MaybeTensor
 from fpi_cuda.autograd.strategy import dropped, failed, finite_rows, series
 from fpi_cuda.autograd.transformed import Inputs, Transformed, has_slope
-from fpi_cuda.result import Status
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.same_value import require_same_value
+from fpi_cuda.solution import Status
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fpi_cuda.autograd.graft import ONCE, MaybeTensor, Tape, gradients, reattached
 from fpi_cuda.autograd.one_matrix import differ, waves
+from fpi_cuda.autograd.reattach import ONCE, MaybeTensor, Tape, gradients, reattached
 
 # <J^T w, J^T w> and <w, J J^T w> may differ by rounding, in g too (autocast), not by this share.
 SAME_MATRIX = 0.1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fpi_cuda.autograd.graft import MaybeTensor
+from fpi_cuda.autograd.reattach import MaybeTensor
 
 MULTIPLES = (1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)
 """No powers of two: what is multiplied by them is rounded to other neighbours."""

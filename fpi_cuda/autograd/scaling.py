@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fpi_cuda.result import SolveResult
-from fpi_cuda.row_norm import row_norm
+from fpi_cuda.norms import row_norm
+from fpi_cuda.solution import SolveResult
 
 Apply = Callable[[Tensor], Tensor]
 

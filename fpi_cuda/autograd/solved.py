@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fpi_cuda import transforms
 from fpi_cuda.autograd.backward_hooks import require_true_products
 from fpi_cuda.autograd.closed_over import Watch, exchanging, here
 from fpi_cuda.autograd.cut_graph import unreached
 from fpi_cuda.autograd.equation import Common, Equation, Evaluate
 from fpi_cuda.autograd.fixed_point import FixedPoint
-from fpi_cuda.autograd.flat_map import FlatMap
-from fpi_cuda.autograd.graft import MaybeTensor, has_tangent, stand_in
 from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, mark_as_anchor
 from fpi_cuda.autograd.linear import Opened, Point
 from fpi_cuda.autograd.linearization import Jacobian, Linearization, OpenLinearization
-from fpi_cuda.autograd.same_value import CHANGED, require_same_value
+from fpi_cuda.autograd.reattach import MaybeTensor, has_tangent, stand_in
 from fpi_cuda.autograd.strategy import Strategy, finite_rows
 from fpi_cuda.autograd.transformed import Inputs
-from fpi_cuda.module_tree import held_by
-from fpi_cuda.shortcuts import any_backward_hooks
-from fpi_cuda.tensor_version import counted_version, version_of
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.bound_map import BoundMap
+from fpi_cuda.evaluation.modules import held_by
+from fpi_cuda.evaluation.same_value import CHANGED, require_same_value
+from fpi_cuda.evaluation.shortcuts import any_backward_hooks
+from fpi_cuda.evaluation.tensor_version import counted_version, version_of
 
 UNNAMED = (
     "fixed_point: a second derivative needs every tensor that g depends on, and g closes over one "
@@ -43,12 +43,12 @@ class SolvedEquation(Equation):
     """x = g(x) where x is known, and what g depends on is found in the graph of g(x).
 
     Args:
-        flat_map: g, or what is differentiated in its place.
+        bound_map: g, or what is differentiated in its place.
         x: (B, D) the solution, plain.
         leaf: the same numbers, where g was evaluated.
         gx: (B, D) g there, with its graph.
         strategy: how linear systems are solved.
-        born_after: autograd's sequence number before flat_map was made.
+        born_after: autograd's sequence number before bound_map was made.
     Attributes:
         x, gx: as given.
         originals: the tensors with a derivative that g was found to depend on besides x.
@@ -58,15 +58,15 @@ class SolvedEquation(Equation):
     """
 
     def __init__(
-        self, flat_map: FlatMap, x: Tensor, leaf: Tensor, gx: Tensor, strategy: Strategy,
+        self, bound_map: BoundMap, x: Tensor, leaf: Tensor, gx: Tensor, strategy: Strategy,
         born_after: int,
     ) -> None:  # fmt: skip
         self.x = x
         self.gx = self._there = gx
-        self._flat_map = flat_map
+        self._bound_map = bound_map
         self._leaf = leaf
         self._strategy = strategy
-        self._z = flat_map.z
+        self._z = bound_map.z
         self._around = here.substitution
         known = {(t.grad_fn, t.output_nr) for t in self._z if t.requires_grad}
         leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
@@ -81,14 +81,14 @@ class SolvedEquation(Equation):
         # Where modules hold some of them: functional_call has put others there by backward.
         self._places: list[tuple[Tensor, nn.Module, str]] = []
         exchanged = captured or any(type(t) is not nn.Parameter for t in leaves.values())
-        if exchanged or isinstance(flat_map.g, nn.Module):
-            for module, name, t in held_by(flat_map.modules):
+        if exchanged or isinstance(bound_map.g, nn.Module):
+            for module, name, t in held_by(bound_map.modules):
                 edge = edge_of(t) if captured else None
                 if id(t) in leaves or edge in captured:
                     self._places.append((t, module, name))
                     found |= {edge: t} if edge in captured else {}
         if captured - found.keys():
-            used = used_by(flat_map, leaf, [leaf, *self._z, *found.values()])
+            used = used_by(bound_map, leaf, [leaf, *self._z, *found.values()])
             found |= {edge: t for t in used if (edge := edge_of(t)) in captured}
         self.unnamed = not captured <= found.keys()
         self._leaves = [t for t in leaves.values() if id(t) not in explicit]
@@ -98,19 +98,19 @@ class SolvedEquation(Equation):
         self._versions = [
             (t, 0 if t.is_inference() else counted_version(t)) for t in watched.values()
         ]
-        layout = flat_map.layout
+        layout = bound_map.layout
         whole = not leaf.requires_grad or (len(layout.shapes) == 1 and id(leaf) in anchors)
         self.unreached = [] if whole else unreached(gx, leaf, layout.sizes, visited)
 
     @functools.cached_property
     def common(self) -> Common:  # type: ignore[override]
         """See Equation."""
-        strategy, flat_map = self._strategy, self._flat_map
+        strategy, bound_map = self._strategy, self._bound_map
         return Common(
             lambda status, _: strategy.over(status),
             strategy.truncation,
-            flat_map.arithmetic,
-            flat_map.layout.sizes,
+            bound_map.arithmetic,
+            bound_map.layout.sizes,
         )
 
     def solved(self, whole: Equation, x0: Tensor, inputs: Inputs) -> Inputs:
@@ -124,16 +124,16 @@ class SolvedEquation(Equation):
         if hopeless is None or self.all_failed:
             return
         with transforms.in_forward_mode():  # what it reads instead keeps its tangents
-            mended = self._flat_map.mended_if_batchwise(self.x, hopeless)
+            mended = self._bound_map.mended_if_batchwise(self.x, hopeless)
         with torch.no_grad():
             self._there = torch.where(hopeless[:, None], mended(self.x), self.gx)
-        self._flat_map = mended
+        self._bound_map = mended
 
     def bound(
         self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
     ) -> Evaluate:
         """See Equation."""
-        return lambda x: self._evaluated(self._flat_map, x, inputs)
+        return lambda x: self._evaluated(self._bound_map, x, inputs)
 
     def matrix(self, x: Tensor, gx: Tensor, inputs: Inputs, *, transpose: bool) -> Jacobian:
         """See Equation."""
@@ -149,27 +149,27 @@ class SolvedEquation(Equation):
         if transforms.active():
             self._require_all_exchanged()
             return super().opened(x, gx, inputs)
-        flat_map = self._flat_map
+        bound_map = self._bound_map
         if bad is not None:
-            flat_map = flat_map.mended_if_batchwise(self.x, bad)
+            bound_map = bound_map.mended_if_batchwise(self.x, bad)
         # Autograd runs the hooks of what it is asked about, and will run them again later.
         own = {id(t) for t in self._leaves if not t._backward_hooks}
         aside = [t if id(t) in own else stand_in(t) for t in self.originals]
         leaf = mark_as_anchor(stand_in(x))
         with torch.enable_grad():
-            now = self._evaluated(flat_map, leaf, aside)
-        if self.common.hooked or any_backward_hooks(flat_map.g):
+            now = self._evaluated(bound_map, leaf, aside)
+        if self.common.hooked or any_backward_hooks(bound_map.g):
             moving = [leaf, *(t for t in aside if id(t) not in own)]
 
             def evaluate(given: Sequence[Tensor]) -> Tensor:
                 other = dict(zip(map(id, moving), given, strict=True))
-                return self._evaluated(flat_map, given[0], [other.get(id(t), t) for t in aside])
+                return self._evaluated(bound_map, given[0], [other.get(id(t), t) for t in aside])
 
             require_true_products(evaluate, now, moving, self.common.arithmetic)
         if set(leaves_of(now)) != set(map(id, aside)):
             # An energy makes a leaf of an x that does not require grad, to differentiate in it.
             with torch.enable_grad():
-                again = [self._evaluated(flat_map, x.detach(), aside) for _ in range(2)]
+                again = [self._evaluated(bound_map, x.detach(), aside) for _ in range(2)]
             self._require_made_inside([now, *again], aside)
         rows = slice(None) if bad is None else ~bad
         require_same_value(now[rows], gx[rows], self.common.arithmetic, self.common.sizes)
@@ -217,7 +217,7 @@ class SolvedEquation(Equation):
         # Forward mode is off here, so this one has the graph alone.
         point = self._point(inputs)
         with transforms.in_forward_mode():
-            tangent = forward_ad.unpack_dual(self._flat_map(point.x)).tangent
+            tangent = forward_ad.unpack_dual(self._bound_map(point.x)).tangent
         if tangent is None or self.all_failed:
             return torch.zeros_like(self.x)
         return point.solution(point.opened(), tangent, transpose=False)[0]
@@ -254,19 +254,19 @@ class SolvedEquation(Equation):
         if transforms.active() or not transforms.in_dual_level():
             return
         known = set(map(id, self.originals))
-        for t in used_by(self._flat_map, self.x, [self.x, *self._z]):
+        for t in used_by(self._bound_map, self.x, [self.x, *self._z]):
             if id(t) not in known and has_tangent(t):
                 raise RuntimeError(TANGENT)
 
-    def _evaluated(self, flat_map: FlatMap, x: Tensor, given: Sequence[Tensor]) -> Tensor:
-        """flat_map(x) with others in the place of `originals`."""
+    def _evaluated(self, bound_map: BoundMap, x: Tensor, given: Sequence[Tensor]) -> Tensor:
+        """bound_map(x) with others in the place of `originals`."""
         now = {id(t): other for t, other in zip(self.originals, given, strict=True)}
         z = [now.get(id(t), t.detach()) for t in self._z]
         # What g is given as z it may close over as well.
         pairs = [(t, now[id(t)]) for t in self.originals if now[id(t)] is not t]
         pairs += [(getattr(module, name, t), now[id(t)]) for t, module, name in self._places]
         with exchanging(pairs, self._around) as exchange:
-            gx = flat_map.bound(z)(x)
+            gx = bound_map.bound(z)(x)
         self.common.hooked |= exchange.hooks_set
         return gx
 
@@ -314,11 +314,11 @@ class SolvedEquation(Equation):
             )
 
 
-def used_by(flat_map: FlatMap, x: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+def used_by(bound_map: BoundMap, x: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
     """What one more evaluation of g uses besides what it is given."""
     watch = Watch(given)
     with torch.enable_grad(), watch:
-        flat_map(x.detach())
+        bound_map(x.detach())
     return [t for _, t in watch.captured()]
 
 

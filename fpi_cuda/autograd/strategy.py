@@ -15,8 +15,8 @@ from fpi_cuda.autograd.linearization import Jacobian
 from fpi_cuda.autograd.scaling import Apply, factor_of, is_solved_jointly
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.late import Late, worst_of
-from fpi_cuda.result import AdjointRecord, SolveResult, Stats, Status
-from fpi_cuda.row_norm import row_norm
+from fpi_cuda.norms import row_norm
+from fpi_cuda.solution import AdjointRecord, SolveResult, Stats, Status
 
 
 class LinearSystem(NamedTuple):

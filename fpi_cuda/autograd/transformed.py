@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
-from fpi_cuda.autograd.graft import MaybeTensor
+from fpi_cuda.autograd.reattach import MaybeTensor
+from fpi_cuda.evaluation import transforms
 
 Inputs = tuple[Tensor, ...]
 

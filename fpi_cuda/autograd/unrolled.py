@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
 from fpi_cuda.autograd.attach import attach
-from fpi_cuda.autograd.flat_map import FlatMap, replace_rows
 from fpi_cuda.autograd.strategy import Account, Strategy, dropped, failed, unmeasured
-from fpi_cuda.result import AdjointRecord, SolveResult
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.bound_map import BoundMap, replace_rows
+from fpi_cuda.solution import AdjointRecord, SolveResult
 
 
 def attach_unrolled(
-    flat_map: FlatMap,
+    bound_map: BoundMap,
     x0: Tensor,
     result: SolveResult,
-    run: Callable[[FlatMap, Tensor], SolveResult],
+    run: Callable[[BoundMap, Tensor], SolveResult],
     record: AdjointRecord,
     born_after: int,
 ) -> Any:
@@ -32,13 +32,13 @@ def attach_unrolled(
     """
     bad = failed(result.status)
     if not bool(bad.any()):
-        return as_state(flat_map, result.x)
+        return as_state(bound_map, result.x)
     account = Account(result.status, record)
     plain = result.x.detach()
     if bool(bad.all()):
-        nothing = Strategy(account, flat_map.arithmetic, truncation=0)
-        return attach(flat_map, plain, None, nothing, born_after)
-    mended = flat_map.mended_if_batchwise(plain, bad)
+        nothing = Strategy(account, bound_map.arithmetic, truncation=0)
+        return attach(bound_map, plain, None, nothing, born_after)
+    mended = bound_map.mended_if_batchwise(plain, bad)
     value = run(mended, replace_rows(x0, bad)).x.clone()
     with torch.no_grad():
         value.copy_(torch.where(bad[:, None], plain, value))
@@ -49,12 +49,12 @@ def attach_unrolled(
 
     if value.requires_grad:
         value.register_hook(without_failed)
-    return as_state(flat_map, value)
+    return as_state(bound_map, value)
 
 
-def as_state(flat_map: FlatMap, value: Tensor) -> Any:
+def as_state(bound_map: BoundMap, value: Tensor) -> Any:
     """The user's state that lies in `value` (B, D), which nobody else holds."""
     if transforms.active():
         # No torch.func.vmap of what takes a tensor apart.
-        return flat_map.layout.unflatten(value, writable=True)
-    return flat_map.layout.taken_apart(value)
+        return bound_map.layout.unflatten(value, writable=True)
+    return bound_map.layout.taken_apart(value)

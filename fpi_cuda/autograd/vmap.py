@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda import transforms
 from fpi_cuda.autograd.closed_over import Substitution, Watch
 from fpi_cuda.autograd.lifted import matters
 from fpi_cuda.autograd.linear import side_by_side
-from fpi_cuda.faithful import rehearsal
-from fpi_cuda.state import Layout, layout_of
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.context import rehearsal
+from fpi_cuda.evaluation.state import Layout, layout_of
 
 BATCHED = (
     "fixed_point: adjoint=Unroll() inside torch.func.vmap needs the vmap inside of all "

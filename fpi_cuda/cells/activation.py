@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fpi_cuda.elementwise import (
+from fpi_cuda.activations import (
     gelu_derivative,
     identity,
     relu_derivative,
@@ -44,7 +44,7 @@ ACTIVATIONS = {
 }
 
 
-# What kernels call the derivative, in fpi_cuda.elementwise.FUNCTIONS.
+# What kernels call the derivative, in fpi_cuda.activations.FUNCTIONS.
 DERIVATIVES = {
     "tanh": "tanh_derivative",
     "relu": "relu_derivative",

@@ -13,10 +13,10 @@ from fpi_cuda.cells.activation import (
 )
 from fpi_cuda.cells.cell import orthogonal_, require_dtype, require_features, require_same_batch
 from fpi_cuda.cells.lowering import describes, without_bias
+from fpi_cuda.evaluation.shortcuts import is_plain_linear
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_count, require_real
 from fpi_cuda.partial import partial
-from fpi_cuda.shortcuts import is_plain_linear
 
 
 class MLPEnergy(nn.Module):

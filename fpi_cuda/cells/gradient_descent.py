@@ -15,10 +15,10 @@ from fpi_cuda.cells.lowering import (
     replaced_method,
     require_consistent,
 )
+from fpi_cuda.evaluation.shortcuts import redefined_below, why_call_matters, why_parts_matter
 from fpi_cuda.lowered import Lowered, NotLowered
 from fpi_cuda.options import require_real
 from fpi_cuda.partial import IndependentError, partial
-from fpi_cuda.shortcuts import redefined_below, why_call_matters, why_parts_matter
 
 
 class GradientDescent(Cell):

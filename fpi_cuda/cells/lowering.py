@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.lowered import Layer, Lowered, NotLowered
-from fpi_cuda.shortcuts import (
+from fpi_cuda.evaluation.shortcuts import (
     LINEAR,
     plain_classes,
     redefined_below,
     why_modes_matter,
     why_parts_matter,
 )
-from fpi_cuda.state import Layout
+from fpi_cuda.evaluation.state import Layout
+from fpi_cuda.lowered import Layer, Lowered, NotLowered
 
 # How a cell may be evaluated otherwise than by what lower() says.
 EVALUATION = ("prepare", "step", "forward", "__call__")

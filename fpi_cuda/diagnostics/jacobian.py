@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpi_cuda.evaluation.state import layout_of
+from fpi_cuda.linear_solvers.gmres import combine, dots
+from fpi_cuda.linear_solvers.linear import working_dtype
+from fpi_cuda.norms import row_norm
 from fpi_cuda.options import require_count
 from fpi_cuda.partial import partial
-from fpi_cuda.row_norm import row_norm
-from fpi_cuda.solvers.gmres import combine, dots
-from fpi_cuda.solvers.linear import working_dtype
-from fpi_cuda.state import layout_of
 
 CERTAIN = 1e-2
 """Error, relative to the radius, below which an estimate is taken for what it is."""
@@ -70,7 +70,7 @@ def spectral_radius(
     """
     require_count("spectral_radius", "num_steps", num_steps, 1)
     require_count("spectral_radius", "exact_up_to", exact_up_to, 0)
-    flat, step = flat_map(g, x, z)
+    flat, step = bound_map(g, x, z)
     with torch.inference_mode(False), torch.enable_grad():
         # A copy, for a tensor made in inference mode cannot require grad.
         at = flat.detach().clone().requires_grad_()
@@ -235,7 +235,7 @@ def jacobian_penalty(
         2021, equation (5).
     """
     require_count("jacobian_penalty", "num_probes", num_probes, 1)
-    flat, step = flat_map(g, x, z)
+    flat, step = bound_map(g, x, z)
     if flat.numel() == 0:
         raise ValueError(f"jacobian_penalty: x is empty, got {tuple(flat.shape)} when flat")
     total = torch.zeros((), dtype=working_dtype(flat.dtype), device=flat.device)
@@ -252,7 +252,7 @@ def pairing(step: Callable[[Tensor], Tensor], probe: Tensor) -> Callable[[Tensor
     return lambda x: (step(x) * probe).sum(-1)
 
 
-def flat_map(
+def bound_map(
     g: Callable[..., Any], x: Any, z: tuple[Any, ...]
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """x as (B, D), and the map (B, D) -> (B, D) that g is on it."""

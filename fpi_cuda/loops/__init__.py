@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from fpi_cuda import backends
+from fpi_cuda import ops
 from fpi_cuda.autograd import Account
 from fpi_cuda.declined import Declined
-from fpi_cuda.loops import device, fused, host
+from fpi_cuda.evaluation.shortcuts import why_not_hoisted
+from fpi_cuda.evaluation.state import Layout
+from fpi_cuda.loops import host
+from fpi_cuda.loops.device import loop as device_loop
+from fpi_cuda.loops.fused import loop as fused_loop
 from fpi_cuda.loops.plan import Loop, LoopAdjoint, Plan, Prepare, Solved
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
-from fpi_cuda.result import AdjointRecord, Route
-from fpi_cuda.shortcuts import why_not_hoisted
-from fpi_cuda.state import Layout
+from fpi_cuda.solution import AdjointRecord, Route
 
-LOOPS: tuple[Loop, ...] = (fused, device, host)
+LOOPS: tuple[Loop, ...] = (fused_loop, device_loop, host)
 """In the order in which they are tried."""
 
 IN_TRANSFORM = "the call is inside torch.func transforms"
@@ -63,7 +65,7 @@ def plan_of(
         ValueError: the backend cannot serve such a state, or not with such a history.
         Unavailable: route asks for a loop that cannot run.
     """
-    engine = backends.resolve(options.backend, layout.device, layout.dtype)
+    engine = ops.resolve(options.backend, layout.device, layout.dtype)
     options = options.storable(engine.name, layout.dtype)
     solver = options.adjoint_solver(layout.dim)
     rowwise, whole = options.asks_rowwise(g), why_not_hoisted(g)

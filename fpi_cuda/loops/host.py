@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fpi_cuda.autograd import FlatMap
+from fpi_cuda.autograd import BoundMap
 from fpi_cuda.coupling import Coupling
+from fpi_cuda.loops import iteration
 from fpi_cuda.loops.plan import Plan
-from fpi_cuda.result import SolveResult
-from fpi_cuda.solvers import loop
+from fpi_cuda.solution import SolveResult
 
 name = "host"
 is_late = False
@@ -19,21 +19,21 @@ adjoint = None
 
 
 def solve(
-    plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
+    plan: Plan, bound_map: BoundMap, x0: Tensor, coupling: Coupling | None
 ) -> tuple[SolveResult, None]:
     """See Loop."""
     options = plan.options
     with torch.inference_mode(False):  # whose tensors do not count how often they are changed
-        result = loop.solve(
-            flat_map.evaluate,
+        result = iteration.solve(
+            bound_map.evaluate,
             x0,
             options.solver,
             rtol=options.rtol,
             atol=options.atol,
             max_steps=options.max_steps,
             backend=plan.engine,
-            rowwise=plan.rowwise and plan.layout.batch > 1 and flat_map.selectable(),
+            rowwise=plan.rowwise and plan.layout.batch > 1 and bound_map.selectable(),
             coupling=coupling,
-            arithmetic=flat_map.arithmetic,
+            arithmetic=bound_map.arithmetic,
         )
     return result, None

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from fpi_cuda.autograd import Account, FlatMap, Jacobian
+from fpi_cuda.autograd import Account, BoundMap, Jacobian
 from fpi_cuda.coupling import Coupling
+from fpi_cuda.evaluation.state import Layout
+from fpi_cuda.loops.stepping import Backend
 from fpi_cuda.options import FixedPointSolver, LinearSolver
 from fpi_cuda.request import Options
-from fpi_cuda.result import Reason, SolveResult
-from fpi_cuda.solvers.stepping import Backend
-from fpi_cuda.state import Layout
+from fpi_cuda.solution import Reason, SolveResult
 
 
 class Plan(NamedTuple):
@@ -44,13 +44,13 @@ class Solved(NamedTuple):
     """A solve that has ended, with what its adjoint needs.
 
     Attributes:
-        plan, flat_map: of what, and how.
+        plan, bound_map: of what, and how.
         result: plain.
         kept: what the adjoint by the same loop starts from.
     """
 
     plan: Plan
-    flat_map: FlatMap
+    bound_map: BoundMap
     result: SolveResult
     kept: Any
 
@@ -77,12 +77,12 @@ class Loop(Protocol):
         """
 
     def solve(
-        self, plan: Plan, flat_map: FlatMap, x0: Tensor, coupling: Coupling | None
+        self, plan: Plan, bound_map: BoundMap, x0: Tensor, coupling: Coupling | None
     ) -> tuple[SolveResult, Any]:
         """The fixed point from x0 (B, D), plain, and what its adjoint starts from; under no_grad.
 
         Args:
-            flat_map: g, plain.
+            bound_map: g, plain.
             coupling: what is known of whether rows depend on one another; None: they do not.
         Raises:
             Declined: another loop has to.

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from fpi_cuda import backends
+from fpi_cuda import ops
 
 
 def backends_available(
     device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[str, ...]:
     """Names of the backends that take states of this device and dtype; "reference" always does."""
-    return tuple(name for name in backends.NAMES if _available(name, torch.device(device), dtype))
+    return tuple(name for name in ops.NAMES if _available(name, torch.device(device), dtype))
 
 
 def _available(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     try:
-        backends.resolve(name, device, dtype)
+        ops.resolve(name, device, dtype)
     except ValueError:
         return False
     return True

@@ -25,9 +25,9 @@ from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
 
 import fpi_cuda as fpi
-from fpi_cuda.capturing import NoRandomNumbers
-from fpi_cuda.device_loop.trace import Recorder
-from fpi_cuda.random_draws import Recording
+from fpi_cuda.evaluation.random_draws import Recording
+from fpi_cuda.evaluation.stream_capture import NoRandomNumbers
+from fpi_cuda.loops.device.trace import Recorder
 
 F64 = torch.float64
 B, D = 4, 5

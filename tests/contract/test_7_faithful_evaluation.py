@@ -34,8 +34,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 
 import fpi_cuda as fpi
-from fpi_cuda import device_loop
-from fpi_cuda.device_loop.cache import PlanCache
+from fpi_cuda.loops import device as device_loop
+from fpi_cuda.loops.device.cache import PlanCache
 
 # --- what hangs on the call of g ----------------------------------------------------------------
 

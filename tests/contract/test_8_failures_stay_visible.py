@@ -10,8 +10,8 @@ from tape import TapeGraphs
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda import device_loop
-from fpi_cuda.device_loop.cache import PlanCache
+from fpi_cuda.loops import device as device_loop
+from fpi_cuda.loops.device.cache import PlanCache
 from fpi_cuda.testing import backends_available
 
 F64 = torch.float64

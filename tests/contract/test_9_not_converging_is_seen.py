@@ -16,9 +16,10 @@ from tape import TapeGraphs
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda import device_loop, unconverged
-from fpi_cuda.device_loop.cache import PlanCache
+from fpi_cuda import unconverged
 from fpi_cuda.late import Late
+from fpi_cuda.loops import device as device_loop
+from fpi_cuda.loops.device.cache import PlanCache
 
 SOLVERS = [fpi.Picard(), fpi.Anderson(), fpi.Broyden()]
 BACKENDS = ["reference", "native"] if fpi.native_available() else ["reference"]

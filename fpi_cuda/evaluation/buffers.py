@@ -1,0 +1,244 @@
+"""Buffers that an evaluation of g changes: they change once per solve, as in one call of a module.
+
+Batch norm counts its batches and averages their statistics; spectral norm goes on with its power
+iteration, and its weight with it. A solve evaluates g many times. Each evaluation starts from the
+buffers of the first, so g stays one map, and what remains is what the last one made of them, which
+is at the solution where a derivative is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.modules import modules_in
+from fpi_cuda.evaluation.tensor_version import version_of
+
+LARGEST = 1 << 20
+"""Elements of a buffer of which every solve makes a copy in case that it moves; of a larger one it
+does so once a solve has moved it."""
+
+MOST_SEEN = 256
+"""Objects that are looked into for modules, and modules for what they hold besides. Objects that
+hold nothing do not count."""
+
+MOST_HELD = 64
+"""Entries of a list or dict that are looked into."""
+
+MOST_VISITED = 512
+"""Objects that are looked at in all."""
+
+ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.dtype)
+EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
+
+_large_movers: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+"""Large buffers, by name, that a solve has moved."""
+
+
+class Kept:
+    """A buffer as the first evaluation found it.
+
+    A large one that nobody knew to move is kept as the first evaluation left it: then this is what
+    remains of the solve.
+    """
+
+    def __init__(self, module: nn.Module, name: str, t: Tensor) -> None:
+        self.module, self.name, self.t = module, name, t
+        # Kernels of norms write to buffers without being counted; batch norm counts its batches.
+        counter = module.num_batches_tracked if isinstance(module, _BatchNorm) else None
+        self.watched = [t]
+        if counter is not None and not counter.is_inference():
+            self.watched.append(counter)
+        self.versions = [version_of(w) for w in self.watched]
+        norm = isinstance(module, _NormBase)
+        self.moved = norm and len(self.watched) == 1
+        large = t.numel() > LARGEST and not norm
+        self.late = large and name not in _large_movers.get(module, ())
+        self.numbers = None if self.late else copy_of(t)
+
+    def look(self) -> None:
+        """Note whether it was written to, or another tensor was put in its place."""
+        if self.moved:
+            return
+        now = self.module._buffers.get(self.name)
+        written = [version_of(w) for w in self.watched] != self.versions
+        if self.t.is_inference() and self.numbers is not None:
+            written = written or not torch.equal(self.t, self.numbers)
+        self.moved = written or now is not self.t
+        if self.moved and self.late:
+            _large_movers.setdefault(self.module, set()).add(self.name)
+            self.numbers = copy_of(self.t if now is None else now)
+
+    def put_back(self) -> None:
+        """Make it what the first evaluation found.
+
+        Not counted as a change: where a graph has saved the buffer, the numbers that it saved are
+        back when it is read.
+        """
+        self.module._buffers[self.name] = self.t
+        assert self.numbers is not None
+        overwrite(self.t, self.numbers)
+
+
+def copy_of(t: Tensor) -> Tensor:
+    """The numbers of t: a buffer is no matter of derivatives."""
+    with torch._C._DisableFuncTorch():
+        return transforms.numbers(t).detach().clone()
+
+
+def overwrite(t: Tensor, numbers: Tensor) -> None:
+    """Write to t, as if nothing had happened to it."""
+    with torch._C._DisableFuncTorch():
+        transforms.numbers(t).data.copy_(numbers)
+
+
+class MovingBuffers:
+    """What evaluations of one g change, from its first one on.
+
+    Args:
+        modules: those with buffers.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = modules
+        self._kept: list[Kept] | None = None
+        self._over = False
+
+    def over(self) -> None:
+        """The solve has ended: whatever is evaluated from now on leaves no trace."""
+        self._over = True
+        with torch.no_grad():
+            for kept in self._kept or ():
+                if kept.late and kept.moved:
+                    kept.put_back()
+
+    @contextlib.contextmanager
+    def one_evaluation(self) -> Iterator[None]:
+        """Around an evaluation of g: it finds the buffers as the first one found them."""
+        if self._kept is None:
+            self._kept = [
+                Kept(module, name, t)
+                for module in self._modules
+                for name, t in module._buffers.items()
+                if t is not None
+            ]
+            yield
+            self._look()
+            return
+        outside = [(kept, kept.module._buffers[kept.name]) for kept in self._kept if kept.moved]
+        copies = [copy_of(t) for _, t in outside if t is not None] if self._over else []
+        with torch.no_grad():
+            for kept, _ in outside:
+                kept.put_back()
+        try:
+            yield
+            self._look()
+        finally:
+            if self._over:
+                with torch.no_grad():
+                    for (kept, t), numbers in zip(outside, copies, strict=True):
+                        kept.module._buffers[kept.name] = t
+                        assert t is not None
+                        overwrite(t, numbers)
+
+    def _look(self) -> None:
+        # What starts from zeros may move only later.
+        for kept in self._kept or ():
+            kept.look()
+
+
+def moving_buffers(modules: list[nn.Module]) -> tuple[MovingBuffers, ...]:
+    """What evaluations of a g may change, and of its prepare; empty where there is nothing.
+
+    Args:
+        modules: of g.
+    """
+    modules = [m for m in modules if m._buffers and getattr(m, "training", False)]
+    return (MovingBuffers(modules), MovingBuffers(modules)) if modules else ()
+
+
+def keeping(buffers: MovingBuffers | None, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, whose evaluations of g find the buffers as the first one found them."""
+    if buffers is None:
+        return run
+
+    def kept(*evaluations: Callable[[], Any]) -> Any:
+        with buffers.one_evaluation():
+            return run(*evaluations)
+
+    return kept
+
+
+def modules_of(g: object) -> list[nn.Module]:
+    """Modules that g is, is bound to, closes over, names, or holds, as far as they can be seen."""
+    found: dict[int, nn.Module] = {}
+    seen: dict[int, object] = {}  # kept, for numbers of what is gone are given anew
+    budget = MOST_SEEN
+    pending = deque([g])
+    while pending and budget and len(seen) < MOST_VISITED:
+        part = pending.popleft()
+        if isinstance(part, ATOMS) or id(part) in seen or id(part) in found:
+            continue
+        if isinstance(part, nn.Module):
+            new = [module for module in modules_in(part) if id(module) not in found]
+            for number, module in enumerate(new):
+                found[id(module)] = module
+                if number < budget:
+                    pending.extend(held_besides(module))
+            budget -= min(budget, len(new))
+        else:
+            seen[id(part)] = part
+            held = [value for value in held_by(part) if not isinstance(value, ATOMS)]
+            pending.extend(held)
+            budget -= bool(held)
+    return list(found.values())
+
+
+def held_besides(module: nn.Module) -> list[Any]:
+    """What a module holds where torch does not look for modules."""
+    return [
+        value
+        for name, value in module.__dict__.items()
+        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
+    ]
+
+
+def held_by(g: Any) -> list[Any]:
+    """What an object holds, as far as it shows."""
+    if isinstance(g, functools.partial):
+        return [g.func, *g.args, *g.keywords.values()]
+    if isinstance(g, types.MethodType):
+        return [g.__self__, g.__func__]
+    if isinstance(g, types.FunctionType):
+        parts = list(g.__defaults__ or ()) + list((g.__kwdefaults__ or {}).values())
+        for cell in g.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a cell that is not filled yet
+                parts.append(cell.cell_contents)
+        if not (g.__module__ or "").startswith("torch."):
+            named = map(g.__globals__.get, g.__code__.co_names)
+            # By type, for a proxy may not like to be asked what it is.
+            parts += [v for v in named if issubclass(type(v), (nn.Module, types.FunctionType))]
+        return parts
+    if isinstance(g, (tuple, list, set, frozenset, deque)):
+        return list(itertools.islice(g, MOST_HELD))
+    if isinstance(g, dict):
+        return list(itertools.islice(g.values(), MOST_HELD))
+    parts = []
+    # Whatever an object of the user's own raises where it is asked for what it has not got.
+    with contextlib.suppress(Exception):
+        parts += itertools.islice(vars(g).values(), MOST_HELD)
+    for name in getattr(type(g), "__slots__", ()):
+        with contextlib.suppress(Exception):
+            parts.append(getattr(g, name))
+    return parts
