@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from fpi_cuda.loops.polling import CountAtOnce, CountNever
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library believe that the current stream is being captured."""
-    for module in (context, functional):
+    for module in (context, import_module("fpi_cuda.fixed_point")):
         monkeypatch.setattr(module, "being_captured", lambda device: True)
     monkeypatch.setattr(iteration, "active_count", lambda device: CountNever())
 

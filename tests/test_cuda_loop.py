@@ -50,7 +50,7 @@ Start = Callable[..., EmulatedLoop]
 
 @pytest.fixture
 def start(program: Path) -> Iterator[Start]:
-    """Starts emulated ops, and sees that each ends well."""
+    """Starts emulated backends, and sees that each ends well."""
     running: list[EmulatedLoop] = []
 
     def one(**options: int) -> EmulatedLoop:

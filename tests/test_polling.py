@@ -129,4 +129,4 @@ def test_late_counts_change_no_result(
 
 def test_rows_that_stay_keep_their_order() -> None:
     status = torch.tensor([1, 0, 3, 0, 0, 2], dtype=torch.int8)
-    assert loop.active_first(status).tolist() == [1, 3, 4, 0, 2, 5]
+    assert iteration.active_first(status).tolist() == [1, 3, 4, 0, 2, 5]

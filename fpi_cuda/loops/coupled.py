@@ -28,7 +28,7 @@ class System(NamedTuple):
     """What is solved, row by row or jointly.
 
     Attributes:
-        evaluate, solver, rtol, max_steps, backend, arithmetic: as in fpi_cuda.loops.iteration.solve.
+        evaluate, solver, rtol, max_steps, backend, arithmetic: as in loops.iteration.solve.
         atol: one number, or (B,) float64.
         linear: the tolerance is that of all rows together, ||atol||: a right-hand side may be zero
             in some of them.

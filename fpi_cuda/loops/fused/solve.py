@@ -60,7 +60,7 @@ def solve_fused(
 
 @dataclass(frozen=True)
 class StopTest:
-    """One evaluation of the map at x (B, D) in its own precision; see fpi_cuda.loops.fused.verify_rounded."""
+    """One evaluation of the map at x (B, D) in its own precision; see verify_rounded."""
 
     lowered: Lowered
     backend: Any

@@ -146,7 +146,7 @@ def measure(
         x, gx, f_previous, g_previous, columns_f, columns_g, begin, end, dim, alive, differs,
         columns, head, S, DEPTH, M, BLOCK, COMPUTE, False,
     )  # fmt: skip
-    if COMPUTE == tl.float32:
+    if tl.float32 == COMPUTE:
         count = end - begin
         sound = trustworthy(ff, count, COMPUTE) & trustworthy(gg, count, COMPUTE)
         sound &= trustworthy(xx, count, COMPUTE) | (first_step == 0)

@@ -120,7 +120,7 @@ def measure(
         x, gx, f_previous, x_previous, columns_u, columns_v, begin, end, dim, differs, kept,
         M, BLOCK, COMPUTE, COMPUTE,
     )  # fmt: skip
-    if COMPUTE == tl.float32:
+    if tl.float32 == COMPUTE:
         count = end - begin
         sound = trustworthy(ff, count, COMPUTE) & trustworthy(gg, count, COMPUTE)
         sound &= trustworthy(xx, count, COMPUTE) | (first_step == 0)
@@ -276,7 +276,7 @@ def form_soundly(
         x, gx, f_previous, x_previous, columns_u, columns_v, begin, end, dim, mixing, kept,
         us, vy, M, BLOCK, COMPUTE, False,
     )  # fmt: skip
-    if COMPUTE == tl.float32:
+    if tl.float32 == COMPUTE:
         if trustworthy(fresh_vv, end - begin, COMPUTE) == 0:
             tl.debug_barrier()
             fresh_vv, fresh_vy, fresh_vf = form(

@@ -14,7 +14,7 @@ def narrowed(value, DTYPE: tl.constexpr):
 
     bfloat16 by its bits: Triton's interpreter would truncate, and what is tested is what runs.
     """
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         bits = value.to(tl.float32).to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(value == value, bits >> 16, 0x7FC0)
@@ -25,7 +25,7 @@ def narrowed(value, DTYPE: tl.constexpr):
 @triton.jit
 def trustworthy(square, dim, COMPUTE: tl.constexpr):
     """Whether a plain sum of squares of `dim` numbers stayed where nothing is lost; or is NaN."""
-    if COMPUTE == tl.float64:
+    if tl.float64 == COMPUTE:
         inside = (square / dim >= 1e-280) & (square <= 1e300)
     else:
         inside = (square / dim >= 1e-30) & (square <= 1e34)
@@ -75,7 +75,7 @@ def measured(
 ):
     """(S,) ||f||, ||g(x)|| and ||x|| from their squares; only float64's can be beyond range."""
     residual, norm_gx, norm_x = tl.sqrt(ff), tl.sqrt(gg), tl.sqrt(xx)
-    if COMPUTE == tl.float64:
+    if tl.float64 == COMPUTE:
         if untrusted(ff, dim, alive, COMPUTE):
             scaled = scaled_norm(x, gx, dim, alive, "f", S, BLOCK)
             residual = tl.where(trustworthy(ff, dim, COMPUTE), residual, scaled)
