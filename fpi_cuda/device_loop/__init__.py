@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fpi_cuda.device_loop.adjoint import DeviceAdjoint
 from fpi_cuda.device_loop.cache import PlanCache
-from fpi_cuda.device_loop.chunks import solve
 from fpi_cuda.device_loop.cuda_graphs import CudaGraphs
 from fpi_cuda.device_loop.graphs import Graphs, Refused
 from fpi_cuda.device_loop.method import Method
+from fpi_cuda.device_loop.planner import solve
 
 plans = PlanCache()
 """The captured solves of this process: plans.memory() is what they hold, plans.clear() frees it."""
