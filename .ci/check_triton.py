@@ -141,7 +141,6 @@ def compile_loop(variant):
 
     from fpi_cuda.backends.triton.cell_shape import cell_shape
     from fpi_cuda.backends.triton.cell_tile import cell_loop_kernel
-    from fpi_cuda.lowered import ACTIVATIONS
     from fpi_cuda.precision import NAMES
 
     capability, state, precision, m, layers = variant
@@ -149,8 +148,8 @@ def compile_loop(variant):
     second = dict.fromkeys(("weight2", "bias2", "shift2", "factor2"))
     constants = {
         **({} if layers == 2 else second),
-        "ACTIVATION1": ACTIVATIONS.index("softplus"),
-        "ACTIVATION2": ACTIVATIONS.index("gelu_derivative"),
+        "ACTIVATION1": "softplus",
+        "ACTIVATION2": "gelu_derivative",
         "CARRIES": True,
         "PRECISION": NAMES.index(precision),
         "BF16_DOT": True,
