@@ -4,7 +4,6 @@ Environment:
     FPI_CUDA: 1 builds the CUDA kernels or fails, 0 leaves them out; unset, nvcc and the torch
         build decide. A visible GPU is never asked for.
     FPI_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST: such as "8.0 9.0+PTX", the default.
-    FPI_ACTIVATIONS: a header with more activations for the fused loop; see README.
     CUDA_HOME, CXX, CXXFLAGS: as usual.
 """
 
@@ -113,16 +112,6 @@ def arch_flags(archs):
             yield f"-gencode=arch=compute_{number},code=compute_{number}"
 
 
-def added_activations():
-    """Return the option that compiles a user's activations in, if there are any."""
-    header = os.getenv("FPI_ACTIVATIONS")
-    if not header:
-        return []
-    if not Path(header).is_file():
-        sys.exit(f"fpi_cuda: FPI_ACTIVATIONS must name a header, there is no file {header}")
-    return [f'-DFPI_ACTIVATIONS="{Path(header).resolve()}"']
-
-
 def run_all(compiles, link):
     """Run the commands, given as {output: (inputs, command)}: by ninja where there is one."""
     scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
@@ -165,7 +154,7 @@ class BuildLibrary(build_ext):
         if not shutil.which(cxx[0]):
             sys.exit(f"fpi_cuda: a C++17 compiler is needed, but there is no {cxx[0]}. Set CXX.")
         define = [f'-DFPI_CUDA_ARCHS="{archs}"'] if nvcc else [f'-DFPI_NO_CUDA="{no_cuda}"']
-        common = ["-std=c++17", "-O3", "-Icsrc", *added_activations()]
+        common = ["-std=c++17", "-O3", "-Icsrc"]
         # Nobody reads errno or the exception flags, and loops with either are not vectorised.
         host = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
         host += ["-Wall", "-Wextra"]

@@ -4,7 +4,7 @@
 key that the name of a variant contains applies, and a name begins with Triton's version, as each
 comes with another compiler:
 
-    {"broyden_step_kernel fp64/fp64 m=16": {"registers": 255, "spill_bytes": 64},
+    {"anderson_step_kernel fp64/fp64 m=16": {"registers": 255, "spill_bytes": 64},
      "Triton 3.8 cell_loop_kernel": {"registers": 255, "spill_bytes": 896}}
 
 No GPU is needed. Where Triton is not installed, says so and succeeds: the gate was not run.
@@ -46,13 +46,6 @@ ANDERSON = [
     ("fp32", "fp32", 5, 65536),
     ("fp64", "fp64", 16, 65536),
     ("bf16", "bf16", 5, 65536),
-]
-BROYDEN = [
-    ("fp32", "fp32", 5, 159),
-    ("fp32", "fp32", 16, 1024),
-    ("fp64", "fp64", 16, 1024),
-    ("bf16", "bf16", 5, 1024),
-    ("fp32", "fp32", 5, 65536),
 ]
 
 # (capability, state, precision, m, layers): a loop's shape depends on nothing else.
@@ -96,14 +89,12 @@ def type_of(name, state, history):
 
 def variants():
     """(module, kernel, state, history, m, dim) of everything to compile."""
-    for method, cases in (("anderson", ANDERSON), ("broyden", BROYDEN)):
-        stages = ["measure", "judge", "advance"] + ["form"] * (method == "broyden")
-        for state, history, m, dim in cases:
-            if dim <= 8192:
-                yield f"{method}_step", f"{method}_step_kernel", state, history, m, dim
-                continue
-            for stage in stages:
-                yield f"{method}_spans", f"{method}_{stage}_kernel", state, history, m, dim
+    for state, history, m, dim in ANDERSON:
+        if dim <= 8192:
+            yield "anderson_step", "anderson_step_kernel", state, history, m, dim
+            continue
+        for stage in ("measure", "judge", "advance"):
+            yield "anderson_spans", f"anderson_{stage}_kernel", state, history, m, dim
 
 
 def name_of(variant):
@@ -122,13 +113,12 @@ def compile_step(variant):
     """(capability, registers, spill bytes) of one kernel."""
     import triton.language as tl
 
-    from fpi_cuda.ops.triton.shape import ANDERSON_SUMS, BROYDEN_SUMS, SPAN, shape_of
+    from fpi_cuda.ops.triton.shape import SPAN, shape_of
 
     module, kernel_name, state, history, m, dim = variant
     kernel = getattr(importlib.import_module(f"fpi_cuda.ops.triton.{module}"), kernel_name)
     compute = "fp64" if state == "fp64" else "fp32"
-    sums = ANDERSON_SUMS if module.startswith("anderson") else BROYDEN_SUMS
-    shape = shape_of(dim, m, 8 if compute == "fp64" else 4, sums)
+    shape = shape_of(dim, m, 8 if compute == "fp64" else 4)
     constants = {
         "sample_of": None,
         "SPAN": SPAN,
@@ -149,7 +139,6 @@ def compile_loop(variant):
     """(capability, registers, spill bytes) of one fused loop, with every term that may be there."""
     import triton.language as tl
 
-    from fpi_cuda.lowered import ACTIVATIONS
     from fpi_cuda.ops.triton.cell_shape import cell_shape
     from fpi_cuda.ops.triton.cell_tile import cell_loop_kernel
     from fpi_cuda.precision import NAMES
@@ -159,8 +148,8 @@ def compile_loop(variant):
     second = dict.fromkeys(("weight2", "bias2", "shift2", "factor2"))
     constants = {
         **({} if layers == 2 else second),
-        "ACTIVATION1": ACTIVATIONS.index("softplus"),
-        "ACTIVATION2": ACTIVATIONS.index("gelu_derivative"),
+        "ACTIVATION1": "softplus",
+        "ACTIVATION2": "gelu_derivative",
         "CARRIES": True,
         "PRECISION": NAMES.index(precision),
         "BF16_DOT": True,

@@ -353,12 +353,6 @@ def triton_step_in_spans() -> Any:
 
 
 @device_check
-def triton_broyden() -> Any:
-    _, broyden, _, t = solvers()
-    return [steps_agree(broyden(m=3), t.float32, 4, d, backend="triton") for d in (33, 1000)]
-
-
-@device_check
 def triton_loop_ieee() -> Any:
     return products_agree("ieee", 1e-5, [(300, 96)], "triton")
 

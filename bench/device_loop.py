@@ -29,7 +29,6 @@ from bench.peers.ours import BASELINE, FpiCuda
 from bench.problems import Problem, tanh_cell
 from bench.record import Record, finite, skipped_lines
 from bench.report import wrapped
-from fpi_cuda.loops.device import chunks
 
 WAITS = ("Synchronize", "DtoH")
 """What the name of a profiler event holds where the host waits for the device."""
@@ -225,22 +224,6 @@ def torchdeq_on(problem: Problem) -> dict[str, Peer]:
     }
 
 
-def whole_and_chunked(size: Size, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of a device loop whose history outgrows the cache, at once and in chunks."""
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    problem = tanh_cell(16 * size.tanh[0], 16 * size.tanh[1]).to(device)
-    peer = routed("device")
-    times = {}
-    try:
-        for name, most in (("whole batch", None), ("half the L2", l2 // 2), ("the L2", l2)):
-            chunks.CHUNK_BYTES = most
-            calls = {name: lambda: peer.solve(problem, 1e-6)}
-            times[name] = spread(paired_rounds(calls, size.rounds, device)[name])
-    finally:
-        chunks.CHUNK_BYTES = None
-    return times
-
-
 # Waits of the host.
 
 
@@ -320,11 +303,10 @@ def run(record: Record, size: Size, device: torch.device, modules: tuple[str, ..
     for route in routes_on(device):
         conv(f"fpi_cuda, {route} loop", routed(route))
     if device.type == "cuda":
-        for name, measure in (("waits", waits), ("chunks", whole_and_chunked)):
-            keep = functools.partial(results.__setitem__, name)
-            record.row(name, functools.partial(measure, size, device), keep)
+        keep = functools.partial(results.__setitem__, "waits")
+        record.row("waits", functools.partial(waits, size, device), keep)
     else:
-        results["not_run"] = "the device loop, its chunks, waits of the host: no CUDA device"
+        results["not_run"] = "the device loop, waits of the host: no CUDA device"
     if "torchdeq" in modules and "torchdeq" not in missing:
         for name, peer in torchdeq_on(large.problem).items():
             conv(name, peer)
@@ -378,9 +360,6 @@ def text(results: dict[str, Any], most: float = math.inf) -> str:
         lines += ["", "waits of the host in one solve"]
         for route, counts in results["waits"].items():
             lines += [f"  {count:6}  {route} loop, {what}" for what, count in counts.items()]
-    if "chunks" in results:
-        lines += ["", "ms of one large solve on the device"]
-        lines += [f"  {seconds_in(t)}  {name}" for name, t in results["chunks"].items()]
     if "not_run" in results:
         lines += ["", f"NOT RUN: {results['not_run']}"]
     return "\n".join(lines)

@@ -24,9 +24,6 @@ std::string build_info() {
   info += "\ntorch_headers=" TORCH_VERSION;
   info += "\ntorch_target=" + std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
           std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff);
-#define FPI_NAMED(name) #name " "
-  info += "\nactivations=" FPI_ADDED_ACTIVATIONS(FPI_NAMED);
-#undef FPI_NAMED
 #ifdef FPI_CUDA_ARCHS
   info += "\ncuda=" FPI_CUDA_ARCHS;
 #else

@@ -110,8 +110,7 @@ def build_info() -> dict[str, str]:
     """How the library was built: interface, compiler, torch_headers, torch_target, and more.
 
     `interface` is the number that Python code and library must share; `cuda` holds the
-    architectures, or `no_cuda` the reason why there are none; `activations` the names of those that
-    were added to the fused loop's own.
+    architectures, or `no_cuda` the reason why there are none.
 
     Raises:
         RuntimeError: the library is not loaded.

@@ -1,8 +1,9 @@
-"""The elementwise functions that kernels have code for, in torch."""
+"""The activations: each in torch, its derivative, and the number that kernels know it by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,3 +49,42 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "one": torch.ones_like,
 }
 """By the names of lowered layers, in the order of csrc/common/activation.h."""
+
+CODES = {name: code for code, name in enumerate(FUNCTIONS)}
+"""What kernels call them."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function.
+
+    Attributes:
+        value: u -> act(u).
+        derivative: u -> act'(u), itself differentiable.
+        lipschitz: the largest |act'|.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    lipschitz: float
+
+
+DERIVATIVES = {
+    "tanh": "tanh_derivative",
+    "relu": "relu_derivative",
+    "sigmoid": "sigmoid_derivative",
+    "gelu": "gelu_derivative",
+    "softplus": "sigmoid",
+    "identity": "one",
+}
+"""Those that cells know by name, with what FUNCTIONS calls their derivatives."""
+
+# gelu is steepest at u = sqrt(2).
+LIPSCHITZ = {"sigmoid": 0.25, "gelu": 1.1289042}
+
+BUILT_IN = {
+    name: Activation(FUNCTIONS[name], FUNCTIONS[derivative], LIPSCHITZ.get(name, 1.0))
+    for name, derivative in DERIVATIVES.items()
+}
+ACTIVATIONS = dict(BUILT_IN)
+"""What cells are made with, those that a user has added among them."""

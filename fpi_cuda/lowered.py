@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,24 +11,6 @@ from torch import Tensor
 
 from fpi_cuda.activations import FUNCTIONS, identity
 from fpi_cuda.declined import Declined
-
-ACTIVATIONS = tuple(FUNCTIONS)
-"""Names that all kernels know, in the order of their numbers."""
-
-added_functions: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {}
-"""Number and function of those that a user has added: see cells.add_activation."""
-
-
-def activation_number(name: str) -> int | None:
-    """What kernels call the activation; None where they do not know it."""
-    if name in added_functions:
-        return added_functions[name][0]
-    return ACTIVATIONS.index(name) if name in ACTIVATIONS else None
-
-
-def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation in torch."""
-    return added_functions[name][1] if name in added_functions else FUNCTIONS[name]
 
 
 class NotLowered(Declined):
@@ -41,7 +23,7 @@ class Layer:
 
     Attributes:
         weight: (outputs, inputs), with any strides.
-        activation: the name of an elementwise function, one of ACTIVATIONS or an added one.
+        activation: the name of an elementwise function, one of fpi_cuda.activations.FUNCTIONS.
         bias: (outputs,) or None.
         shift, factor: (B, outputs) or None.
     """
@@ -63,12 +45,12 @@ class Layer:
 
     def finished(self, u: Tensor) -> Tensor:
         """factor * activation(u)."""
-        y = activation_function(self.activation)(u)
+        y = FUNCTIONS[self.activation](u)
         return y if self.factor is None else y * self.factor
 
     def slope(self, u: Tensor) -> Tensor | None:
         """The derivative of `finished` at u; None where it is one everywhere."""
-        function = activation_function(self.activation)
+        function = FUNCTIONS[self.activation]
         if function is identity:
             return self.factor
         with torch.enable_grad():

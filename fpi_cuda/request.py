@@ -24,6 +24,7 @@ from fpi_cuda.options import (
     MOST_STEPS,
     Adjoint,
     Anderson,
+    Broyden,
     FixedPointSolver,
     Implicit,
     LinearSolver,
@@ -90,7 +91,7 @@ class Options:
         """These options with histories in a dtype that the backend stores for such a state.
 
         Raises:
-            ValueError: it stores none that is as good as the one asked for.
+            ValueError: it stores none that is as good as the one asked for, or has no such solver.
         """
         solver = with_storable_history(self.solver, backend, state)
         adjoint = self.adjoint
@@ -142,8 +143,13 @@ def with_storable_history(solver: Solver, backend: str, state: torch.dtype) -> S
     """`solver`, its history in a dtype in which the backend stores differences of such a state.
 
     Raises:
-        ValueError: there is none that is as good as the one asked for.
+        ValueError: there is none that is as good as the one asked for, or no such solver.
     """
+    if backend == "triton" and isinstance(solver, Broyden):
+        raise ValueError(
+            f'fixed_point: backend="triton" runs Picard and Anderson, got {solver}. '
+            "Use one of these, or backend=None"
+        )
     if not isinstance(solver, Anderson) or solver.history_dtype in (None, state):
         return solver
     history = solver.history_dtype

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 import fpi_cuda as fpi
 from fpi_cuda import ops
-from fpi_cuda.evaluation.state import Layout
 from fpi_cuda.late import Late
 from fpi_cuda.loops import device as device_loop
-from fpi_cuda.loops.device import chunks
 from fpi_cuda.loops.device.cache import MOST_REBUILDS, PlanCache
 from fpi_cuda.loops.device.graphs import Refused
 from fpi_cuda.loops.device.method import numeric_flags
@@ -800,29 +798,6 @@ def test_what_needs_the_host_refuses_the_device(tape: TapeGraphs) -> None:
         torch.func.grad(lambda z: solve(g, x0, z).value.sum())(z.detach())
     with pytest.raises(RuntimeError, match="the batch is empty"):
         solve(g, x0[:0], z[:0])
-
-
-# Chunks.
-
-
-@pytest.mark.parametrize("batch", [8, 7, 3, 1])
-def test_a_batch_in_chunks_is_solved_as_a_whole(
-    tape: TapeGraphs, batch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cell = fpi.cells.Dense(3, FEATURES).double()
-    row = FEATURES * 8 * (2 * 5 + 4)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 3 * row + 1)
-    for seed in range(2):
-        found = gradients(cell, *inputs(batch, seed))
-        expected = gradients(cell, *inputs(batch, seed), route="host")
-        for mine, other in zip(found, expected, strict=True):
-            assert torch.allclose(mine, other, rtol=1e-9, atol=1e-12)
-    whole = fpi.FPILayer(Cell(), state_shape=FEATURES, route="device")  # not known row-wise
-    with torch.no_grad():
-        whole(inputs(batch)[1])
-    kinds = [plan.key for plan in device_loop.plans._idle.values() if plan.key[0] == "solve"]
-    sizes = sorted(part.batch for key in kinds for part in key if isinstance(part, Layout))
-    assert sizes == {8: [2, 3, 8], 7: [1, 3, 7], 3: [3, 3], 1: [1, 1]}[batch]
 
 
 # Memory.

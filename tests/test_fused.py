@@ -12,8 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrize
 
 import fpi_cuda as fpi
-from fpi_cuda import cells
-from fpi_cuda.cells import activation as activations
+from fpi_cuda import activations, cells
 from fpi_cuda.cells import lowering
 from fpi_cuda.lowered import Layer, Lowered, NotLowered
 from fpi_cuda.ops import native

@@ -88,10 +88,6 @@ CASES = [
     (Anderson(m=5), torch.bfloat16, 31),
     (Anderson(m=3), torch.float16, 700),
     (Anderson(m=8), torch.float32, 1),
-    (Broyden(m=3), torch.float32, 33),
-    (Broyden(m=8), torch.float64, 129),
-    (Broyden(m=1), torch.float64, 1),
-    (Broyden(m=5), torch.bfloat16, 31),
 ]
 
 
@@ -112,7 +108,7 @@ def test_triton_takes_the_steps_of_the_reference(
 @device
 @pytest.mark.parametrize(
     "solver",
-    [Picard(), Anderson(m=2), Anderson(m=2, history_dtype=torch.bfloat16), Broyden(m=2)],
+    [Picard(), Anderson(m=2), Anderson(m=2, history_dtype=torch.bfloat16)],
     ids=short,
 )
 def test_large_samples_are_stepped_in_spans(solver: FixedPointSolver, device: str) -> None:
@@ -133,7 +129,6 @@ SCALES = [
     (Anderson(m=3), torch.float32, 1e20),
     (Anderson(m=3, history_dtype=torch.bfloat16), torch.float32, 1e20),
     (Anderson(m=3), torch.float64, 1e-150),
-    (Broyden(m=3), torch.float32, 1e-20),
     (Picard(), torch.float64, 1e170),
     (Picard(), torch.float64, 1e-170),
 ]
@@ -196,7 +191,7 @@ def compare(
 @device
 @pytest.mark.parametrize(
     ("solver", "dim"),
-    [(Anderson(m=3), 33), (Broyden(m=2), 31), (Anderson(m=2), SPAN + 1)],
+    [(Anderson(m=3), 33), (Anderson(m=2), SPAN + 1)],
     ids=short,
 )
 def test_a_sample_gets_the_same_bits_in_any_batch(
@@ -233,15 +228,14 @@ def test_a_sample_gets_the_same_bits_in_any_batch(
 
 
 @device
-@pytest.mark.parametrize("solver", [Anderson(m=3), Broyden(m=3)], ids=short)
-def test_fixed_point_and_its_gradient(solver: FixedPointSolver, device: str) -> None:
+def test_fixed_point_and_its_gradient(device: str) -> None:
     cell = fpi.cells.Dense(3, 4).double().to(device)
     z = torch.randn(2, 3, dtype=torch.float64, device=device)
     x0 = torch.zeros(2, 4, dtype=torch.float64, device=device)
     results = []
     for backend in ("triton", "reference"):
         cell.zero_grad()
-        sol = fpi.fixed_point(cell, x0, z, solver=solver, rtol=1e-10, backend=backend)
+        sol = fpi.fixed_point(cell, x0, z, solver=Anderson(m=3), rtol=1e-10, backend=backend)
         sol.value.square().sum().backward()
         assert sol.converged.all()
         assert sol.adjoint_stats.converged.all()
@@ -251,7 +245,7 @@ def test_fixed_point_and_its_gradient(solver: FixedPointSolver, device: str) -> 
 
 
 @device
-@pytest.mark.parametrize("solver", [Picard(), Anderson(m=2), Broyden(m=2)], ids=short)
+@pytest.mark.parametrize("solver", [Picard(), Anderson(m=2)], ids=short)
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)], ids=str)
 def test_a_state_without_elements(
     solver: FixedPointSolver, shape: tuple[int, int], device: str
@@ -320,6 +314,22 @@ def test_an_interpreter_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         resolve()
 
 
+@device
+@pytest.mark.parametrize(
+    "options",
+    [{"solver": Broyden(m=3)}, {"adjoint": fpi.Implicit(solver=Broyden(m=3))}],
+    ids=["forward", "adjoint"],
+)
+def test_broyden_is_refused(options: dict[str, Any], device: str) -> None:
+    """It runs on every other backend; None takes one of those."""
+    cell = fpi.cells.Dense(3, 4).to(device)
+    x0, z = torch.zeros(2, 4, device=device), torch.randn(2, 3, device=device)
+    message = r"^fixed_point: backend=\"triton\" .* got Broyden\(m=3, .* backend=None"
+    with pytest.raises(ValueError, match=message):
+        fpi.fixed_point(cell, x0, z, backend="triton", **options)
+    assert fpi.fixed_point(cell, x0, z, **options).converged.all()
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match=r"Triton is not installed. pip install triton"):
@@ -358,14 +368,14 @@ def test_the_interpreter_asked_for_too_late() -> None:
 
 @pytest.mark.parametrize("dim", [1, 31, 32, 33, 700, SPAN, SPAN + 1, 65536, 10**7])
 @pytest.mark.parametrize("depth", [0, 1, 5, 16])
-@pytest.mark.parametrize(("compute_bytes", "sums"), [(4, 2), (8, 2), (4, 3), (8, 3)])
-def test_shapes(dim: int, depth: int, compute_bytes: int, sums: int) -> None:
-    shape = shape_of(dim, depth, compute_bytes, sums)
+@pytest.mark.parametrize("compute_bytes", [4, 8])
+def test_shapes(dim: int, depth: int, compute_bytes: int) -> None:
+    shape = shape_of(dim, depth, compute_bytes)
     assert shape.block & (shape.block - 1) == 0
     assert max(depth, 1) <= shape.tile_rows <= 2 * max(depth, 1)
     assert shape.num_warps in (1, 2, 4, 8)
     assert (shape.spans - 1) * SPAN < dim <= shape.spans * SPAN
     assert SPAN % shape.block == 0
     # Registers of a thread that hold the running sums by column.
-    running = shape.block * shape.tile_rows * compute_bytes * sums / 4
+    running = shape.block * shape.tile_rows * compute_bytes * 2 / 4
     assert running <= 96 * 32 * shape.num_warps

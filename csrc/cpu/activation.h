@@ -82,10 +82,6 @@ FPI_INLINE void activate(Activation activation, T* u, int64_t n) {
     case Activation::kGeluDerivative:
       return map_in_place(u, n, [](T v) { return gelu_derivative(v); });
     case Activation::kOne: return map_in_place(u, n, [](T) { return T(1); });
-#define FPI_CASE(name) \
-  case Activation::kAdded_##name: return map_in_place(u, n, [](T v) { return added::name(v); });
-    FPI_ADDED_ACTIVATIONS(FPI_CASE)
-#undef FPI_CASE
   }
 }
 

@@ -63,10 +63,6 @@ __device__ __noinline__ T activate(Activation activation, T u) {
     }
     case Activation::kGeluDerivative: return gelu_derivative(u);
     case Activation::kOne: break;
-#define FPI_CASE(name) \
-  case Activation::kAdded_##name: return added::name(u);
-      FPI_ADDED_ACTIVATIONS(FPI_CASE)
-#undef FPI_CASE
   }
   return T(1);
 }

@@ -1,60 +1,13 @@
-"""The activations that cells know by name, with derivatives for energies and fused kernels."""
+"""The activations that cells know by name, and those that a user adds."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fpi_cuda.activations import (
-    gelu_derivative,
-    identity,
-    relu_derivative,
-    sigmoid_derivative,
-    tanh_derivative,
-)
+from fpi_cuda.activations import ACTIVATIONS, BUILT_IN, FUNCTIONS, Activation
 from fpi_cuda.lowered import NotLowered
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An elementwise function.
-
-    Attributes:
-        value: u -> act(u).
-        derivative: u -> act'(u), itself differentiable.
-        lipschitz: the largest |act'|.
-    """
-
-    value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
-    lipschitz: float
-
-
-ACTIVATIONS = {
-    "tanh": Activation(torch.tanh, tanh_derivative, 1.0),
-    "relu": Activation(torch.relu, relu_derivative, 1.0),
-    "sigmoid": Activation(torch.sigmoid, sigmoid_derivative, 0.25),
-    # Largest at u = sqrt(2).
-    "gelu": Activation(torch.nn.functional.gelu, gelu_derivative, 1.1289042),
-    "softplus": Activation(torch.nn.functional.softplus, torch.sigmoid, 1.0),
-    "identity": Activation(identity, torch.ones_like, 1.0),
-}
-
-
-# What kernels call the derivative, in fpi_cuda.activations.FUNCTIONS.
-DERIVATIVES = {
-    "tanh": "tanh_derivative",
-    "relu": "relu_derivative",
-    "sigmoid": "sigmoid_derivative",
-    "gelu": "gelu_derivative",
-    "softplus": "sigmoid",
-    "identity": "one",
-}
-# Those that kernels have code for.
-COMPILED = dict(ACTIVATIONS)
+from fpi_cuda.options import require_real
 
 
 def require_compiled(name: str) -> str:
@@ -63,7 +16,7 @@ def require_compiled(name: str) -> str:
     Raises:
         NotLowered: it was added or exchanged by the user.
     """
-    if ACTIVATIONS[name] is not COMPILED.get(name):
+    if ACTIVATIONS[name] is not BUILT_IN.get(name):
         raise NotLowered(f"no kernel computes the activation {name!r}")
     return name
 
@@ -73,3 +26,76 @@ def require_activation(owner: str, option: str, name: object) -> str:
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{owner}: {option} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return name
+
+
+def add_activation(name: str, activation: Activation) -> None:
+    """Let cells be made with `name`. They take the host loop: no kernel has code for it.
+
+    Args:
+        name: an identifier.
+        activation: elementwise; its derivative is compared with what autograd finds of its value.
+    Raises:
+        TypeError: name is no string, activation no Activation of functions.
+        ValueError: the name is taken or no identifier, the derivative is that of another function,
+            or lipschitz is not positive and finite or smaller than the derivative somewhere.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"add_activation: name must be a string, got {type(name).__name__}")
+    if not name.isidentifier():
+        raise ValueError(f"add_activation: name must be an identifier, got {name!r}")
+    if not isinstance(activation, Activation):
+        raise TypeError(
+            f"add_activation: activation must be an Activation(value, derivative, lipschitz), got "
+            f"{type(activation).__name__}"
+        )
+    for part in ("value", "derivative"):
+        if not callable(getattr(activation, part)):
+            got = type(getattr(activation, part)).__name__
+            raise TypeError(f"add_activation: {part} must be a function of a tensor, got {got}")
+    require_real("add_activation", "lipschitz", activation.lipschitz, 0.0, open_below=True)
+    if name in ACTIVATIONS or name in FUNCTIONS:
+        raise ValueError(f"add_activation: name must be a new one, got {name!r}, which is taken")
+    require_own_derivative(name, activation)
+    ACTIVATIONS[name] = activation
+
+
+def require_own_derivative(name: str, activation: Activation) -> None:
+    """Raise unless activation.derivative is what autograd finds of activation.value.
+
+    Energies take the one, layers the other.
+    """
+    u = numbers_of_all_sizes()
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = u.clone().requires_grad_()
+        value = activation.value(leaf.clone())  # a copy may be written to
+        if not isinstance(value, Tensor) or value.shape != u.shape or not value.requires_grad:
+            raise ValueError(
+                f"add_activation: the value of {name} must be an elementwise function that "
+                "autograd can differentiate. Use torch operations on the tensor it is given"
+            )
+        (expected,) = torch.autograd.grad(value.sum(), leaf)
+    given = activation.derivative(u.clone())
+    if not isinstance(given, Tensor) or given.shape != u.shape:
+        raise ValueError(f"add_activation: the derivative of {name} must be elementwise")
+    error = (given - expected).abs()
+    off = (error > 1e-6 * (1 + expected.abs())) | ~given.isfinite()
+    off &= expected.isfinite()
+    if bool(off.any()):
+        worst = int(torch.where(off, error.nan_to_num(torch.inf), 0.0).argmax())
+        raise ValueError(
+            f"add_activation: the derivative of {name} must be that of its value, but at "
+            f"{float(u[worst]):g} it is {float(given[worst]):g}, and autograd finds "
+            f"{float(expected[worst]):g}"
+        )
+    steepest = given.abs().nan_to_num(0.0, 0.0).max()
+    if bool(steepest > activation.lipschitz * (1 + 1e-6)):
+        raise ValueError(
+            f"add_activation: lipschitz must bound the derivative of {name}, which is "
+            f"{float(steepest):g} somewhere, got {activation.lipschitz}"
+        )
+
+
+def numbers_of_all_sizes() -> Tensor:
+    """Float64 numbers at which functions are compared."""
+    small = torch.logspace(-8, 2, 300, dtype=torch.float64)
+    return torch.cat([torch.linspace(-8, 8, 300, dtype=torch.float64), small, -small])

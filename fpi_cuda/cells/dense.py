@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.cells.activation import ACTIVATIONS, require_activation, require_compiled
+from fpi_cuda.activations import ACTIVATIONS
+from fpi_cuda.cells.activation import require_activation, require_compiled
 from fpi_cuda.cells.cell import (
     FRESH_LIPSCHITZ,
     Cell,

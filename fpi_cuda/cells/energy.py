@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.cells.activation import (
-    ACTIVATIONS,
-    DERIVATIVES,
-    require_activation,
-    require_compiled,
-)
+from fpi_cuda.activations import ACTIVATIONS, DERIVATIVES
+from fpi_cuda.cells.activation import require_activation, require_compiled
 from fpi_cuda.cells.cell import orthogonal_, require_dtype, require_features, require_same_batch
 from fpi_cuda.cells.lowering import describes, without_bias
 from fpi_cuda.evaluation.shortcuts import is_plain_linear

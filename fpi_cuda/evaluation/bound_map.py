@@ -84,13 +84,9 @@ class BoundMap:
         self.damping = (1, 1.0)
         self._watch: Watch | None = None
 
-    def reading(self, read: Any, layout: Layout | None = None) -> BoundMap:
-        """This map with other numbers in the place of `read`.
-
-        Args:
-            layout: of as many samples as there are in them; None: as before.
-        """
-        return self._but(_selection=(None, None), read=read, layout=layout or self.layout)
+    def reading(self, read: Any) -> BoundMap:
+        """This map with other numbers in the place of `read`."""
+        return self._but(_selection=(None, None), read=read)
 
     def bound(self, z: Sequence[Tensor]) -> BoundMap:
         """This map with other tensors in the place of z."""
@@ -158,7 +154,7 @@ class BoundMap:
             self._whole = self._whole.index_copy(0, rows, x)
             return self._checked(self._whole, self.read)[rows]
         if self._selection[0] is not rows:
-            self._selection = (rows, select(self.read, lambda t: t.index_select(0, rows)))
+            self._selection = (rows, select(self.read, rows))
         try:
             return self._checked(x, self._selection[1])
         except (RuntimeError, ValueError, IndexError) as error:
@@ -273,11 +269,11 @@ def has_rows(part: Any, batch: int) -> bool:
     return dense and part.shape[:1] == (batch,)
 
 
-def select(read: Any, take: Callable[[Tensor], Tensor]) -> Any:
-    """take(t) of a tensor, or of each tensor in a tuple, list or named tuple."""
+def select(read: Any, rows: Tensor) -> Any:
+    """These rows of a tensor, or of each tensor in a tuple, list or named tuple."""
     if isinstance(read, Tensor):
-        return take(read)
-    selected = map(take, read)
+        return read.index_select(0, rows)
+    selected = [t.index_select(0, rows) for t in read]
     return read._make(selected) if hasattr(read, "_make") else type(read)(selected)
 
 

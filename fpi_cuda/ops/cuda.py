@@ -15,7 +15,6 @@ from fpi_cuda.ops.compiled import cell_loop_ as cell_loop_
 name = "cuda"
 CELL_LOOP_DTYPES = (torch.float32, torch.float64)
 CELL_LOOP_MAX_DEPTH = 16
-CELL_LOOP_TAKES_ADDED = True
 OLDEST_FOR_ROUNDED = (8, 0)
 """The least compute capability with products in TF32 and bfloat16."""
 

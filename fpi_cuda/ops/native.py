@@ -15,7 +15,6 @@ from fpi_cuda.ops.compiled import weight_gradient_ as weight_gradient_
 name = "native"
 CELL_LOOP_DTYPES = (torch.float32, torch.float64)
 CELL_LOOP_MAX_DEPTH = 16
-CELL_LOOP_TAKES_ADDED = True
 
 
 def scratch(x: Tensor) -> Tensor | None:

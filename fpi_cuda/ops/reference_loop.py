@@ -5,31 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fpi_cuda.activations import FUNCTIONS
 from fpi_cuda.ops.reference import anderson_step_
 from fpi_cuda.ops.solver_state import CONTROL_SIZE
 from fpi_cuda.precision import product
 from fpi_cuda.solution import Status
 
-
-def density(u: Tensor) -> Tensor:
-    """That of the standard normal distribution."""
-    return torch.exp(-0.5 * u * u) * 0.3989422804014327
-
-
-FUNCTIONS = (
-    lambda u: u,
-    torch.tanh,
-    torch.relu,
-    torch.sigmoid,
-    torch.nn.functional.gelu,
-    torch.nn.functional.softplus,
-    lambda u: 1 - torch.tanh(u) ** 2,
-    lambda u: (u > 0).to(u.dtype),
-    lambda u: torch.sigmoid(u) * torch.sigmoid(-u),
-    lambda u: torch.special.ndtr(u) + u * density(u),
-    torch.ones_like,
-)
-"""In the order of csrc/common/activation.h."""
+BY_CODE = tuple(FUNCTIONS.values())
 
 
 def layer(
@@ -45,7 +27,7 @@ def layer(
     u = product(h, weight.mT, precision)
     for term in (bias, shift):
         u = u if term is None else u + term
-    y = FUNCTIONS[activation](u)
+    y = BY_CODE[activation](u)
     return y if factor is None else y * factor
 
 
@@ -86,7 +68,7 @@ def cell_loop_(
             H = D. bias1: (H,). shift1, factor1: (B, H). bias2: (D,). shift2, factor2: (B, D).
         atol: (B,) float64.
         status: (B,) int8. num_steps: (B,) int32. residual: (B,) float64. All overwritten.
-        activation1, activation2: places in fpi_cuda.lowered.ACTIVATIONS.
+        activation1, activation2: see fpi_cuda.activations.CODES.
         depth: of Anderson's history, 0 to 16; 0 for Picard.
         rtol, max_steps, beta, ridge: as in anderson_step_.
         precision: of the products with the weights, a place in fpi_cuda.precision.NAMES.
@@ -135,7 +117,7 @@ def cell_layer_(
         out, slope: (B, outputs), overwritten.
         h: (B, inputs). weight: (outputs, inputs), with any strides. bias: (outputs,).
         shift, factor: (B, outputs).
-        activation, derivative: places in fpi_cuda.lowered.ACTIVATIONS.
+        activation, derivative: see fpi_cuda.activations.CODES.
     """
     out.copy_(layer(h, weight, bias, shift, factor, activation, 0))
     if slope is not None:

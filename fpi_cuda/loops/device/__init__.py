@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fpi_cuda.loops.device.adjoint import DeviceAdjoint
 from fpi_cuda.loops.device.cache import PlanCache
-from fpi_cuda.loops.device.chunks import solve
 from fpi_cuda.loops.device.cuda_graphs import CudaGraphs
 from fpi_cuda.loops.device.graphs import Graphs, Refused
 from fpi_cuda.loops.device.method import Method
+from fpi_cuda.loops.device.planner import solve
 
 plans = PlanCache()
 """The captured solves of this process: plans.memory() is what they hold, plans.clear() frees it."""

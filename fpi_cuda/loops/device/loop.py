@@ -55,7 +55,6 @@ def solve(
         graphs=graphs,
         cache=device_loop.plans,
         at_once=options.route == name,
-        rowwise=plan.rowwise and plan.layout.batch > 1 and bound_map.selectable(),
     )
     if coupling is not None:
         result = true_of_all_rows(result, bound_map, options, coupling)

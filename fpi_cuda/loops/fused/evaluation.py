@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.cells.activation import DERIVATIVES
+from fpi_cuda.activations import CODES, DERIVATIVES
 from fpi_cuda.evaluation import transforms
-from fpi_cuda.lowered import Layer, Lowered, activation_number
+from fpi_cuda.lowered import Layer, Lowered
 
 
 class FusedEvaluation:
@@ -123,8 +123,8 @@ def product(
         None if bias is None else bias.contiguous(),
         None if shift is None else shift.contiguous(),
         None,
-        activation=activation_number(activation),
-        derivative=activation_number(derivative),
+        activation=CODES[activation],
+        derivative=CODES[derivative],
     )
     return out
 

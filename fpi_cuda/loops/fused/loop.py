@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from fpi_cuda.activations import CODES
 from fpi_cuda.autograd import Account, BoundMap, Jacobian, Linearization
 from fpi_cuda.cells.lowering import (
     described,
@@ -30,7 +31,7 @@ from fpi_cuda.loops.fused.solve import solve_fused
 from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.loops.stepping import Backend
 from fpi_cuda.loops.workspace import depth_of
-from fpi_cuda.lowered import Lowered, NotLowered, activation_number, added_functions
+from fpi_cuda.lowered import Lowered, NotLowered
 from fpi_cuda.options import Anderson, FixedPointSolver, Implicit, LinearSolver, Picard
 from fpi_cuda.precision import NAMES
 from fpi_cuda.solution import SolveResult
@@ -183,10 +184,8 @@ def fused_map(bound_map: BoundMap, engine: Backend) -> FusedMap:
     if random:
         raise NotLowered(DRAWN)
     for layer in result.layers:
-        if activation_number(layer.activation) is None:
+        if layer.activation not in CODES:
             raise NotLowered(f"no kernel knows the activation {layer.activation!r}")
-        if layer.activation in added_functions and not hasattr(engine, "CELL_LOOP_TAKES_ADDED"):
-            raise NotLowered(f"the {engine.name} backend knows no added {layer.activation!r}")
     plain = result.detached()
     tensors = plain.tensors()
     require_shapes(plain, tensors, layout)

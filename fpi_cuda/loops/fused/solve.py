@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpi_cuda.activations import CODES
 from fpi_cuda.loops.fused.verify_rounded import SHARE, evaluations_to_judge, judged
 from fpi_cuda.loops.iteration import empty_result
 from fpi_cuda.loops.workspace import depth_of
-from fpi_cuda.lowered import Lowered, activation_number
+from fpi_cuda.lowered import Lowered
 from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver, Picard
 from fpi_cuda.precision import NAMES
 from fpi_cuda.solution import SolveResult
 
 NO_LAYER = (None, None, None, None)
-IDENTITY = activation_number("identity")
 
 
 def solve_fused(
@@ -107,8 +107,8 @@ def run(
             status,
             num_steps,
             residual,
-            activation1=activation_number(first.activation),
-            activation2=activation_number(rest[0].activation) if rest else IDENTITY,
+            activation1=CODES[first.activation],
+            activation2=CODES[rest[0].activation if rest else "identity"],
             carry=lowered.carry,
             depth=depth_of(solver, dim),
             rtol=rtol,

@@ -35,13 +35,6 @@ def anderson_step_(*args: Any, **kwargs: Any) -> None:
     launch.anderson_step_(*args, **kwargs)
 
 
-def broyden_step_(*args: Any, **kwargs: Any) -> None:
-    """See fpi_cuda.ops.reference.broyden_step_, its twin."""
-    from fpi_cuda.ops.triton import launch
-
-    launch.broyden_step_(*args, **kwargs)
-
-
 def cell_loop_(*args: Any, **kwargs: Any) -> None:
     """See fpi_cuda.ops.reference_loop.cell_loop_, its twin."""
     from fpi_cuda.ops.triton import cell_loop

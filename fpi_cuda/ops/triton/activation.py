@@ -7,20 +7,6 @@ and the interpreter, which tests run under, evaluates the same polynomials as a 
 import triton
 import triton.language as tl
 
-from fpi_cuda.lowered import ACTIVATIONS
-
-IDENTITY = tl.constexpr(ACTIVATIONS.index("identity"))
-TANH = tl.constexpr(ACTIVATIONS.index("tanh"))
-RELU = tl.constexpr(ACTIVATIONS.index("relu"))
-SIGMOID = tl.constexpr(ACTIVATIONS.index("sigmoid"))
-GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
-SOFTPLUS = tl.constexpr(ACTIVATIONS.index("softplus"))
-TANH_DERIVATIVE = tl.constexpr(ACTIVATIONS.index("tanh_derivative"))
-RELU_DERIVATIVE = tl.constexpr(ACTIVATIONS.index("relu_derivative"))
-SIGMOID_DERIVATIVE = tl.constexpr(ACTIVATIONS.index("sigmoid_derivative"))
-GELU_DERIVATIVE = tl.constexpr(ACTIVATIONS.index("gelu_derivative"))
-ONE = tl.constexpr(ACTIVATIONS.index("one"))
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -82,32 +68,32 @@ def softplus_of(u):
 
 @triton.jit
 def activate(u, ACTIVATION: tl.constexpr):
-    """The activation of that place in fpi_cuda.lowered.ACTIVATIONS; NaN stays NaN."""
-    if ACTIVATION == TANH:
+    """The function of that name in fpi_cuda.activations.FUNCTIONS; NaN stays NaN."""
+    if ACTIVATION == "tanh":
         y = tanh_of(u)
-    elif ACTIVATION == RELU:
+    elif ACTIVATION == "relu":
         y = tl.where(u < 0, 0.0, u)
-    elif ACTIVATION == SIGMOID:
+    elif ACTIVATION == "sigmoid":
         t = exp_minus(tl.abs(u))
         y = tl.where(u < 0, t, 1.0) / (1.0 + t)
-    elif ACTIVATION == GELU:
+    elif ACTIVATION == "gelu":
         y = 0.5 * u * (1.0 + tl.erf(u * 0.70710678118654752))
-    elif ACTIVATION == SOFTPLUS:
+    elif ACTIVATION == "softplus":
         y = softplus_of(u)
-    elif ACTIVATION == TANH_DERIVATIVE:
+    elif ACTIVATION == "tanh_derivative":
         t = tanh_of(u)
         y = 1.0 - t * t
-    elif ACTIVATION == RELU_DERIVATIVE:
+    elif ACTIVATION == "relu_derivative":
         y = tl.where(u > 0, 1.0, 0.0).to(u.dtype)
-    elif ACTIVATION == SIGMOID_DERIVATIVE:
+    elif ACTIVATION == "sigmoid_derivative":
         t = exp_minus(tl.abs(u))
         y = t / ((1.0 + t) * (1.0 + t))
-    elif ACTIVATION == GELU_DERIVATIVE:
+    elif ACTIVATION == "gelu_derivative":
         density = exp_minus(0.5 * u * u) * 0.3989422804014327
         y = 0.5 * (1.0 + tl.erf(u * 0.70710678118654752)) + u * density
-    elif ACTIVATION == ONE:
+    elif ACTIVATION == "one":
         y = tl.full(u.shape, 1.0, u.dtype)
     else:
-        tl.static_assert(ACTIVATION == IDENTITY)
+        tl.static_assert(ACTIVATION == "identity")
         y = u
     return y

@@ -23,14 +23,14 @@ def require_arrays(
     sample_of: Tensor | None,
     points: dict[str, Tensor],
     columns: dict[str, Tensor],
-    gram: Tensor | None,
+    gram: Tensor,
     account: tuple[Tensor, ...],
 ) -> None:
     """Raise unless all arrays of a step are contiguous, and of the shapes and dtypes of its schema.
 
     Args:
         points: best, anchor, and the evaluation before this one (two arrays), in that order.
-        columns: the two histories. gram: None for Broyden.
+        columns: the two histories.
         account: control, atol, status, num_steps and residual.
     Raises:
         RuntimeError: one is not, or the depth is beyond MAX_DEPTH.
@@ -46,8 +46,7 @@ def require_arrays(
     if depth > MAX_DEPTH:
         raise RuntimeError(f"{op}: depth must be at most {MAX_DEPTH}, got {depth}")
     state, compute = x.dtype, compute_dtype(x.dtype)
-    in_slot = gram is not None and history.dtype == compute
-    apart = batch if depth and not in_slot else 0
+    apart = batch if depth and history.dtype != compute else 0
     narrow = state == torch.float32 and history.dtype == torch.bfloat16
     stored = history.dtype if narrow else state
     control, atol, status, num_steps, residual = account
@@ -58,14 +57,13 @@ def require_arrays(
         anchor[0]: (anchor[1], (batch if depth else 0, dim), state),
         **{name: (array, (apart, dim), compute) for name, array in previous},
         **{name: (array, (batch, depth, dim), stored) for name, array in columns.items()},
+        "gram": (gram, (batch, depth * (depth + 1) // 2), torch.float64),
         "control": (control, (batch, CONTROL_SIZE), torch.float64),
         "atol": (atol, (batch,), torch.float64),
         "status": (status, (batch,), torch.int8),
         "num_steps": (num_steps, (batch,), torch.int32),
         "residual": (residual, (batch,), torch.float64),
     }
-    if gram is not None:
-        expected["gram"] = (gram, (batch, depth * (depth + 1) // 2), torch.float64)
     if sample_of is not None:
         expected["sample_of"] = (sample_of, (rows,), torch.int64)
     elif rows != batch:

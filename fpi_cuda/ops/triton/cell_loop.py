@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fpi_cuda.lowered import ACTIVATIONS
+from fpi_cuda.activations import CODES
 from fpi_cuda.ops.solver_state import CONTROL_SIZE
 from fpi_cuda.ops.triton.arguments import Expected, require_each
 from fpi_cuda.ops.triton.cell_shape import MAX_DEPTH, CellShape, cell_shape, programs_for
@@ -15,6 +15,7 @@ from fpi_cuda.ops.triton.launch import INTERPRETED, on_device_of
 from fpi_cuda.precision import NAMES
 
 OP = "cell_loop_"
+NAMES_OF_CODES = tuple(CODES)
 
 
 def cell_loop_(
@@ -49,8 +50,8 @@ def cell_loop_(
     require_map(x, x_factor, layer1, layer2, (atol, status, num_steps, residual))
     require_choices(
         depth=(depth, 0, MAX_DEPTH),
-        activation1=(activation1, 0, len(ACTIVATIONS) - 1),
-        activation2=(activation2, 0, len(ACTIVATIONS) - 1),
+        activation1=(activation1, 0, len(CODES) - 1),
+        activation2=(activation2, 0, len(CODES) - 1),
         precision=(precision, 0, len(NAMES) - 1 if x.dtype == torch.float32 else 0),
         max_steps=(max_steps, 1, None),
     )
@@ -69,8 +70,8 @@ def cell_loop_(
             *workspace(x, weight1.shape[0], depth, programs, shape),
             batch, dim, weight1.shape[0], *weight1.stride(), *strides2,
             carry, rtol, max_steps, beta, ridge,
-            ACTIVATION1=activation1,
-            ACTIVATION2=activation2 if weight2 is not None else 0,
+            ACTIVATION1=NAMES_OF_CODES[activation1],
+            ACTIVATION2="identity" if weight2 is None else NAMES_OF_CODES[activation2],
             CARRIES=carry != 0.0,
             PRECISION=precision,
             BF16_DOT=not INTERPRETED,

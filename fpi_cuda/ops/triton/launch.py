@@ -20,15 +20,7 @@ from fpi_cuda.ops.triton.anderson_spans import (
 )
 from fpi_cuda.ops.triton.anderson_step import anderson_step_kernel
 from fpi_cuda.ops.triton.arguments import compute_dtype, require_arrays
-from fpi_cuda.ops.triton.broyden_spans import (
-    PLAN_US,
-    broyden_advance_kernel,
-    broyden_form_kernel,
-    broyden_judge_kernel,
-    broyden_measure_kernel,
-)
-from fpi_cuda.ops.triton.broyden_step import broyden_step_kernel
-from fpi_cuda.ops.triton.shape import ANDERSON_SUMS, BROYDEN_SUMS, SPAN, shape_of
+from fpi_cuda.ops.triton.shape import SPAN, shape_of
 
 # False too where Triton's own functions were made before the interpreter was asked for.
 INTERPRETED = not any(isinstance(f, triton.JITFunction) for f in (anderson_step_kernel, tl.sum))
@@ -52,11 +44,11 @@ def on_device_of(x: Tensor) -> Iterator[None]:
 class Step:
     """One launch or several on the same rows: the grid, and what the kernels are compiled for."""
 
-    def __init__(self, x: Tensor, columns: Tensor, sums: int) -> None:
+    def __init__(self, x: Tensor, columns: Tensor) -> None:
         depth = columns.shape[1]
         compute = compute_dtype(x.dtype)
         self.rows, self.dim = x.shape
-        self.shape = shape_of(self.dim, depth, compute.itemsize, sums)
+        self.shape = shape_of(self.dim, depth, compute.itemsize)
         self.constants: dict[str, Any] = {
             "DEPTH": depth,
             "M": self.shape.tile_rows,
@@ -108,7 +100,7 @@ def anderson_step_(
     require_arrays("anderson_step_", x, gx, sample_of, kept, columns, gram, account)
     if x.shape[0] == 0:
         return
-    step = Step(x, columns_f, ANDERSON_SUMS)
+    step = Step(x, columns_f)
     c, dim, spans = step.constants, step.dim, step.shape.spans
     points = (*kept.values(), *columns.values())
     options = (rtol, max_steps, beta, ridge)
@@ -131,61 +123,4 @@ def anderson_step_(
         )  # fmt: skip
         anderson_advance_kernel[step.by_span](
             x, gx, sample_of, *points, plan, dim, spans, **step.span, **c, **step.in_slot
-        )
-
-
-def broyden_step_(
-    x: Tensor,
-    gx: Tensor,
-    sample_of: Tensor | None,
-    best: Tensor,
-    anchor: Tensor,
-    f_previous: Tensor,
-    x_previous: Tensor,
-    columns_u: Tensor,
-    columns_v: Tensor,
-    control: Tensor,
-    atol: Tensor,
-    status: Tensor,
-    num_steps: Tensor,
-    residual: Tensor,
-    *,
-    rtol: float,
-    max_steps: int,
-    beta: float,
-    scratch: Tensor | None = None,
-) -> None:
-    """See fpi_cuda.ops.reference.broyden_step_, its twin."""
-    account = (control, atol, status, num_steps, residual)
-    previous = {"f_previous": f_previous, "x_previous": x_previous}
-    columns = {"columns_u": columns_u, "columns_v": columns_v}
-    kept = {"best": best, "anchor": anchor, **previous}
-    require_arrays("broyden_step_", x, gx, sample_of, kept, columns, None, account)
-    if x.shape[0] == 0:
-        return
-    step = Step(x, columns_u, BROYDEN_SUMS)
-    c, dim, spans = step.constants, step.dim, step.shape.spans
-    points = (*kept.values(), *columns.values())
-    options = (rtol, max_steps, beta)
-    with on_device_of(x):
-        if spans == 1:
-            broyden_step_kernel[step.by_row](
-                x, gx, sample_of, *points, *account, dim, *options, **step.rules, **c
-            )
-            return
-        partial = step.scratch(x, 5 + 3 * c["M"], spans)
-        fresh = step.scratch(x, 3, spans)
-        plan = step.scratch(x, PLAN_US.value + 3 * c["M"])
-        broyden_measure_kernel[step.by_span](
-            x, gx, sample_of, *points[2:], control, status, num_steps, partial, dim, spans,
-            **step.span, **c,
-        )  # fmt: skip
-        broyden_judge_kernel[step.by_row](
-            x, gx, sample_of, *account, partial, plan, dim, spans, *options, **step.rules, **c
-        )
-        broyden_form_kernel[step.by_span](
-            x, gx, sample_of, *points[2:], plan, fresh, dim, spans, **step.span, **c
-        )
-        broyden_advance_kernel[step.by_span](
-            x, gx, sample_of, *points, control, plan, fresh, dim, spans, **step.span, **c
         )

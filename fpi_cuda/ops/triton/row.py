@@ -89,17 +89,6 @@ def measured(
 
 
 @triton.jit
-def measured_alone(x, gx, ff, gg, xx, dim, COMPUTE: tl.constexpr, BLOCK: tl.constexpr):
-    """`measured` of one sample, from and to scalars."""
-    one = tl.zeros([1], tl.int32)
-    zero = tl.zeros([1], tl.float64)
-    residual, norm_gx, norm_x = measured(
-        x + one, gx + one, ff + zero, gg + zero, xx + zero, dim, one == 0, 1, COMPUTE, BLOCK
-    )
-    return tl.sum(residual, axis=0), tl.sum(norm_gx, axis=0), tl.sum(norm_x, axis=0)
-
-
-@triton.jit
 def next_slot(columns, head, DEPTH: tl.constexpr):
     """The slot that the next difference takes: the oldest one's, once the history is full."""
     return tl.where(columns == 0, 0, (head + 1) % DEPTH).to(tl.int64)

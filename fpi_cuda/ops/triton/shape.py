@@ -11,13 +11,9 @@ from dataclasses import dataclass
 # that a program's fixed cost is small.
 SPAN = 8192
 BLOCK_BYTES = 4096
-TILE_BYTES = 65536  # of all running sums by column, which live in registers
+TILE_BYTES = 32768  # of one of the two running sums by column, which live in registers
 TILE_BYTES_PER_WARP = 4096
 BLOCK_PER_WARP = 256
-
-# Running sums by column of one reading.
-ANDERSON_SUMS = 2
-BROYDEN_SUMS = 3
 
 
 @dataclass(frozen=True)
@@ -35,11 +31,10 @@ def power_of_two(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
 
 
-def shape_of(dim: int, depth: int, compute_bytes: int, sums: int) -> Shape:
+def shape_of(dim: int, depth: int, compute_bytes: int) -> Shape:
     """The shape of a step on samples of `dim` elements with `depth` columns of history."""
     rows = power_of_two(depth)
-    tile = TILE_BYTES // power_of_two(sums)
-    most = min(BLOCK_BYTES, tile // rows) // compute_bytes
+    most = min(BLOCK_BYTES, TILE_BYTES // rows) // compute_bytes
     block = min(max(power_of_two(dim), 32), most)
     warps = max(block * rows * compute_bytes // TILE_BYTES_PER_WARP, block // BLOCK_PER_WARP)
     return Shape(block, rows, min(max(warps, 1), 8), max(1, -(-dim // SPAN)))
