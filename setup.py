@@ -1,9 +1,8 @@
 """Build the two compiled files of the package.
 
 libfpi_cuda.so holds the ops: C++ kernels for the CPU, and CUDA kernels where toolkit and torch
-allow. It uses no Python and torch's stable ABI: one file serves every version of both. _C holds the
-classes of csrc/python, by pybind11: seconds of work, for the Python that
-builds it.
+allow; free of Python and on torch's stable ABI, one file serves every version of both. _C holds the
+classes of csrc/python, by pybind11, for the Python that builds it.
 
 Environment:
     FPI_CUDA: 1 builds the CUDA kernels or fails, 0 leaves them out; unset, nvcc and the torch
