@@ -1,10 +1,14 @@
-"""Build libfpi_cuda: C++ kernels for the CPU, and CUDA kernels where toolkit and torch allow.
+"""Build the two compiled files of the package.
+
+libfpi_cuda.so holds the ops: C++ kernels for the CPU, and CUDA kernels where toolkit and torch
+allow; free of Python and on torch's stable ABI, one file serves every version of both. _C holds the
+classes of csrc/python, by pybind11, for the Python that builds it.
 
 Environment:
     FPI_CUDA: 1 builds the CUDA kernels or fails, 0 leaves them out; unset, nvcc and the torch
         build decide. A visible GPU is never asked for.
     FPI_CUDA_ARCHS, else TORCH_CUDA_ARCH_LIST: such as "8.0 9.0+PTX", the default.
-    CUDA_HOME, CXX, CXXFLAGS: as usual.
+    CUDA_HOME, CXX, CXXFLAGS, MAX_JOBS: as usual.
 """
 
 import importlib.util
@@ -16,16 +20,20 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
-CPP_SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
-CUDA_SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cu"))
+MODULE_SOURCES = sorted(map(str, Path("csrc/python").glob("*.cpp")))
+CPP_SOURCES = sorted({*map(str, Path("csrc").rglob("*.cpp"))} - {*MODULE_SOURCES})
+CUDA_SOURCES = sorted(map(str, Path("csrc").rglob("*.cu")))
 BUILD = Path("build", "native")
+HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# libtorch pulls in libtorch_cuda where there is one; the linker would drop it as unused.
+LINK_FLAGS = ["--no-as-needed"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
+LINK_FLAGS = ["-shared", *(arg for word in LINK_FLAGS for arg in ("-Xlinker", word))]
 
 
 def find_torch():
@@ -112,74 +120,99 @@ def arch_flags(archs):
             yield f"-gencode=arch=compute_{number},code=compute_{number}"
 
 
-def run_all(compiles, link):
-    """Run the commands, given as {output: (inputs, command)}: by ninja where there is one."""
-    scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-    ninja = shutil.which("ninja", path=scripts)
-    if not ninja:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            codes = list(pool.map(subprocess.call, [command for _, command in compiles.values()]))
-        if any(codes) or any(subprocess.call(command) for _, command in link.values()):
-            sys.exit("fpi_cuda: the build failed, see the compiler's message above")
-        return
-    line = [" command = $line", " description = $out"]
-    lines = [f"builddir = {BUILD}", "rule link", *line]
-    lines += ["rule compile", *line, " depfile = $out.d", " deps = gcc"]
-    for rule, edges in (("compile", compiles), ("link", link)):
-        for output, (inputs, command) in edges.items():
-            lines += [f"build {output}: {rule} {' '.join(inputs)}"]
-            lines += [" line = " + shlex.join(command).replace("$", "$$")]
-    Path(BUILD, "build.ninja").write_text("\n".join(lines) + "\n")
-    if subprocess.call([ninja, "-f", str(BUILD / "build.ninja")]):
+def compiler():
+    """Return the start of a C++ compiler's command."""
+    cxx = shlex.split(os.getenv("CXX", "c++"))
+    if not shutil.which(cxx[0]):
+        sys.exit(f"fpi_cuda: a C++17 compiler is needed, but there is no {cxx[0]}. Set CXX.")
+    return cxx
+
+
+def module_command(torch, output):
+    """Return the command that makes fpi_cuda._C for this Python."""
+    try:
+        headers = importlib.import_module("pybind11").get_include()
+    except ImportError:
+        headers = str(torch / "include")
+    python = sysconfig.get_path("include")
+    if not Path(python, "Python.h").exists():
+        sys.exit(f"fpi_cuda: Python's headers are needed, but there is no {python}/Python.h.")
+    command = [*compiler(), "-std=c++17", "-O3", "-Icsrc", *HOST_FLAGS, *LINK_FLAGS]
+    command += ["-isystem", headers, "-isystem", python, *shlex.split(os.getenv("CXXFLAGS", ""))]
+    return [*command, *MODULE_SOURCES, "-o", output, "-ldl"]
+
+
+def build_module():
+    """Make fpi_cuda._C in place, beside a library that was built elsewhere."""
+    output = f"fpi_cuda/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if subprocess.call(module_command(find_torch()[0], output)):
         sys.exit("fpi_cuda: the build failed, see the compiler's message above")
 
 
-class BuildLibrary(build_ext):
-    """Compile csrc with the C++ compiler and nvcc; setuptools only puts the result in place."""
+def library_commands(torch, version, output):
+    """Return the commands that make the op library, as run_ninja takes them."""
+    nvcc, no_cuda = plan_cuda(version)
+    archs = os.getenv("FPI_CUDA_ARCHS") or os.getenv("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX"
+    cuda = f"CUDA backend for {archs}" if nvcc else f"no CUDA backend ({no_cuda})"
+    print(f"fpi_cuda: native CPU backend, {cuda}; torch {version['__version__']}", flush=True)
+    warning = newer_toolkit(nvcc, version, archs) if nvcc else None
+    if warning:
+        print(warning, flush=True)
+    cxx = compiler()
+    define = f'-DFPI_CUDA_ARCHS="{archs}"' if nvcc else f'-DFPI_NO_CUDA="{no_cuda}"'
+    common = ["-std=c++17", "-O3", "-Icsrc"]
+    # Nobody reads errno or the exception flags, and loops with either are not vectorised.
+    host = [*HOST_FLAGS, "-fno-math-errno", "-fno-trapping-math", define]
+    host += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-isystem", str(torch / "include")]
+    compilers = {".cpp": [*cxx, *common, *host, *shlex.split(os.getenv("CXXFLAGS", ""))]}
+    linker = [nvcc, "-ccbin", cxx[-1]] if nvcc else cxx
+    quiet = "-Xcompiler=-fPIC,-fvisibility=hidden"
+    compilers[".cu"] = [*linker, *common, quiet, *arch_flags(archs)]
+    commands = {}
+    for source in CPP_SOURCES + (CUDA_SOURCES if nvcc else []):
+        file = str(BUILD / (source.replace(os.sep, "_") + ".o"))
+        command = [*compilers[Path(source).suffix], "-MMD", "-MF", f"{file}.d"]
+        commands[file] = ([source], [*command, "-c", source, "-o", file])
+    line = [*linker, *LINK_FLAGS, *commands, "-o", output, f"-L{torch / 'lib'}"]
+    return {**commands, output: (list(commands), [*line, "-ltorch", "-ltorch_cpu"])}
+
+
+def run_ninja(commands):
+    """Run what has to be, of commands given as {output: (inputs, command)}."""
+    scripts = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    ninja = shutil.which("ninja", path=scripts)
+    if not ninja:
+        sys.exit("fpi_cuda: ninja is needed to build. First pip install ninja.")
+    lines = [f"builddir = {BUILD}", "rule run", " command = $line", " description = $out"]
+    for output, (inputs, command) in commands.items():
+        lines += [f"build {output}: run {' '.join(inputs)}"]
+        lines += [" line = " + shlex.join(command).replace("$", "$$")]
+        lines += [" depfile = $out.d", " deps = gcc"] if "-MMD" in command else []
+    BUILD.mkdir(parents=True, exist_ok=True)
+    Path(BUILD, "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.getenv("MAX_JOBS") else []
+    if subprocess.call([ninja, *jobs, "-f", str(BUILD / "build.ninja")]):
+        sys.exit("fpi_cuda: the build failed, see the compiler's message above")
+
+
+class BuildNative(build_ext):
+    """Compile csrc with the C++ compiler and nvcc; setuptools only puts the results in place."""
 
     def get_ext_filename(self, fullname):
         # Loaded by torch.ops.load_library, never imported: no Python version in the name.
-        return str(Path(*fullname.split("."))) + ".so"
+        name = super().get_ext_filename(fullname)
+        return name if fullname.endswith("_C") else str(Path(name).parent / "libfpi_cuda.so")
 
-    def build_extension(self, ext):
+    def build_extensions(self):
         torch, version = find_torch()
-        nvcc, no_cuda = plan_cuda(version)
-        archs = os.getenv("FPI_CUDA_ARCHS") or os.getenv("TORCH_CUDA_ARCH_LIST") or "8.0 9.0+PTX"
-        cuda = f"CUDA backend for {archs}" if nvcc else f"no CUDA backend ({no_cuda})"
-        print(f"fpi_cuda: native CPU backend, {cuda}; torch {version['__version__']}", flush=True)
-        warning = newer_toolkit(nvcc, version, archs) if nvcc else None
-        if warning:
-            print(warning, flush=True)
-        cxx = shlex.split(os.getenv("CXX", "c++"))
-        if not shutil.which(cxx[0]):
-            sys.exit(f"fpi_cuda: a C++17 compiler is needed, but there is no {cxx[0]}. Set CXX.")
-        define = [f'-DFPI_CUDA_ARCHS="{archs}"'] if nvcc else [f'-DFPI_NO_CUDA="{no_cuda}"']
-        common = ["-std=c++17", "-O3", "-Icsrc"]
-        # Nobody reads errno or the exception flags, and loops with either are not vectorised.
-        host = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
-        host += ["-Wall", "-Wextra"]
-        host += [*define, "-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
-        host += ["-isystem", str(torch / "include"), *shlex.split(os.getenv("CXXFLAGS", ""))]
-        compilers = {".cpp": [*cxx, *common, *host]}
-        if nvcc:
-            quiet = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", cxx[-1]]
-            compilers[".cu"] = [nvcc, *common, *quiet, *arch_flags(archs)]
-        compiles = {}
-        for source in CPP_SOURCES + (CUDA_SOURCES if nvcc else []):
-            output = str(BUILD / (source.replace(os.sep, "_") + ".o"))
-            command = [*compilers[Path(source).suffix], "-MMD", "-MF", f"{output}.d"]
-            compiles[output] = ([source], [*command, "-c", source, "-o", output])
-        BUILD.mkdir(parents=True, exist_ok=True)
-        library = str(BUILD / "libfpi_cuda.so")
-        # libtorch pulls in libtorch_cuda where there is one; the linker would drop it as unused.
-        keep = "--no-as-needed" if sys.platform == "linux" else "-undefined,dynamic_lookup"
-        linker = [nvcc, "-ccbin", cxx[-1]] if nvcc else cxx
-        flags = [arg for word in keep.split(",") for arg in ("-Xlinker", word)]
-        line = [*linker, "-shared", *compiles, "-o", library, f"-L{torch / 'lib'}", *flags]
-        run_all(compiles, {library: (list(compiles), [*line, "-ltorch", "-ltorch_cpu"])})
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(library, str(target))
+        targets = [Path(self.get_ext_fullpath(ext.name)) for ext in self.extensions]
+        library, module = (str(BUILD / target.name) for target in targets)
+        read = [str(f) for f in Path("csrc").rglob("*.h")] + MODULE_SOURCES
+        commands = library_commands(torch, version, library)
+        run_ninja({**commands, module: (read, module_command(torch, module))})
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(BUILD / target.name), str(target))
 
 
 class CheckedDistInfo(dist_info):
@@ -190,9 +223,11 @@ class CheckedDistInfo(dist_info):
         super().run()
 
 
-setup(
-    ext_modules=[Extension("fpi_cuda.libfpi_cuda", CPP_SOURCES)],
-    cmdclass={"build_ext": BuildLibrary, "dist_info": CheckedDistInfo},
-    # The library uses no Python API, so one wheel serves every Python.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension("fpi_cuda.libfpi_cuda", CPP_SOURCES),
+            Extension("fpi_cuda._C", MODULE_SOURCES),
+        ],
+        cmdclass={"build_ext": BuildNative, "dist_info": CheckedDistInfo},
+    )

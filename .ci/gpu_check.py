@@ -2,9 +2,9 @@
 
     make gpu-check [PYTHON=python3] [ARGS="--minutes 5 --out DIR"]
 
-Stages in the order of their value: library, light, tests, figures, sanitize. Every command is a
-process group of its own under a clock, and the whole is under one too, so that whatever hangs or
-crashes costs itself alone. DIR gets gpu-check.json and gpu-check.txt, written anew whenever
+Stages in the order of their value: library, module, light, tests, figures, sanitize. Every command
+is a process group of its own under a clock, and the whole is under one too, so that whatever hangs
+or crashes costs itself alone. DIR gets gpu-check.json and gpu-check.txt, written anew whenever
 something has ended, and gpu-check-logs.tar.gz at the end.
 
 Runs from a bare checkout with the interpreter that it is called with: no virtual environment, no
@@ -124,6 +124,12 @@ def library_stage(_: argparse.Namespace) -> Stage:
     return Stage("library", tasks, 0.9, 1, needed=True)
 
 
+def module_stage(_: argparse.Namespace) -> Stage:
+    """fpi_cuda._C for this Python: a library that was carried here has that of another, or none."""
+    build = (PYTHON, "-c", "import setup; setup.build_module()")
+    return Stage("module", [Task("compile", build, 120)], 0.3, 1)
+
+
 def light_stage(options: argparse.Namespace) -> Stage:
     """Every mechanism by itself."""
     more = ("--cpu",) if options.cpu else ()
@@ -236,6 +242,7 @@ def parse_sanitizer(task: Task, output: str, _: Path) -> tuple[str, Any]:
 
 STAGES: dict[str, Callable[[argparse.Namespace], Stage]] = {
     "library": library_stage,
+    "module": module_stage,
     "light": light_stage,
     "tests": tests_stage,
     "figures": figures_stage,

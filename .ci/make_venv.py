@@ -35,5 +35,5 @@ if borrow and inside:
     site = subprocess.check_output([python, "-c", query], text=True).strip()
     parent = sysconfig.get_path("purelib")
     Path(site, "parent.pth").write_text(f"import site; site.addsitedir({parent!r})\n")
-wanted = ["setuptools>=77", "ninja"] + ([] if borrow else [requirement])
+wanted = ["setuptools>=77", "pybind11>=3", "ninja"] + ([] if borrow else [requirement])
 sys.exit(subprocess.call([python, "-m", "pip", "install", *wanted]))

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "common/activation.h"
+#include "interface.h"
 
 namespace {
 
@@ -13,13 +14,9 @@ constexpr const char* kCompiler = "clang " __clang_version__;
 constexpr const char* kCompiler = "gcc " __VERSION__;
 #endif
 
-// What Python relies on: raised with every change to the ops' schemas, the C functions of the device
-// loop, or what their arguments mean, here and in fpi_cuda/_extension.py.
-constexpr int kInterface = 2;
-
 // What was built, as lines "key=value"; setup.py defines one of the two CUDA macros.
 std::string build_info() {
-  std::string info = "interface=" + std::to_string(kInterface);
+  std::string info = "interface=" + std::to_string(fpi::kInterface);
   info += std::string("\ncompiler=") + kCompiler;
   info += "\ntorch_headers=" TORCH_VERSION;
   info += "\ntorch_target=" + std::to_string(TORCH_TARGET_VERSION >> 56) + "." +

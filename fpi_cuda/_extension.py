@@ -1,9 +1,10 @@
-"""The compiled library: loaded once on import, with the reason kept where that fails."""
+"""The two compiled files: loaded once on import, with the reason kept where that fails."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libfpi_cuda.so")
 
-INTERFACE = 2
-"""kInterface of csrc/bindings.cpp: a library with another number was built from other sources.
+INTERFACE = 3
+"""kInterface of csrc/interface.h: a file with another number was built from other sources.
 
-It counts changes of the ops and of what their arguments mean, not of the kernels' rules: a library
-whose rules are older loads.
+It counts changes of the ops and classes and of what their arguments mean, not of the kernels'
+rules: a library whose rules are older loads.
 """
 
+INSTALL = "Reinstall with pip install . in the source folder"
 
 SWITCH = "FPI_CUDA_DISABLE_EXTENSION"
 """The environment variable by which a user does without the library, and hears nothing of it."""
@@ -44,10 +46,7 @@ def _load() -> str | None:
     if os.environ.get(SWITCH) == "1":
         return f"switched off by {SWITCH}=1. Unset it"
     if not LIBRARY.exists():
-        return (
-            f"built without the extension (no {LIBRARY.name} in the package). Reinstall with "
-            "pip install . in the source folder"
-        )
+        return f"built without the extension (no {LIBRARY.name} in the package). {INSTALL}"
     other = _other_copy()
     if other is not None:
         return (
@@ -58,23 +57,42 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        return (
-            f"the extension does not load under torch {torch.__version__} ({reason}). Reinstall "
-            "with pip install . in the source folder"
-        )
-    found = _built().get("interface", "none")
-    if found != str(INTERFACE):
-        source = LIBRARY.parents[1]
-        return (
-            f"{LIBRARY} was built from other sources than this Python code, which needs interface "
-            f"{INTERFACE} and gets {found}. "
-            + (
-                f"Run python setup.py build_ext --inplace in {source}"
-                if (source / "setup.py").exists()
-                else "Reinstall with pip install . in the source folder"
-            )
-        )
-    return None
+        return f"the extension does not load under torch {torch.__version__} ({reason}). {INSTALL}"
+    return _stale(LIBRARY, _built().get("interface", "none"))
+
+
+def _stale(file: Path, found: str) -> str | None:
+    """Why a file with this number is not to be used, or None."""
+    if found == str(INTERFACE):
+        return None
+    return (
+        f"{file} was built from other sources than this Python code, which needs interface "
+        f"{INTERFACE} and gets {found}. {_rebuild()}"
+    )
+
+
+def _rebuild() -> str:
+    """What makes both files anew."""
+    source = LIBRARY.parents[1]
+    if (source / "setup.py").exists():
+        return f"Run python setup.py build_ext --inplace in {source}"
+    return INSTALL
+
+
+def _load_module() -> str | None:
+    """Bind fpi_cuda._C to the library; return None, or why not and what to do."""
+    if load_error is not None:
+        return load_error
+    try:
+        import fpi_cuda._C as module
+    except ImportError as error:
+        python = ".".join(map(str, sys.version_info[:2]))
+        reason = " ".join(str(error).split())
+        return f"built without fpi_cuda._C for Python {python} ({reason}). {_rebuild()}"
+    stale = _stale(Path(module.__file__), str(module.interface))
+    if stale is None:
+        module.open_library(str(LIBRARY))
+    return stale
 
 
 def _built() -> dict[str, str]:
@@ -83,6 +101,9 @@ def _built() -> dict[str, str]:
 
 load_error: str | None = _load()
 """Why the library is unavailable, with the remedy; None where it is loaded."""
+
+module_error: str | None = _load_module()
+"""Why fpi_cuda._C is unavailable, with the remedy, and so the device loop; None: it is loaded."""
 
 
 def warn_if_missing() -> None:

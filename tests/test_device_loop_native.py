@@ -1,17 +1,21 @@
-"""The C interface of the device loop: its rules, and its builder up to where a device is needed."""
+"""fpi_cuda._C: the loop's rules, its builder up to where a device is needed, and its objects."""
 
 from __future__ import annotations
 
+import ast
 import ctypes
+import gc
+import importlib.util
 import shutil
 import subprocess
-from collections.abc import Iterator
+import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from fpi_cuda import _extension
+from fpi_cuda import _C, _extension
 from fpi_cuda.loops.device import native
 
 ROOT = Path(__file__).parents[1]
@@ -46,8 +50,15 @@ def test_what_a_loop_may_not_repeat(node: int, reason: str) -> None:
     assert reason in refusal
 
 
+def test_the_stub_names_what_there_is() -> None:
+    assert _extension.module_error is None
+    tree = ast.parse((Path(_extension.__file__).parent / "_C.pyi").read_text())
+    stub = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert stub | {"interface"} == {name for name in dir(_C) if not name.startswith("__")}
+
+
 def test_no_loop_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extension, "load_error", "switched off")
+    monkeypatch.setattr(_extension, "module_error", "switched off")
     assert native.why_not() == "switched off"
 
 
@@ -62,76 +73,143 @@ def test_no_loop_without_a_device_says_why() -> None:
         assert reason == f"built without CUDA ({built_without})"
 
 
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
-    """csrc/device_loop alone, compiled by nvcc."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no nvcc")
-    library = tmp_path_factory.mktemp("native") / "libdevice_loop.so"
-    sources = [str(path) for path in (ROOT / "csrc" / "device_loop").glob("*.c*")]
-    command = [nvcc, "-std=c++17", "-shared", "-Icsrc", "-arch=sm_90", "-Xcompiler=-fPIC"]
-    done = subprocess.run(
-        [*command, *sources, "-o", str(library)], cwd=ROOT, capture_output=True, text=True
-    )
+# Libraries of other makes, each with a copy of the module: it calls the one that it opened last.
+
+
+def module_with(library: Path, folder: Path) -> ModuleType:
+    """Another fpi_cuda._C, which calls this library."""
+    copy = shutil.copy(_C.__file__, folder)
+    # pybind11 would give a name that it knows the module that it has made before.
+    spec = importlib.util.spec_from_file_location(f"{folder.name}._C", copy)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(RuntimeError, match="no library was opened"):
+        module.why_not()
+    with pytest.raises(RuntimeError, match=f"{library} is not loaded"):
+        module.open_library(str(library))
+    ctypes.CDLL(str(library))
+    module.open_library(str(library))
+    return module
+
+
+def compiled(compiler: str, *arguments: str, folder: Path) -> Path:
+    library = folder / "libdevice_loop.so"
+    command = [compiler, "-std=c++17", "-shared", "-Icsrc", *arguments, "-o", str(library)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_extension, "LIBRARY", library)
-        native.library.cache_clear()
-        yield native.library()
-    native.library.cache_clear()
+    return library
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_the_builder_loads_and_refuses_without_a_driver(builder: ctypes.CDLL) -> None:
-    missing = [name for name in native.SIGNATURES if not hasattr(builder, name)]
-    assert not missing
-    assert native.node_refusal(KERNEL) is None
-    reason = native.why_not()
-    assert reason is not None
-    assert "driver" in reason
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_builder_loads_and_refuses_without_a_driver(tmp_path: Path) -> None:
+    sources = [str(path) for path in (ROOT / "csrc" / "device_loop").glob("*.c*")]
+    library = compiled("nvcc", "-arch=sm_90", "-Xcompiler=-fPIC", *sources, folder=tmp_path)
+    module = module_with(library, tmp_path)
+    assert module.node_refusal(KERNEL) is None
+    assert "driver" in module.why_not()
     with pytest.raises(RuntimeError, match=r"device loop: .*driver"):
-        native.DeviceLoop(0, 0, 1, 0, 10)
+        module.DeviceLoop(0, 0, 1, 0, 10)
     with pytest.raises(RuntimeError, match=r"device loop: cudaStreamGetCaptureInfo: .*driver"):
-        native.captured_nodes(0)
+        module.captured_nodes(0)
 
 
-def test_a_loop_is_freed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    freed: list[int] = []
+def test_a_library_without_cuda_answers_with_the_reason(tmp_path: Path) -> None:
+    sources = [str(path) for path in (ROOT / "csrc" / "device_loop").glob("*.cpp")]
+    flags = ['-DFPI_NO_CUDA="no nvcc"', "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    module = module_with(compiled("c++", *flags, *sources, folder=tmp_path), tmp_path)
+    assert module.why_not() == "built without CUDA (no nvcc)"
+    assert "on the host" in module.node_refusal(HOST)
+    for call in (
+        lambda: module.DeviceLoop(0, 0, 1, 0, 10),
+        lambda: module.captured_nodes(0),
+        lambda: module.restart_capture(0),
+    ):
+        with pytest.raises(RuntimeError, match=r"device loop: built without CUDA \(no nvcc\)"):
+            call()
 
-    class Library:
-        fpi_device_loop_destroy = staticmethod(freed.append)
 
-        @staticmethod
-        def fpi_device_loop_create(*arguments: object) -> None:
-            ctypes.cast(arguments[-1], ctypes.POINTER(native.Pointer))[0] = 1234  # type: ignore
+# A stream is what happens to its launch: 0 is well, 1 fails, 2 waits for another thread.
+STAND_IN = """
+#include <atomic>
+#include "device_loop/api.h"
+std::atomic<int> alive{0}, gate{0};
+struct FpiDeviceLoop { FpiDeviceLoop() { ++alive; } ~FpiDeviceLoop() { --alive; } };
+const char* fpi_node_refusal(int) { return nullptr; }
+const char* fpi_device_loop_unsupported() { return nullptr; }
+const char* fpi_captured_nodes(void* stream, int64_t* count) {
+  *count = reinterpret_cast<int64_t>(stream) + 1;
+  return nullptr;
+}
+const char* fpi_restart_capture(void*) { gate = 1; return nullptr; }
+const char* fpi_device_loop_create(void* body, const int8_t* status, int64_t batch,
+                                   int32_t* rounds, int64_t max_steps, FpiDeviceLoop** loop) {
+  if (body != (void*)1 || status != (void*)2 || batch != 3 || rounds != (void*)4 || max_steps != 5)
+    return "no";
+  *loop = new FpiDeviceLoop;
+  return nullptr;
+}
+const char* fpi_device_loop_launch(FpiDeviceLoop*, void* stream) {
+  while (stream == (void*)2 && !gate) {}
+  return stream == (void*)1 ? "cudaGraphLaunch: out of memory" : nullptr;
+}
+void fpi_device_loop_destroy(FpiDeviceLoop* loop) { delete loop; }
+FPI_API int loops_alive() { return alive; }
+"""
 
-        @staticmethod
-        def fpi_device_loop_launch(handle: int, stream: int) -> bytes:
-            return b"cudaGraphLaunch: out of memory"
 
-    monkeypatch.setattr(native, "library", Library)
-    loop = native.DeviceLoop(1, 2, 3, 4, 5)
+@pytest.fixture
+def stand_in(tmp_path: Path) -> tuple[ModuleType, ctypes.CDLL]:
+    """The module, and its library."""
+    (tmp_path / "stand_in.cpp").write_text(STAND_IN)
+    library = compiled("c++", "-fPIC", str(tmp_path / "stand_in.cpp"), folder=tmp_path)
+    return module_with(library, tmp_path), ctypes.CDLL(str(library))
+
+
+def test_a_loop_is_freed_once(stand_in: tuple[ModuleType, ctypes.CDLL]) -> None:
+    module, library = stand_in
+    loop = module.DeviceLoop(1, 2, batch=3, rounds=4, max_steps=5)
+    other = module.DeviceLoop(1, 2, 3, 4, 5)
     with pytest.raises(RuntimeError, match="device loop: cudaGraphLaunch: out of memory"):
-        loop.launch(7)
+        loop.launch(1)
+    loop.launch(0)
+    assert library.loops_alive() == 2
     loop.close()
     loop.close()
-    with pytest.raises(RuntimeError, match="it was closed"):
-        loop.launch(7)
-    del loop
-    assert freed == [1234]
+    assert library.loops_alive() == 1
+    with pytest.raises(RuntimeError, match="device loop: it was closed"):
+        loop.launch(0)
+    del loop, other
+    gc.collect()
+    assert library.loops_alive() == 0
 
 
-def test_a_loop_that_was_never_built_frees_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Library:
-        @staticmethod
-        def fpi_device_loop_create(*arguments: object) -> bytes:
-            return b"no"
-
-        @staticmethod
-        def fpi_device_loop_destroy(handle: int) -> None:
-            raise AssertionError("freed")
-
-    monkeypatch.setattr(native, "library", Library)
+def test_a_loop_that_was_never_built_frees_nothing(
+    stand_in: tuple[ModuleType, ctypes.CDLL],
+) -> None:
+    module, library = stand_in
     with pytest.raises(RuntimeError, match="device loop: no"):
-        native.DeviceLoop(1, 2, 3, 4, 5)
+        module.DeviceLoop(0, 2, 3, 4, 5)
+    with pytest.raises(TypeError):
+        module.DeviceLoop(1.0, 2, 3, 4, 5)
+    assert library.loops_alive() == 0
+
+
+def test_other_threads_run_while_a_loop_is_launched_or_closed(
+    stand_in: tuple[ModuleType, ctypes.CDLL],
+) -> None:
+    module, library = stand_in
+    loop = module.DeviceLoop(1, 2, 3, 4, 5)
+    launching = threading.Thread(target=loop.launch, args=(2,))
+    launching.start()
+    closing = threading.Thread(target=loop.close)  # which waits for the launch
+    closing.start()
+    closing.join(0.2)
+    assert library.loops_alive() == 1
+    assert module.captured_nodes(6) == 7
+    module.restart_capture(0)  # opens the gate
+    launching.join(60)
+    closing.join(60)
+    assert library.loops_alive() == 0

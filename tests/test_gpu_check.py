@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 import types
@@ -93,9 +94,12 @@ def test_a_dry_run_lists_every_stage_and_command() -> None:
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     stages = re.findall(r"^(\w+): (\d+) task", done.stdout, re.MULTILINE)
-    assert [name for name, _ in stages] == ["library", "light", "tests", "figures", "sanitize"]
+    assert [name for name, _ in stages] == [
+        "library", "module", "light", "tests", "figures", "sanitize",
+    ]  # fmt: skip
     for part in (
         "build_info",
+        "setup.build_module()",
         "first_light.py loop_ieee_streamed",
         "-m pytest -q -m gpu",
         "-m bench.step",
@@ -180,6 +184,38 @@ def test_the_library_is_built_before_it_is_loaded(
     assert [task.name for task in stage.tasks] == ["build", "load"]
     assert stage.jobs == 1
     assert not any(task.alone for task in stage.tasks)
+
+
+@pytest.mark.parametrize(
+    ("environment", "ends", "detail"),
+    [
+        ({}, "pass", "no output"),
+        ({"CXX": "no-such-compiler"}, "fail", "there is no no-such-compiler"),
+    ],
+    ids=["compiler", "no compiler"],
+)
+def test_the_module_is_compiled_for_the_python_that_runs(
+    check: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    environment: dict[str, str],
+    ends: str,
+    detail: str,
+) -> None:
+    for name in ("csrc", "setup.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "fpi_cuda").mkdir()
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    stage = check.module_stage(check.parse([]))
+    assert not stage.needed  # all else works without it
+    (task,) = stage.tasks
+    task = check.replace(task, environment=environment)
+    outcome = check.Runner(tmp_path, time.monotonic() + 60).run(task, time.monotonic() + 60)
+    assert outcome.result == ends
+    assert detail in outcome.detail
+    made = {file.name for file in (tmp_path / "fpi_cuda").iterdir()}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert made == ({f"_C{suffix}"} if ends == "pass" else set())
 
 
 def test_a_task_alone_waits_for_the_others(check: types.ModuleType, tmp_path: Path) -> None:

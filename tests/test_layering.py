@@ -42,7 +42,7 @@ LEVELS = [
     {"random_draws", "transforms", "weight_cache"},
     {"drawing_ops", "recomputed"},
     {"_extension", "activations", "capturing", "dense", "late", "module_tree", "tensor_version"},
-    {"declined", "dispatch_modes"},
+    {"_C", "declined", "dispatch_modes"},
 ]
 # Built on the public modules, and imported by nothing but the package itself.
 OUTSIDE = {"diagnostics", "testing"}

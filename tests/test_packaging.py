@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import types
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,8 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 import fpi_cuda
-from fpi_cuda import Status, _extension, precision
+from fpi_cuda import _C, Status, _extension, precision
 from fpi_cuda.activations import CODES
-from fpi_cuda.loops.device import native
 from fpi_cuda.ops.solver_state import CONTROL_FIELDS
 
 ROOT = Path(__file__).parents[1]
@@ -65,20 +66,22 @@ def test_a_changed_interface_has_a_new_number() -> None:
     """Raised by hand, so that an edit of Python or of a kernel asks for no new build."""
     csrc = ROOT / "csrc"
     sources = "".join(path.read_text() for path in sorted(csrc.glob("*.cpp")))
-    (number,) = re.findall(r"kInterface = (\d+);", sources)
+    (number,) = re.findall(r"kInterface = (\d+);", (csrc / "interface.h").read_text())
     assert int(number) == _extension.INTERFACE
-    assert _extension.build_info()["interface"] == number
+    assert _extension.build_info()["interface"] == str(_C.interface) == number
     calls = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)\)', sources)
     schemas = sorted("".join(re.findall(r'"([^"]*)"', call)) for call in calls)
     ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fpi_cuda::")]
     assert {f"fpi_cuda::{schema.partition('(')[0]}" for schema in schemas} == set(ops)
     functions = re.findall(r"FPI_API (\w[^;]*);", (csrc / "device_loop" / "api.h").read_text())
-    assert len(functions) == len(native.SIGNATURES)
+    stub = (Path(_extension.__file__).parent / "_C.pyi").read_text()
+    classes = [f"{name}({args})" for name, args in re.findall(r"def (\w+)\(([^)]*)\)", stub)]
     # What the arguments mean; other tests hold these to the headers.
     meanings = (CONTROL_FIELDS, [*map(int, Status)], tuple(CODES), precision.NAMES)
-    shared = (schemas, [" ".join(function.split()) for function in functions], *meanings)
+    signatures = [" ".join(text.split()) for text in (*functions, *classes)]
+    shared = (schemas, signatures, *meanings)
     digest = hashlib.sha256(repr(shared).encode()).hexdigest()[:16]
-    assert (digest, _extension.INTERFACE) == ("a6883eaf3486145a", 2), (
+    assert (digest, _extension.INTERFACE) == ("637f9aad5565a70b", 3), (
         "the interface has changed: raise INTERFACE and kInterface by one, and put both here"
     )
 
@@ -133,6 +136,21 @@ def test_a_stale_library_is_refused(copy_without_library: Path, is_source_tree: 
     needs = f"needs interface {_extension.INTERFACE + 1} and gets {_extension.INTERFACE}. "
     in_place = f"Run python setup.py build_ext --inplace in {copy_without_library}"
     assert needs + (in_place if is_source_tree else "Reinstall with pip install .") in done.stdout
+
+
+def test_all_but_the_device_loop_works_without_the_module(copy_without_library: Path) -> None:
+    package = copy_without_library / "fpi_cuda"
+    shutil.copy(_extension.LIBRARY, package)
+    (package / "_C.cpython-39-other.so").touch()  # of another Python
+    code = MISSING + (
+        "import torch; from fpi_cuda.loops.device import native\n"
+        "x = fpi_cuda.fixed_point(torch.cos, torch.ones(1, 1), backend='native').value\n"
+        "print(x.item() > 0.7, native.why_not(), sep=chr(10))\n"
+    )
+    done = run(code.format(folder=str(copy_without_library)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("True None\nTrue\nbuilt without fpi_cuda._C for Python 3.")
+    assert "(No module named 'fpi_cuda._C'). Reinstall with pip install ." in done.stdout
 
 
 TWO_COPIES = """
@@ -265,6 +283,10 @@ ONE_KERNEL = """
 __global__ void fill_kernel(float* x) { x[threadIdx.x] = 1.0f; }
 int launch() { fill_kernel<<<1, 0>>>(nullptr); return cudaGetLastError() == cudaSuccess; }
 """
+ONE_MODULE = """
+#include <pybind11/pybind11.h>
+PYBIND11_MODULE(_C, m) { m.attr("interface") = 0; }
+"""
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
@@ -272,24 +294,29 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     folder = tmp_path / "a folder"
-    (folder / "csrc").mkdir(parents=True)
+    (folder / "csrc" / "python").mkdir(parents=True)
     (folder / "fpi_cuda").mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, folder)
     (folder / "README.md").touch()
     (folder / "csrc" / "one_op.cpp").write_text(ONE_OP)
     (folder / "csrc" / "one_kernel.cu").write_text(ONE_KERNEL)
+    (folder / "csrc" / "python" / "module.cpp").write_text(ONE_MODULE)
+    for name in ("__init__.py", "_C.pyi"):
+        (folder / "fpi_cuda" / name).touch()
     return folder
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {k: v for k, v in os.environ.items() if not k.startswith(("FPI_", "TORCH_CUDA"))}
+    return run_in(folder, [sys.executable, "setup.py", "build_ext", "--inplace"], **environment)
+
+
+def run_in(
+    folder: Path, command: list[str], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("FPI_", "TORCH_CUDA"))}
     return subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=folder,
-        env={**variables, **environment},
-        capture_output=True,
-        text=True,
+        command, cwd=folder, env={**kept, **environment}, capture_output=True, text=True
     )
 
 
@@ -309,6 +336,27 @@ def test_build_without_cuda_says_so_in_one_line(project: Path) -> None:
         f"torch {torch.__version__}"
     ]
     assert load(project) == "no cuda: FPI_CUDA=0 at install"
+    # The module needs neither torch nor CUDA.
+    code = f"import sys; sys.path[0] = {str(project)!r}; from fpi_cuda import _C; "
+    done = run(code + "assert _C.interface == 0 and 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_shipped_is_for_one_python_and_holds_all_that_it_needs(project: Path) -> None:
+    code = "from setuptools import build_meta as b; print(b.build_sdist('.'), b.build_wheel('.'))"
+    done = run_in(project, [sys.executable, "-c", code], FPI_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = project.glob("*.whl")
+    (sdist,) = project.glob("*.tar.gz")
+    python = f"cp{sys.version_info[0]}{sys.version_info[1]}"
+    assert f"-{python}-{python}-" in wheel.name
+    module = f"fpi_cuda/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with zipfile.ZipFile(wheel) as archive:
+        assert {module, "fpi_cuda/_C.pyi", "fpi_cuda/libfpi_cuda.so"} <= {*archive.namelist()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "csrc/python/module.cpp", "fpi_cuda/_C.pyi"} <= names
+    assert not [name for name in names if name.endswith(".so")]
 
 
 @needs_nvcc
@@ -483,22 +531,44 @@ def test_architectures_become_options_of_nvcc(setup_py: types.ModuleType) -> Non
         list(setup_py.arch_flags("Hopper"))
 
 
-@pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "no ninja"])
-def test_commands_run_with_and_without_ninja(
-    setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ninja: bool
-) -> None:
-    if ninja and not setup_py.shutil.which("ninja"):
+@pytest.fixture
+def ninja(setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """What ninja was called with, a run a line."""
+    real = setup_py.shutil.which("ninja")
+    if real is None:
         pytest.skip("no ninja")
-    if not ninja:
-        monkeypatch.setattr(setup_py.shutil, "which", lambda *args, **options: None)
+    stand_in, calls = tmp_path / "bin" / "ninja", tmp_path / "calls"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> "{calls}"\nexec "{real}" "$@"\n')
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(setup_py.shutil, "which", lambda name, path=None: str(stand_in))
     monkeypatch.chdir(tmp_path)
-    setup_py.BUILD.mkdir(parents=True)
+    return calls
+
+
+@pytest.mark.parametrize("jobs", ["1", ""], ids=["MAX_JOBS=1", "unset"])
+def test_ninja_runs_the_commands(
+    setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch, ninja: Path, jobs: str
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", jobs)
     Path("a.cpp").write_text("a $HOME")
-    compiles = {"a.o": (["a.cpp"], ["cp", "a.cpp", "a.o"])}
-    setup_py.run_all(compiles, {"a.so": (["a.o"], ["cp", "a.o", "a.so"])})
+    commands = {
+        "a.o": (["a.cpp"], ["cp", "a.cpp", "a.o"]),
+        "a.so": (["a.o"], ["cp", "a.o", "a.so"]),
+    }
+    setup_py.run_ninja(commands)
     assert Path("a.so").read_text() == "a $HOME"
+    assert ninja.read_text().startswith("-j 1 -f" if jobs else "-f")
     with pytest.raises(SystemExit, match="the build failed"):
-        setup_py.run_all(compiles, {"b.so": (["a.o"], ["false"])})
+        setup_py.run_ninja({**commands, "b.so": (["a.o"], ["false"])})
+
+
+def test_a_build_without_ninja_says_what_to_install(
+    setup_py: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_py.shutil, "which", lambda *args, **options: None)
+    with pytest.raises(SystemExit, match=r"ninja is needed to build\. First pip install ninja"):
+        setup_py.run_ninja({})
 
 
 # What may not be in the repository.

@@ -1,5 +1,6 @@
 // The solve loop on the device, for callers of any language: plain C, so that one build serves
-// every Python and every torch. fpi_cuda/device_loop/native.py calls it.
+// every Python and every torch. csrc/python calls it. A build without CUDA has all of it too, and
+// answers with the reason.
 //
 // A function that can fail returns null, or what went wrong: a text that is valid until the same
 // thread's next call. Nothing is thrown, and nothing is left behind where one fails.
@@ -11,8 +12,6 @@
 
 // Why a WHILE body may not hold a node of this cudaGraphNodeType, or null.
 FPI_API const char* fpi_node_refusal(int type);
-
-#ifdef FPI_WITH_CUDA
 
 struct FpiDeviceLoop;
 
@@ -38,5 +37,3 @@ FPI_API const char* fpi_device_loop_launch(FpiDeviceLoop* loop, void* stream);
 
 // Also while the loop runs: CUDA frees it when it has ended.
 FPI_API void fpi_device_loop_destroy(FpiDeviceLoop* loop);
-
-#endif

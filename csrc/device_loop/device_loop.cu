@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#define FPI_WITH_CUDA
 #include "device_loop/api.h"
 #include "device_loop/node_rules.h"
 

@@ -3,7 +3,6 @@
 // run is right and the tools accept a WHILE node around a trivial child graph. Why is not known.
 #include <algorithm>
 
-#define FPI_WITH_CUDA
 #include "../../csrc/device_loop/api.h"
 #include "families.h"
 #include "step_solve.cuh"

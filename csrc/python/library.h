@@ -1,0 +1,35 @@
+// libfpi_cuda.so, as fpi_cuda._C calls it.
+#pragma once
+
+#include <string>
+
+#include "device_loop/api.h"
+
+namespace fpi {
+
+// The functions of device_loop/api.h in the op library that the process has loaded. They are looked
+// up by name: this module is built and imported without torch or CUDA, whose code stays in the one
+// file that every Python shares.
+struct Library {
+  // Throws std::runtime_error where the file at `path` is not loaded or lacks a function.
+  explicit Library(const std::string& path);
+
+  decltype(&fpi_node_refusal) node_refusal;
+  decltype(&fpi_captured_nodes) captured_nodes;
+  decltype(&fpi_restart_capture) restart_capture;
+  decltype(&fpi_device_loop_unsupported) device_loop_unsupported;
+  decltype(&fpi_device_loop_create) device_loop_create;
+  decltype(&fpi_device_loop_launch) device_loop_launch;
+  decltype(&fpi_device_loop_destroy) device_loop_destroy;
+};
+
+// Calls go to the library at `path` from now on; objects keep to that of their making.
+void open_library(const std::string& path);
+
+// The one that was opened last; throws std::runtime_error before that.
+const Library& library();
+
+// Throws what a function of the library has returned, if that is an error.
+void check(const char* error);
+
+}  // namespace fpi

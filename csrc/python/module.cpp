@@ -1,0 +1,57 @@
+// fpi_cuda._C: the objects that the loops keep between calls, as Python classes.
+//
+// One class a file, free of Python; what Python sees of it is written here and in fpi_cuda/_C.pyi.
+// Tensors come as addresses and sizes, so that a build serves every torch; it serves one Python.
+#include <pybind11/pybind11.h>
+
+#include "interface.h"
+#include "python/device_loop.h"
+#include "python/library.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using WithoutGil = py::call_guard<py::gil_scoped_release>;
+
+template <class Object>
+struct DeleteWithoutGil {
+  void operator()(Object* object) const {
+    const py::gil_scoped_release released;
+    delete object;
+  }
+};
+
+std::int64_t captured_nodes(std::uintptr_t stream) {
+  std::int64_t count = -1;
+  fpi::check(fpi::library().captured_nodes(reinterpret_cast<void*>(stream), &count));
+  return count;
+}
+
+void restart_capture(std::uintptr_t stream) {
+  fpi::check(fpi::library().restart_capture(reinterpret_cast<void*>(stream)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  using fpi::DeviceLoop;
+
+  m.attr("interface") = fpi::kInterface;
+  m.def("open_library", &fpi::open_library, py::arg("path"));
+
+  m.def("why_not", [] { return fpi::library().device_loop_unsupported(); }, WithoutGil());
+  m.def("node_refusal", [](int type) { return fpi::library().node_refusal(type); },
+        py::arg("node_type"));
+  m.def("captured_nodes", &captured_nodes, py::arg("stream"), WithoutGil());
+  m.def("restart_capture", &restart_capture, py::arg("stream"), WithoutGil());
+
+  // Local to this file: a second copy of it in a process has types of its own.
+  py::class_<DeviceLoop, std::unique_ptr<DeviceLoop, DeleteWithoutGil<DeviceLoop>>>(
+      m, "DeviceLoop", py::module_local())
+      .def(py::init<std::uintptr_t, std::uintptr_t, std::int64_t, std::uintptr_t, std::int64_t>(),
+           py::arg("graph"), py::arg("status"), py::arg("batch"), py::arg("rounds"),
+           py::arg("max_steps"), WithoutGil())
+      .def("launch", &DeviceLoop::launch, py::arg("stream"), WithoutGil())
+      .def("close", &DeviceLoop::close, WithoutGil());
+}
