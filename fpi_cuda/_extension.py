@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -84,6 +85,9 @@ def _load_module() -> str | None:
     if load_error is not None:
         return load_error
     try:
+        # Else an editable install of another checkout would lend its own.
+        if PathFinder.find_spec("fpi_cuda._C", [str(LIBRARY.parent)]) is None:
+            raise ImportError("No module named 'fpi_cuda._C'")
         import fpi_cuda._C as module
     except ImportError as error:
         python = ".".join(map(str, sys.version_info[:2]))
