@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import Emulated, compile_driver, compiled_once
+from emulation.emulated import Emulated, compile_driver, compiled_once
 from stepping import (
     MAPS,
     SOLVERS,

@@ -29,7 +29,7 @@ from fpi_cuda.solvers.loop import solve
 from fpi_cuda.solvers.stepping import step
 from fpi_cuda.solvers.workspace import allocate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WHY_NOT = engine.why_not(torch.device("cpu"), torch.float32)
 device = pytest.mark.parametrize(
     "device",

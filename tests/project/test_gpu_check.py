@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / ".ci" / "gpu_check.py"
 FILES = {"gpu-check.json", "gpu-check.txt", "gpu-check-logs.tar.gz"}
 

@@ -25,7 +25,7 @@ from fpi_cuda import Status, _extension, lowered, precision
 from fpi_cuda.control import CONTROL_FIELDS
 from fpi_cuda.device_loop import native
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-GATE = Path(__file__).parents[1] / ".ci" / "check_triton.py"
+GATE = Path(__file__).parents[2] / ".ci" / "check_triton.py"
 KERNEL = "anderson_step_kernel fp32/fp32 m=0 d=1024"
 
 
