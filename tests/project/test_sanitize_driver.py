@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from emulation.emulated import EMULATION, ROOT, build, compile_all, compile_driver, compiled_once, link
+from emulation.emulated import (
+    EMULATION,
+    ROOT,
+    build,
+    compile_all,
+    compile_driver,
+    compiled_once,
+    link,
+)
 from emulation.emulated_loop import compile_loop
 
 pytestmark = pytest.mark.skipif(
