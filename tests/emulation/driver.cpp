@@ -1,4 +1,4 @@
-// Runs steps of the CUDA kernels under emulation for tests/emulated.py: reads requests on stdin,
+// Runs steps of the CUDA kernels under emulation for tests/emulation/emulated.py: reads requests on stdin,
 // answers on stdout.
 //
 // A request: the int64 words of kWords, the doubles {rtol, beta, ridge}, then every array of

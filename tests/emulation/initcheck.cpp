@@ -1,6 +1,6 @@
 // Which bytes of device memory were written. The accesses of the kernels arrive by the calls that a
 // compiler puts in front of each for a kernel's address sanitizer, for which this stands in: see
-// INITCHECK in tests/test_sanitize_driver.py. This and the scheduler are compiled without them.
+// INITCHECK in tests/project/test_sanitize_driver.py. This and the scheduler are compiled without them.
 #include "initcheck.h"
 
 #include <algorithm>

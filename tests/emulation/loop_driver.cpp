@@ -1,4 +1,4 @@
-// Runs the CUDA loop of lowered cells under emulation for tests/emulated_loop.py: reads requests on
+// Runs the CUDA loop of lowered cells under emulation for tests/emulation/emulated_loop.py: reads requests on
 // stdin, answers on stdout.
 //
 // A request: the int64 words of kWords, the doubles {carry, rtol, beta, ridge}, then every array of

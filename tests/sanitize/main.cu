@@ -1,6 +1,6 @@
 // Runs every CUDA kernel of the library a few times on awkward sizes, without torch: short enough
 // for all tools of compute-sanitizer on a GPU, and under ASan in the emulation of tests/emulation.
-// Built by .ci/build_sanitize_driver.py; for the emulation by tests/test_sanitize_driver.py.
+// Built by .ci/build_sanitize_driver.py; for the emulation by tests/project/test_sanitize_driver.py.
 //
 //   sanitize_kernels [--list] [--only NAME]   of a family, or of those that begin so
 //

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulated import EMULATION, FLAGS, ROOT, SANITIZE, run
+from emulation.emulated import EMULATION, FLAGS, ROOT, SANITIZE, run
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("g++") is None,

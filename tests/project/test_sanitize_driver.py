@@ -9,8 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from emulated import EMULATION, ROOT, build, compile_all, compile_driver, compiled_once, link
-from emulated_loop import compile_loop
+from emulation.emulated import (
+    EMULATION,
+    ROOT,
+    build,
+    compile_all,
+    compile_driver,
+    compiled_once,
+    link,
+)
+from emulation.emulated_loop import compile_loop
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or shutil.which("g++") is None,

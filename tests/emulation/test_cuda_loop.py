@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import compiled_once
-from emulated_loop import H100_SHARED, EmulatedLoop, compile_loop
+from emulation.emulated import compiled_once
+from emulation.emulated_loop import H100_SHARED, EmulatedLoop, compile_loop
 from lowered_maps import MAPS, adjoint, contraction, one_layer, permuted, two_layers, with_strides
 from torch import Tensor
 

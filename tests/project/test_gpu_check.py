@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / ".ci" / "gpu_check.py"
 FILES = {"gpu-check.json", "gpu-check.txt", "gpu-check-logs.tar.gz"}
 
@@ -147,8 +147,8 @@ def test_a_check_that_hangs_or_crashes_costs_itself_alone(
     assert not late.exists(), "what the hung command had started went on"
 
 
-@pytest.mark.parametrize("stage", ["light", "tests", "figures", "sanitize"])
-def test_a_budget_that_runs_out_leaves_what_came_before(stage: str, tmp_path: Path) -> None:
+def test_a_budget_that_runs_out_leaves_what_came_before(tmp_path: Path) -> None:
+    stage = "tests"  # with others before it and after it
     names = ["library", "light", "tests", "figures", "sanitize"]
     stages = {name: {f"{name} 1": "true", f"{name} 3": "true"} for name in names}
     stages[stage] = {f"{stage} 1": "true", f"{stage} 2": HANGS, f"{stage} 3": "true"}

@@ -21,7 +21,7 @@ from bench.measure import time_limit
 from bench.peers import Entry, Peer, by_worth, load_entries
 from bench.record import Record, skipped_lines
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENDLESS = """
 import itertools, sys, torch
 from pathlib import Path

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from gpu.device_solves import BATCH, MAPS, assert_close, input_of, made, run
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
-from fpi_cuda.loops import device as device_loop
 from fpi_cuda.loops.device import PlanCache, native
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_plans")]
 
-BATCH = 6
+
 SYNCHRONIZING = (
     "cudaDeviceSynchronize",
     "cudaStreamSynchronize",
@@ -28,47 +26,6 @@ SYNCHRONIZING = (
     "cuStreamSynchronize",
     "cuEventSynchronize",
 )
-
-
-@pytest.fixture(autouse=True)
-def own_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlanCache]:
-    """Plans of this test alone, freed when it ends."""
-    plans = PlanCache()
-    monkeypatch.setattr(device_loop, "plans", plans)
-    yield plans
-    plans.clear()
-
-
-class ConvCell(nn.Module):
-    """x -> norm(relu(norm(conv(x)) + z)), a DEQ cell."""
-
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norms = nn.ModuleList(nn.GroupNorm(4, channels) for _ in range(3))
-        with torch.no_grad():
-            for conv in (self.first, self.second):
-                conv.weight.mul_(0.3)
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        inner = self.norms[0](torch.relu(self.first(x)))
-        return self.norms[2](torch.relu(x + self.norms[1](z + self.second(inner))))
-
-
-class Attention(nn.Module):
-    """x -> tanh(a attention(x) + z)."""
-
-    def __init__(self, width: int = 32) -> None:
-        super().__init__()
-        self.project = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        batch, length, width = x.shape
-        heads = self.project(x).view(batch, length, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(*heads)
-        return torch.tanh(0.3 * self.out(mixed.transpose(1, 2).flatten(2)) + z)
 
 
 def sine_kernel() -> Callable[[Tensor, Tensor, int], None]:
@@ -122,48 +79,6 @@ class TritonCell(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return self.sine(self.linear(x) + z)
-
-
-MAPS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
-    "dense": (lambda: fpi.cells.Dense(16, 256), (256,), (16,)),
-    "mlp": (lambda: fpi.cells.MLP(16, 40, 64), (40,), (16,)),
-    "conv": (ConvCell, (8, 12, 12), (8, 12, 12)),
-    "attention": (Attention, (10, 32), (10, 32)),
-    "large": (lambda: fpi.cells.Dense(16, 4096), (4096,), (16,)),
-}
-
-
-def made(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
-    """The map, and zeros of its state."""
-    torch.manual_seed(0)
-    make, state, _ = MAPS[name]
-    return make().to("cuda", dtype), torch.zeros(BATCH, *state, device="cuda", dtype=dtype)
-
-
-def input_of(name: str, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(BATCH, *MAPS[name][2], device="cuda", dtype=dtype, generator=generator)
-
-
-def run(g: Any, x0: Tensor, z: Tensor, route: str | None, **options: Any) -> list[Tensor]:
-    """Value, account, adjoint's account, gradients in z and the parameters."""
-    z = z.clone().requires_grad_()
-    solution = fpi.fixed_point(g, x0, z, **{"rtol": 1e-5, "rowwise": False, **options}, route=route)
-    weights = torch.linspace(-1.0, 2.0, x0.numel(), device="cuda", dtype=x0.dtype)
-    loss = (solution.value.flatten() * weights).sum()
-    found = torch.autograd.grad(loss, [z, *g.parameters()])
-    stats = solution.adjoint_stats
-    assert stats is not None
-    account = [solution.status, solution.num_steps, stats.status, stats.num_steps]
-    return [*account, solution.value.detach(), *found]
-
-
-def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-3) -> None:
-    """Accounts equal; numbers up to what kernels with atomics may differ by after a solve."""
-    for mine, other in zip(found[:4], expected[:4], strict=True):
-        assert torch.equal(mine, other)
-    for mine, other in zip(found[4:], expected[4:], strict=True):
-        assert torch.linalg.vector_norm(mine - other) <= tolerance * torch.linalg.vector_norm(other)
 
 
 # The loop itself.
@@ -384,114 +299,6 @@ def test_a_solve_inside_the_callers_capture_takes_masked_steps() -> None:
         fpi.fixed_point(g, x0, z, **options)
 
 
-# Stale memory.
-
-
-def test_training_changes_weights_in_place(own_plans: PlanCache) -> None:
-    g, x0 = made("dense")
-    other, _ = made("dense")
-    optimizers = [torch.optim.Adam(m.parameters(), lr=1e-2) for m in (g, other)]
-    for seed in range(5):
-        for module, optimizer, route in zip(
-            (g, other), optimizers, ("device", "host"), strict=True
-        ):
-            optimizer.zero_grad()
-            solution = fpi.fixed_point(
-                module, x0, input_of("dense", seed), route=route, rowwise=False
-            )
-            solution.value.square().sum().backward()
-            optimizer.step()
-    for mine, theirs in zip(g.parameters(), other.parameters(), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4)
-    assert len(own_plans) == 2
-
-
-def swap_parameters(g: nn.Module) -> None:
-    for name, parameter in list(g.named_parameters()):
-        owner = g.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(0.7 * parameter.detach()))
-
-
-def swap_storage(g: nn.Module) -> None:
-    for parameter in g.parameters():
-        parameter.data = 0.7 * parameter.data
-
-
-def move_away_and_back(g: nn.Module) -> None:
-    g.cpu()
-    with torch.no_grad():
-        for parameter in g.parameters():
-            parameter.mul_(0.7)
-    torch.cuda.empty_cache()
-    g.cuda()
-
-
-@pytest.mark.parametrize("change", [swap_parameters, swap_storage, move_away_and_back])
-@pytest.mark.parametrize("name", ["dense", "conv"])
-def test_weights_elsewhere_are_captured_anew(
-    name: str, change: Callable[[nn.Module], None]
-) -> None:
-    g, x0 = made(name)
-    z = input_of(name, 0)
-    before = run(g, x0, z, "device")
-    change(g)
-    gc.collect()
-    # What is freed is written over, so that a stale address could not go unnoticed.
-    junk = [torch.full((2**18,), torch.nan, device="cuda") for _ in range(8)]
-    del junk
-    for _ in range(2):
-        found = run(g, x0, z, "device")
-        assert_close(found, run(g, x0, z, "host"))
-    assert not torch.allclose(before[4], found[4])
-
-
-# Streams and threads.
-
-
-def test_two_streams_take_turns_on_one_plan() -> None:
-    g, x0 = made("large")
-    zs = [input_of("large", seed) for seed in range(6)]
-    with torch.no_grad():
-        expected = [fpi.fixed_point(g, x0, z, route="host", rowwise=False).value for z in zs]
-        fpi.fixed_point(g, x0, zs[0], route="device")
-        streams = [torch.cuda.Stream() for _ in range(2)]
-        torch.cuda.synchronize()
-        found = []
-        for index, z in enumerate(zs):
-            with torch.cuda.stream(streams[index % 2]):
-                found.append(fpi.fixed_point(g, x0, z, route="device").value)
-        torch.cuda.synchronize()
-    for mine, other in zip(found, expected, strict=True):
-        assert torch.allclose(mine, other, rtol=1e-4, atol=1e-5)
-
-
-# A plan keeps the parameters' gradient nodes alive, on the stream of the thread that made it.
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match:UserWarning")
-@pytest.mark.parametrize("name", ["dense", "conv"])
-def test_threads_with_streams_of_their_own(name: str) -> None:
-    g, x0 = made(name)
-    expected = [run(g, x0, input_of(name, seed), "host") for seed in range(4)]
-    failures: list[str] = []
-    barrier = threading.Barrier(4)
-
-    def work(seed: int) -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                barrier.wait()
-                for _ in range(10):
-                    assert_close(run(g, x0, input_of(name, seed), None), expected[seed])
-                torch.cuda.current_stream().synchronize()
-        except BaseException as error:
-            failures.append(f"{seed}: {error!r}")
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-
-
 # Failures and memory.
 
 
@@ -538,28 +345,6 @@ def test_work_left_on_another_stream_is_refused() -> None:
         assert torch.equal(found.value, fpi.fixed_point(g, x0, z, route="host").value)
 
 
-def test_failed_captures_do_not_eat_memory() -> None:
-    def g(x: Tensor, z: Tensor) -> Tensor:
-        y = torch.tanh(0.5 * x + z)
-        torch.cuda.synchronize()
-        return y
-
-    x0 = torch.zeros(64, 2**16, device="cuda")  # 16 MiB
-    z = torch.ones_like(x0)
-
-    def fail() -> int:
-        device_loop.plans.clear()
-        with torch.no_grad(), contextlib.suppress(RuntimeError):
-            fpi.fixed_point(g, x0, z, route="device")
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
-
-    first = [fail() for _ in range(3)][-1]
-    assert [fail() for _ in range(10)][-1] <= first
-
-
 @pytest.mark.parametrize(
     ("g", "reason"),
     [
@@ -575,42 +360,3 @@ def test_refusals(g: Callable[..., Tensor], reason: str) -> None:
         with pytest.raises(RuntimeError, match=reason):
             fpi.fixed_point(g, x0, torch.ones_like(x0), route="device")
         fpi.fixed_point(g, x0, torch.ones_like(x0))
-
-
-def test_ten_thousand_solves_hold_no_more_memory_than_ten() -> None:
-    g, _ = made("dense")
-    layer = fpi.FPILayer(g, rtol=1e-4, route="device")
-    free = []
-    for count in (20, 10_000):
-        for index in range(count):
-            z = input_of("dense", index % 7)
-            if index % 10 == 0:
-                layer(z.requires_grad_()).sum().backward()
-            else:
-                with torch.no_grad():
-                    layer(z)
-        layer.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        free.append((torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]))
-    assert layer.explain().startswith("route    device loop")
-    assert free[1][0] <= free[0][0]
-    assert free[1][1] >= free[0][1] - 2**22
-
-
-def test_plans_give_their_memory_back(own_plans: PlanCache) -> None:
-    def reserved() -> int:
-        gc.collect()
-        torch.cuda.synchronize()
-        torch._C._cuda_clearCublasWorkspaces()  # 32 MiB, of the check against the host loop
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
-
-    g, x0 = made("large")
-    before = reserved()
-    with torch.no_grad():
-        fpi.fixed_point(g, x0, input_of("large", 0), route="device")
-    assert own_plans.memory() > 10 * x0.numel() * 4
-    own_plans.clear()
-    assert reserved() <= before + 2**21

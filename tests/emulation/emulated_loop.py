@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from emulated import EMULATION, ROOT, Pipe, build, bytes_of
+from emulation.emulated import EMULATION, ROOT, Pipe, build, bytes_of
 from torch import Tensor
 
 from fpi_cuda.norms import num_moved

@@ -29,7 +29,7 @@ from fpi_cuda.ops.triton.shape import SPAN, shape_of
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solution import Status
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WHY_NOT = engine.why_not(torch.device("cpu"), torch.float32)
 device = pytest.mark.parametrize(
     "device",

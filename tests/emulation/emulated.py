@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fpi_cuda.norms import num_moved
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EMULATION = ROOT / "tests" / "emulation"
 SOURCES = [
     *sorted((ROOT / "csrc" / "cuda").glob("*_step.cu")),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 
 
 def test_the_layer_equals_the_five_lines() -> None:

@@ -18,7 +18,7 @@ import torch
 from fpi_cuda import _C, _extension
 from fpi_cuda.loops.device import native
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 KERNEL, MEMCPY, MEMSET, HOST, GRAPH, EMPTY, WAIT, RECORD = range(8)
 MEM_ALLOC, MEM_FREE, CONDITIONAL = 10, 11, 13
 

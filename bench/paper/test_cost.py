@@ -43,7 +43,7 @@ def test_hours_follow_from_the_measured_seconds(
 
 
 def test_its_words_can_be_told_anew(tmp_path: Path) -> None:
-    path = Path(__file__).parents[1] / "bench" / "results" / "paper-cost.json"
+    path = Path(__file__).parents[2] / "bench" / "results" / "paper-cost.json"
     copy = tmp_path / path.name
     copy.write_text(json.dumps(json.loads(path.read_text()) | {"readme": "old"}))
     retell(copy)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulated import Emulated, compile_driver, compiled_once
+from emulation.emulated import Emulated, compile_driver, compiled_once
 from stepping import (
     MAPS,
     SOLVERS,
@@ -160,8 +160,15 @@ SCALES = [
 ]
 
 
-@pytest.mark.parametrize(("solver", "dtype", "scale"), SCALES, ids=short)
-@pytest.mark.parametrize("dim", [33, SPLIT], ids=["whole", "split"])
+# Blocks that share a sample sum alike for a narrow history, which has the range of float32.
+IN_PARTS = [case for case in SCALES if case[0] != NARROW]
+
+
+@pytest.mark.parametrize(
+    ("solver", "dtype", "scale", "dim"),
+    [*((*case, 33) for case in SCALES), *((*case, SPLIT) for case in IN_PARTS)],
+    ids=short,
+)
 def test_squares_out_of_range_change_nothing(
     start: Start, solver: FixedPointSolver, dtype: torch.dtype, scale: float, dim: int
 ) -> None:

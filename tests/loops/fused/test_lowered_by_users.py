@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import fpi_cuda as fpi
 from fpi_cuda import cells
-from fpi_cuda.lowered import Layer, Lowered
-from fpi_cuda.ops import native
+from fpi_cuda.lowered import Layer, Lowered, NotLowered
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 
@@ -66,6 +65,13 @@ class LastRows(Truthful):
         factor = torch.full_like(prepared, self.size)
         factor[-1] *= 1.001
         return Lowered((self.layer(prepared, factor=factor),))
+
+
+class Misnamed(Truthful):
+    """Names another activation than it steps with."""
+
+    def lower(self, prepared: Tensor) -> Lowered:
+        return Lowered((self.layer(prepared, activation="relu"),))
 
 
 class WithNaN(Truthful):
@@ -131,6 +137,7 @@ WRONG: dict[str, Callable[[], cells.Cell]] = {
     "larger_tinier": lambda: Larger(1e-30),
     "larger_huge": lambda: Larger(1e12),
     "last_rows": LastRows,
+    "misnamed": Misnamed,
     "nan": WithNaN,
     "infinite": Infinite,
     "borrowed": lambda: Borrowed(D, D),
@@ -185,6 +192,53 @@ def test_the_same_map_is_not(size: float, activation: str, solver: Any, dtype: t
         found.append((value / size, torch.autograd.grad((value / size).sum(), z)[0]))
     for fused, host in zip(*found, strict=True):
         torch.testing.assert_close(fused, host, rtol=1e-3, atol=1e-4)
+
+
+class Gated(cells.Cell):
+    """sigmoid(z) * tanh(M x + z): a gate per feature and sample."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.x_features = features
+        self.M = nn.Linear(features, features, bias=False)
+        nn.init.orthogonal_(self.M.weight, 0.5)
+
+    def prepare(self, z: Tensor) -> Tensor:
+        return z
+
+    def step(self, x: Tensor, prepared: Tensor) -> Tensor:
+        return torch.sigmoid(prepared) * torch.tanh(self.M(x) + prepared)
+
+    def lower(self, prepared: Tensor) -> Lowered:
+        gate = torch.sigmoid(prepared)
+        return Lowered((Layer(self.M.weight, "tanh", shift=prepared, factor=gate),))
+
+
+def test_a_gate_per_sample_is_fused_too(loops: list[int]) -> None:
+    cell, z = Gated(D).double(), torch.randn(B, D).double()
+    x0, v = torch.zeros_like(z), torch.randn_like(z)
+    grads = []
+    for route in ("host", "fused"):
+        given = z.clone().requires_grad_()
+        value = fpi.fixed_point(cell, x0, given, route=route, rtol=1e-10).value
+        grads.append(torch.autograd.grad((value * v).sum(), [given, cell.M.weight]))
+    assert len(loops) == 2
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-8)
+
+
+class Undecided(Truthful):
+    def lower(self, prepared: Tensor) -> Lowered:
+        raise NotLowered("it is Tuesday")
+
+
+def test_a_cell_may_decline(loops: list[int]) -> None:
+    z = torch.randn(B, D)
+    x0 = torch.zeros_like(z)
+    with pytest.raises(RuntimeError, match="cannot run there: it is Tuesday"):
+        fpi.fixed_point(Undecided(), x0, z, route="fused", rtol=1e-4)
+    assert bool(fpi.fixed_point(Undecided(), x0, z, rtol=1e-4).converged.all())
+    assert not loops
 
 
 def test_failed_samples_are_no_difference() -> None:
@@ -253,11 +307,9 @@ class SteppedThrough(Truthful):
     ids=["x_factor", "derivative"],
 )
 def test_what_the_fused_adjoint_cannot_do_the_host_does(
-    make: type[Truthful], reason: str, monkeypatch: pytest.MonkeyPatch
+    make: type[Truthful], reason: str, loops: list[int]
 ) -> None:
-    cell, loops = make().double(), []
-    op = native.cell_loop_
-    monkeypatch.setattr(native, "cell_loop_", lambda *a, **k: (loops.append(1), op(*a, **k))[1])
+    cell = make().double()
     z = torch.randn(B, D, dtype=torch.float64, requires_grad=True)
     x0 = torch.zeros(B, D, dtype=torch.float64)
     found = []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / ".ci" / "check_cuda.py"
+SCRIPT = Path(__file__).parents[2] / ".ci" / "check_cuda.py"
 PTXAS = """
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z11step_kernelIfEvPT_' for 'sm_90'

@@ -14,8 +14,6 @@ from torch.nn.utils import parametrize
 import fpi_cuda as fpi
 from fpi_cuda import activations, cells
 from fpi_cuda.cells import lowering
-from fpi_cuda.lowered import Layer, Lowered, NotLowered
-from fpi_cuda.ops import native
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 
@@ -39,20 +37,6 @@ def inputs(batch: int = BATCH, dtype: torch.dtype = torch.float64) -> tuple[Tens
 
 def solve(cell: Any, x0: Tensor, z: Tensor, route: str | None, **options: Any) -> fpi.Solution:
     return fpi.fixed_point(cell, x0, z, route=route, **{"rtol": 1e-10, **options})
-
-
-@pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for each solve that runs as one loop."""
-    calls: list[int] = []
-    op = native.cell_loop_
-
-    def counted(*args: Any, **kwargs: Any) -> None:
-        calls.append(1)
-        op(*args, **kwargs)
-
-    monkeypatch.setattr(native, "cell_loop_", counted)
-    return calls
 
 
 @pytest.mark.parametrize(
@@ -463,83 +447,6 @@ def test_an_unknown_route_is_named(route: Any) -> None:
         fpi.FPILayer(cells.Dense(Z, X), route=route)
     with pytest.raises(ValueError, match="fixed_point: " + message):
         fpi.fixed_point(cells.Dense(Z, X), torch.zeros(1, X), torch.zeros(1, Z), route=route)
-
-
-class Gated(cells.Cell):
-    """A cell of a user: g(x, z) = tanh(gate(z) * (M x) + z), a gate per feature and sample."""
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.x_features = features
-        self.M = nn.Linear(features, features, bias=False)
-        nn.init.orthogonal_(self.M.weight, 0.5)
-
-    def prepare(self, z: Tensor) -> Tensor:
-        return z
-
-    def step(self, x: Tensor, prepared: Tensor) -> Tensor:
-        return torch.sigmoid(prepared) * torch.tanh(self.M(x) + prepared)
-
-    def lower(self, prepared: Tensor) -> Lowered:
-        gate = torch.sigmoid(prepared)
-        return Lowered((Layer(self.M.weight, "tanh", shift=prepared, factor=gate),))
-
-
-class Wrong(Gated):
-    """Forgets the gate."""
-
-    def step(self, x: Tensor, prepared: Tensor) -> Tensor:
-        return super().step(x, prepared)
-
-    def lower(self, prepared: Tensor) -> Lowered:
-        return Lowered((Layer(self.M.weight, "tanh", shift=prepared),))
-
-
-class Misnamed(Gated):
-    """Tells the kernels another activation than it steps with."""
-
-    def step(self, x: Tensor, prepared: Tensor) -> Tensor:
-        return torch.relu(self.M(x) + prepared)
-
-    def lower(self, prepared: Tensor) -> Lowered:
-        return Lowered((Layer(self.M.weight, "tanh", shift=prepared),))
-
-
-class Undecided(Gated):
-    def step(self, x: Tensor, prepared: Tensor) -> Tensor:
-        return super().step(x, prepared)
-
-    def lower(self, prepared: Tensor) -> Lowered:
-        raise NotLowered("it is Tuesday")
-
-
-def test_a_cell_of_the_user_is_fused_too(loops: list[int]) -> None:
-    cell, z = Gated(X).double(), torch.randn(BATCH, X).double()
-    x0, v = torch.zeros_like(z), torch.randn_like(z)
-    grads = []
-    for route in ("host", "fused"):
-        given = z.clone().requires_grad_()
-        value = solve(cell, x0, given, route).value
-        grads.append(torch.autograd.grad((value * v).sum(), [given, cell.M.weight]))
-    assert len(loops) == 2
-    for one, other in zip(*grads, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-7, atol=1e-8)
-
-
-@pytest.mark.parametrize("wrong", [Wrong, Misnamed])
-def test_a_wrong_lowering_is_found_out(wrong: type[Gated]) -> None:
-    z = torch.randn(BATCH, X)
-    message = wrong.__name__ + r".lower\(\) must describe the map of step\(\)"
-    with torch.no_grad(), pytest.raises(ValueError, match=message):
-        solve(wrong(X), torch.zeros_like(z), z, None, rtol=1e-4)
-
-
-def test_a_cell_may_decline(loops: list[int]) -> None:
-    z = torch.randn(BATCH, X)
-    with pytest.raises(RuntimeError, match="cannot run there: it is Tuesday"):
-        solve(Undecided(X), torch.zeros_like(z), z, "fused", rtol=1e-4)
-    assert bool(solve(Undecided(X), torch.zeros_like(z), z, None, rtol=1e-4).converged.all())
-    assert not loops
 
 
 def test_an_empty_batch(cell: cells.Cell) -> None:
