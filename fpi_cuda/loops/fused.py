@@ -32,7 +32,6 @@ from fpi_cuda.result import SolveResult
 from fpi_cuda.shortcuts import why_rows_unknown
 from fpi_cuda.solvers.coupled import retold
 from fpi_cuda.solvers.fused import solve_fused
-from fpi_cuda.solvers.stepping import Backend
 from fpi_cuda.solvers.workspace import depth_of
 from fpi_cuda.tensor_version import version_of
 
@@ -92,7 +91,7 @@ def solve(
 ) -> tuple[SolveResult, FusedMap]:
     """See Loop."""
     options, engine = plan.options, plan.engine
-    fused = fused_map(flat_map, engine)
+    fused = fused_map(flat_map)
     reason = why_not_worth(fused, plan) if options.route is None else None
     if reason is not None:
         raise NotLowered(reason)
@@ -167,7 +166,7 @@ class FusedMap:
         return self.versions == tuple(map(version_of, self.sources))
 
 
-def fused_map(flat_map: FlatMap, engine: Backend) -> FusedMap:
+def fused_map(flat_map: FlatMap) -> FusedMap:
     """g with its inputs bound, as the fused loop runs it.
 
     Raises:
