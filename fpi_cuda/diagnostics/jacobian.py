@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.evaluation.state import layout_of
-from fpi_cuda.linear_solvers.gmres import combine, dots
+from fpi_cuda.linear_solvers.gmres import orthogonalized
 from fpi_cuda.linear_solvers.linear import working_dtype
 from fpi_cuda.norms import row_norm
 from fpi_cuda.options import require_count
@@ -190,15 +190,11 @@ def compressed(
     for j in range(size):
         w = transposed(basis[:, j])
         w_norm = row_norm(w)
-        known = basis[:, : j + 1]
-        first = dots(known, w)
-        w = w - combine(first, known)
-        second = dots(known, w)
-        w = w - combine(second, known)
+        w, along = orthogonalized(w, basis[:, : j + 1])
         height = row_norm(w)
         # NaN passes through, so that the sample is known by it in the end.
         going = ~(height <= tiny * w_norm)
-        hessenberg[:, : j + 1, j] = first + second
+        hessenberg[:, : j + 1, j] = along
         hessenberg[:, j + 1, j] = torch.where(going, height, 0.0)
         if j + 1 < size:
             unit = w / torch.where(going, height, 1.0)[:, None].to(dtype)

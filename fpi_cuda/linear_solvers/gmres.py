@@ -85,15 +85,10 @@ def cycle(evaluate: Operator, round_: Round, restart: int) -> Correction:
         going = going & ~broken
         w = torch.where(going[:, None], w, 0)
 
-        # Twice is enough: one pass of classical Gram-Schmidt leaves the basis dependent.
-        known = basis[:, : j + 1]
-        first = dots(known, w)
-        w = w - combine(first, known)
-        second = dots(known, w)
-        w = w - combine(second, known)
+        w, along = orthogonalized(w, basis[:, : j + 1])
         height = row_norm(w)
         height = torch.where(height <= tiny * w_norm, 0.0, height)
-        column = torch.cat([first + second, height[:, None]], 1)
+        column = torch.cat([along, height[:, None]], 1)
 
         rotated = torch.bmm(rotations[:, : j + 2, : j + 2], column[:, :, None])[:, :, 0]
         a, b = rotated[:, j], rotated[:, j + 1]
@@ -119,6 +114,17 @@ def cycle(evaluate: Operator, round_: Round, restart: int) -> Correction:
     right = torch.where(usable, norm[:, None] * rotations[:, :size, 0], 0.0)
     weights = torch.linalg.solve_triangular(upper, right[:, :, None], upper=True)[:, :, 0]
     return Correction(combine(weights, basis), spent, finite)
+
+
+def orthogonalized(w: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """w (B, D) less its parts along known (B, n, D), and float64 (B, n), those parts.
+
+    Twice is enough: one pass of classical Gram-Schmidt leaves the basis dependent.
+    """
+    first = dots(known, w)
+    w = w - combine(first, known)
+    second = dots(known, w)
+    return w - combine(second, known), first + second
 
 
 def dots(basis: Tensor, w: Tensor) -> Tensor:

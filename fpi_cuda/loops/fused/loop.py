@@ -29,7 +29,6 @@ from fpi_cuda.loops.coupled import retold
 from fpi_cuda.loops.fused.evaluation import FusedEvaluation, fused_evaluation
 from fpi_cuda.loops.fused.solve import solve_fused
 from fpi_cuda.loops.plan import Plan, Solved
-from fpi_cuda.loops.stepping import Backend
 from fpi_cuda.loops.workspace import depth_of
 from fpi_cuda.lowered import Lowered, NotLowered
 from fpi_cuda.options import Anderson, FixedPointSolver, Implicit, LinearSolver, Picard
@@ -92,7 +91,7 @@ def solve(
 ) -> tuple[SolveResult, FusedMap]:
     """See Loop."""
     options, engine = plan.options, plan.engine
-    fused = fused_map(bound_map, engine)
+    fused = fused_map(bound_map)
     reason = why_not_worth(fused, plan) if options.route is None else None
     if reason is not None:
         raise NotLowered(reason)
@@ -167,7 +166,7 @@ class FusedMap:
         return self.versions == tuple(map(version_of, self.sources))
 
 
-def fused_map(bound_map: BoundMap, engine: Backend) -> FusedMap:
+def fused_map(bound_map: BoundMap) -> FusedMap:
     """g with its inputs bound, as the fused loop runs it.
 
     Raises:
