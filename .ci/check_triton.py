@@ -141,7 +141,7 @@ def compile_loop(variant):
 
     from fpi_cuda.ops.triton.cell_shape import cell_shape
     from fpi_cuda.ops.triton.cell_tile import cell_loop_kernel
-    from fpi_cuda.precision import NAMES
+    from fpi_cuda.options import PRECISIONS
 
     capability, state, precision, m, layers = variant
     shape = cell_shape(m, 8 if state == "fp64" else 4)
@@ -151,7 +151,7 @@ def compile_loop(variant):
         "ACTIVATION1": "softplus",
         "ACTIVATION2": "gelu_derivative",
         "CARRIES": True,
-        "PRECISION": NAMES.index(precision),
+        "PRECISION": PRECISIONS.index(precision),
         "BF16_DOT": True,
         "EPSILON": 1.0e-7,
         "STALL_STEPS": 20.0,

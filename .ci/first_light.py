@@ -108,8 +108,7 @@ def steps_agree(
     """14 steps by our op and by the reference; x lies `offset` elements into its memory."""
     import torch
 
-    from fpi_cuda.loops.stepping import step
-    from fpi_cuda.loops.workspace import allocate
+    from fpi_cuda.loops.stepping import allocate, step
     from fpi_cuda.ops import reference
 
     torch.manual_seed(0)
@@ -196,7 +195,7 @@ def whole_solve(batch: int, dim: int, solver: Any) -> Callable[..., Any]:
     """A row-wise problem that reads nothing from the device; call it with rowwise=."""
     import torch
 
-    from fpi_cuda.loops.iteration import solve
+    from fpi_cuda.loops.host import iterate as solve
 
     torch.manual_seed(0)
     z = torch.randn(batch, dim, device=here())

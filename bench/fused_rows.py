@@ -18,7 +18,7 @@ from bench.measure import busy_seconds, loosest_tolerance, seconds, spread
 from bench.peers import Entry, Peer
 from bench.peers.ours import FpiCuda
 from bench.problems import Problem
-from fpi_cuda.precision import FLOORS
+from fpi_cuda.options import FLOORS
 
 RTOL = 1e-4
 LIPSCHITZ = 0.9

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from bench.fuzz_layers import fuzz_layer
 from fpi_cuda import ops
-from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.host import iterate as solve
 from fpi_cuda.options import MAX_DEPTH, Anderson, Broyden, Picard
 from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing.random_maps import ALWAYS, NEVER, NO_FIXED_POINT, RandomMaps, draw_maps

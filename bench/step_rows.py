@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.measure import Clock, Timing, seconds
 from fpi_cuda.loops import stepping
-from fpi_cuda.loops.workspace import Workspace, allocate
+from fpi_cuda.loops.stepping import Workspace, allocate
 from fpi_cuda.ops.solver_state import column
 from fpi_cuda.options import Anderson
 from fpi_cuda.solution import Status

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from bench.data import BIBTEX_FEATURES, BIBTEX_LABELS, load_bibtex
 from fpi_cuda import ops
-from fpi_cuda.loops.iteration import solve
-from fpi_cuda.loops.stepping import BoundMap
+from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.stepping import Evaluate
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing import NUM_SAMPLES
@@ -115,7 +115,7 @@ Layer = Perceptron | Energy
 
 
 def flat_solve(
-    evaluate: BoundMap, x0: Tensor, solver: Anderson | Picard, rtol: float, max_steps: int = 300
+    evaluate: Evaluate, x0: Tensor, solver: Anderson | Picard, rtol: float, max_steps: int = 300
 ) -> SolveResult:
     """The library's loop with the best backend."""
     backend = ops.resolve(None, x0.device, x0.dtype)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bench import machine
 from fpi_cuda import ops
-from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.host import iterate as solve
 from fpi_cuda.options import Anderson, Broyden, Picard
 from fpi_cuda.solution import Status
 from fpi_cuda.testing import Problem, names, problem

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fpi_cuda import cells
+import sys
+
+from fpi_cuda import cells, options, solution
 from fpi_cuda._extension import build_info, native_available, warn_if_missing
 from fpi_cuda.diagnostics import contract_, jacobian_penalty, spectral_radius
 from fpi_cuda.fixed_point import fixed_point
@@ -51,6 +53,10 @@ __all__ = [
     "partial",
     "spectral_radius",
 ]
+
+# Pickles of an earlier layout name these modules.
+sys.modules["fpi_cuda.request"] = options
+sys.modules["fpi_cuda.result"] = solution
 
 warn_if_missing()
 del warn_if_missing

@@ -10,11 +10,21 @@ import torch
 from fpi_cuda import ops
 from fpi_cuda.evaluation.shortcuts import why_rows_unknown
 from fpi_cuda.evaluation.state import Layout
-from fpi_cuda.loops import Plan, Unavailable, plan_of
+from fpi_cuda.loops import plan_of
 from fpi_cuda.loops.adjoint import LOOSEST_BY_ATOL
-from fpi_cuda.options import MAX_DEPTH, Anderson, Implicit, JacobianFree, Neumann, Phantom, Unroll
-from fpi_cuda.precision import NAMES
-from fpi_cuda.request import Options, default_adjoint_solver
+from fpi_cuda.loops.plan import Plan, Unavailable
+from fpi_cuda.options import (
+    MAX_DEPTH,
+    PRECISIONS,
+    Anderson,
+    Implicit,
+    JacobianFree,
+    Neumann,
+    Options,
+    Phantom,
+    Unroll,
+    default_adjoint_solver,
+)
 from fpi_cuda.solution import AdjointRecord, Route
 
 HOST_LOOP = "host loop: torch evaluates g, then one solver step advances all samples"
@@ -98,7 +108,7 @@ def fused_loop(plan: Plan, g: object) -> str:
     options, dtype, engine = plan.options, plan.layout.dtype, cast("Any", plan.engine)
     depth = options.solver.m if isinstance(options.solver, Anderson) else 0
     hidden = getattr(getattr(g, "energy", g), "hidden_features", 0)
-    precision = NAMES.index(options.precision) if dtype == torch.float32 else 0
+    precision = PRECISIONS.index(options.precision) if dtype == torch.float32 else 0
     words = engine.cell_loop_words(
         plan.layout.dim, hidden, depth, dtype, precision, plan.layout.device
     )

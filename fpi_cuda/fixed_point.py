@@ -21,31 +21,42 @@ from fpi_cuda.autograd import (
 )
 from fpi_cuda.autograd.fixed_point import FixedPoint
 from fpi_cuda.autograd.lifted import LiftedEquation
+from fpi_cuda.autograd.solution_check import SolutionCheck
 from fpi_cuda.autograd.strategy import Strategy
 from fpi_cuda.autograd.vmap import BATCHED, by_samples_of_vmap
 from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
 from fpi_cuda.declined import Declined
 from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.context import UNDER_GRAD, being_captured
 from fpi_cuda.evaluation.shortcuts import is_rowwise_by_construction
-from fpi_cuda.evaluation.state import Layout, layout_of
-from fpi_cuda.evaluation.stream_capture import UNDER_GRAD, being_captured
+from fpi_cuda.evaluation.state import (
+    Layout,
+    layout_of,
+    require_arity,
+    require_batch,
+    require_g_reads,
+    require_inputs,
+    require_known,
+    require_map,
+    require_numbers,
+)
 from fpi_cuda.evaluation.tracing import untraced
 from fpi_cuda.loops import (
     BEING_CAPTURED,
     IN_TRANSFORM,
     UNROLLED,
     Solved,
-    adjoint_of,
     after_decline,
     plan_of,
-    prepare,
 )
 from fpi_cuda.loops.adjoint import (
+    adjoint_of,
     differentiated_map,
+    prepare,
     strategy_for,
     truncation_of,
 )
-from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.loops.stepping import Backend
 from fpi_cuda.loops.unroll import unroll
 from fpi_cuda.ops import reference
@@ -54,18 +65,9 @@ from fpi_cuda.options import (
     Anderson,
     FixedPointSolver,
     Implicit,
+    Options,
     Picard,
     Unroll,
-)
-from fpi_cuda.request import (
-    Options,
-    require_arity,
-    require_batch,
-    require_g_reads,
-    require_inputs,
-    require_known,
-    require_map,
-    require_numbers,
 )
 from fpi_cuda.solution import (
     AdjointRecord,
@@ -75,7 +77,6 @@ from fpi_cuda.solution import (
     SolveResult,
     Status,
 )
-from fpi_cuda.solution_check import SolutionCheck
 from fpi_cuda.unconverged import notice_here
 
 
@@ -409,7 +410,7 @@ def solved_lifted(
     """The same inside torch.func transforms."""
 
     def run(evaluate: Any, x0: Tensor) -> SolveResult:
-        result = solve(
+        result = iterate(
             evaluate,
             x0,
             options.solver,

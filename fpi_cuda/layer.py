@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.evaluation import transforms
-from fpi_cuda.evaluation.dense import why_not_dense
-from fpi_cuda.evaluation.state import STATE_DTYPES
+from fpi_cuda.evaluation.state import STATE_DTYPES, require_known, require_map, why_not_dense
 from fpi_cuda.explain import explain
 from fpi_cuda.fixed_point import detached, solve_as_told, solve_untraced
-from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit
-from fpi_cuda.request import Options, require_known, require_map
+from fpi_cuda.options import Adjoint, Anderson, FixedPointSolver, Implicit, Options
 from fpi_cuda.solution import Solution
 from fpi_cuda.unconverged import Notice
 

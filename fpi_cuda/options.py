@@ -1,10 +1,12 @@
-"""Solver and adjoint choices: small frozen records, checked when they are made."""
+"""What a solve is told: solvers, adjoints and all other options, as frozen, checked records."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -279,3 +281,160 @@ def require_instance(owner: str, name: str, value: object, classes: tuple[type, 
     if isinstance(value, type) and issubclass(value, classes):
         hint = f"; did you mean {value.__name__}()?"
     raise TypeError(f"{owner}: {name} must be one of {names}, got {value!r}{hint}")
+
+
+BACKENDS = ("reference", "native", "cuda", "triton")
+
+FLOORS = {"ieee": 0.0, "tf32x3": 1e-6, "tf32": 1e-3, "bf16": 1e-2}
+"""The least rtol to ask for. Rounding moves g of the built-in cells by up to 2.4e-7, 2.4e-4 and
+1.9e-3 of its norm, and half of the tolerance is left for that. Plain float32 needs no such rule: a
+sample that cannot get there is STALLED."""
+
+
+PRECISIONS = tuple(FLOORS)
+"""In the order of csrc/common/precision.h."""
+
+
+def require_precision(
+    owner: str, precision: object, rtol: float, atol: float, *, what: str = "rtol"
+) -> None:
+    """Raise unless `precision` is one of PRECISIONS and can reach the tolerance.
+
+    Args:
+        what: the name of the option that rtol was given as.
+    """
+    if not isinstance(precision, str) or precision not in FLOORS:
+        raise ValueError(
+            f"{owner}: precision must be one of {', '.join(map(repr, PRECISIONS))}, "
+            f"got {precision!r}"
+        )
+    floor = FLOORS[precision]
+    # An absolute tolerance is in the units of x: what it amounts to shows at the end of a solve.
+    if rtol < floor and atol == 0.0:
+        fine = [name for name in PRECISIONS if FLOORS[name] <= rtol]
+        raise ValueError(
+            f'{owner}: precision="{precision}" reaches tolerances of {floor:g} and above, got '
+            f'{what}={rtol:g}. Loosen {what}, or use precision="{fine[-1]}"'
+        )
+
+
+ROUTES = ("host", "device", "fused")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What fixed_point is told besides g, x0 and z, and who says that it has not converged."""
+
+    solver: FixedPointSolver
+    rtol: float
+    atol: float
+    max_steps: int
+    adjoint: Adjoint
+    backend: str | None
+    rowwise: bool | None
+    throw: bool
+    route: str | None
+    precision: str
+    batch_dims: int = 1
+    notice: Any = field(compare=False, repr=False, kw_only=True)
+
+    def require_sensible(self, owner: str) -> None:
+        """Raise unless every option is one that fixed_point can work with."""
+        require_instance(owner, "solver", self.solver, FIXED_POINT_SOLVERS)
+        require_instance(owner, "adjoint", self.adjoint, ADJOINTS)
+        require_real(owner, "rtol", self.rtol, 0.0, 1.0)
+        require_real(owner, "atol", self.atol, 0.0)
+        require_count(owner, "max_steps", self.max_steps, 1, MOST_STEPS)
+        require_precision(owner, self.precision, self.rtol, self.atol)
+        if isinstance(self.adjoint, Implicit) and self.adjoint.rtol is not None:
+            require_precision(
+                owner, self.precision, self.adjoint.rtol, 0.0, what="rtol of Implicit"
+            )
+        if self.backend is not None and self.backend not in BACKENDS:
+            valid = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"{owner}: unknown backend {self.backend!r}. Valid: None, {valid}")
+        if self.route is not None and self.route not in ROUTES:
+            valid = ", ".join(map(repr, ROUTES))
+            raise ValueError(f"{owner}: unknown route {self.route!r}. Valid: None, {valid}")
+        if self.rowwise is not None and not isinstance(self.rowwise, bool):
+            raise TypeError(f"{owner}: rowwise must be None or a bool, got {self.rowwise!r}")
+        if not isinstance(self.throw, bool):
+            raise TypeError(f"{owner}: throw must be a bool, got {self.throw!r}")
+        require_count(owner, "batch_dims", self.batch_dims, 0, 1)
+        if self.rowwise and not self.batch_dims:
+            raise ValueError(
+                f"{owner}: rowwise=True says that the samples are independent, but batch_dims=0 "
+                "makes the whole state one sample. Leave one of them out"
+            )
+
+    def storable(self, backend: str, state: torch.dtype) -> Options:
+        """These options with histories in a dtype that the backend stores for such a state.
+
+        Raises:
+            ValueError: it stores none that is as good as the one asked for, or has no such solver.
+        """
+        solver = with_storable_history(self.solver, backend, state)
+        adjoint = self.adjoint
+        if isinstance(adjoint, Implicit) and adjoint.solver is not None:
+            linear = with_storable_history(adjoint.solver, backend, state)
+            if linear is not adjoint.solver:
+                adjoint = replace(adjoint, solver=linear)
+        if solver is self.solver and adjoint is self.adjoint:
+            return self
+        return replace(self, solver=solver, adjoint=adjoint)
+
+    def adjoint_solver(self, dim: int) -> FixedPointSolver | LinearSolver:
+        """The solver of the adjoint system for samples of `dim` elements, where one is solved."""
+        asked = self.adjoint.solver if isinstance(self.adjoint, Implicit) else None
+        return asked or default_adjoint_solver(self.solver, dim)
+
+    @functools.cached_property
+    def adjoint_steps(self) -> int:
+        """Cap on the products with the Jacobian in an adjoint solve."""
+        asked = self.adjoint.max_steps if isinstance(self.adjoint, Implicit) else None
+        return asked or self.max_steps
+
+
+def default_adjoint_solver(solver: FixedPointSolver, dim: int) -> FixedPointSolver:
+    """The forward's solver; for Anderson, as deep as it can be of use, and without a ridge."""
+    if not isinstance(solver, Anderson):
+        return solver
+    return linear_anderson(max(solver.m, min(MAX_DEPTH, dim)), solver.history_dtype)
+
+
+@functools.cache
+def linear_anderson(depth: int, history_dtype: torch.dtype | None) -> Anderson:
+    """Anderson's method for a linear map."""
+    return Anderson(m=depth, ridge=0.0, history_dtype=history_dtype)
+
+
+Solver = TypeVar("Solver")
+
+
+def with_storable_history(solver: Solver, backend: str, state: torch.dtype) -> Solver:
+    """`solver`, its history in a dtype in which the backend stores differences of such a state.
+
+    Raises:
+        ValueError: there is none that is as good as the one asked for, or no such solver.
+    """
+    if backend == "triton" and isinstance(solver, Broyden):
+        raise ValueError(
+            f'fixed_point: backend="triton" runs Picard and Anderson, got {solver}. '
+            "Use one of these, or backend=None"
+        )
+    if not isinstance(solver, Anderson) or solver.history_dtype in (None, state):
+        return solver
+    history = solver.history_dtype
+    if state in (torch.float32, torch.float64):
+        if (state, history) == (torch.float32, torch.bfloat16):
+            return solver
+        return replace(solver, history_dtype=None)
+    if backend == "reference":
+        # Differences of a half-precision state are computed in float32.
+        stored = torch.float32 if history == torch.float64 else history
+        return solver if stored == history else replace(solver, history_dtype=stored)
+    raise ValueError(
+        f"fixed_point: Anderson(history_dtype={history}) is not available for a {state} state in "
+        f'backend "{backend}", which stores differences as the state, or those of a float32 state '
+        'in bfloat16. Use history_dtype=None, a float32 state, or backend="reference"'
+    )

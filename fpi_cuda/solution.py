@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fpi_cuda.late import Late
-
 LookAtAdjoint = Callable[[Tensor, Tensor, Tensor, int], bool]
 """look(b, status, residual, num_zeroed): at an adjoint solve for b (B, D) that has ended; whether
 there was anything to say."""
@@ -123,6 +121,39 @@ class Route(NamedTuple):
 NOT_BY = {"fused": "not fused", "device": "not on the device"}
 
 
+class AsyncNumber:
+    """Sends a number on its way to the host, and waits for it when it is asked for.
+
+    Args:
+        number: 0-dim, of any dtype.
+    """
+
+    def __init__(self, number: Tensor) -> None:
+        self._number = number
+        self._arrived: torch.cuda.Event | None = None
+        if number.is_cuda:
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(number.device).record_event()
+
+    def value(self) -> int | float | bool:
+        """The number. Waits for what it was computed from, not for what was enqueued since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._number.item()
+
+    def peek(self) -> int | float | bool | None:
+        """The number if it has come, else None; waits for nothing."""
+        if self._arrived is not None and not self._arrived.query():
+            return None
+        return self._number.item()
+
+
+def worst_of(status: Tensor) -> Tensor:
+    """0-dim, the highest status: above CONVERGED if a sample has not, from DIVERGED on if lost."""
+    return status.max() if status.numel() else status.new_ones(())  # CONVERGED
+
+
 @dataclass(eq=False, repr=False)
 class AdjointRecord:
     """A box that the backward pass fills: autograd runs after the Solution was returned.
@@ -142,7 +173,7 @@ class AdjointRecord:
     batch_dims: int = 1
     stats: Stats | None = None
     warned: bool = False
-    worst: Late | None = None
+    worst: AsyncNumber | None = None
     route: Route | None = None
     adjoint_route: Route | None = None
     joint: bool = False

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fpi_cuda.evaluation.stream_capture import being_captured
-from fpi_cuda.late import Late, worst_of
+from fpi_cuda.evaluation.context import being_captured
 from fpi_cuda.norms import row_norm
-from fpi_cuda.solution import AdjointRecord, Status
+from fpi_cuda.solution import AdjointRecord, AsyncNumber, Status, worst_of
 
 OUTSIDE_OF = ("fpi_cuda", "torch")
 """Packages whose lines are nobody's call site."""
@@ -114,7 +113,7 @@ class Notice:
         if self._in_flight or self._has_said("forward"):
             return
         record, status = solution.adjoint_record, solution.status
-        worst = record.worst or Late(worst_of(status))
+        worst = record.worst or AsyncNumber(worst_of(status))
         outcome = Outcome(status, solution.residual.detach(), None)
         self._in_flight = True
         waiting.append(Waiting(self, worst, outcome, rtol, atol))
@@ -193,7 +192,7 @@ class Waiting(NamedTuple):
     """A solve on the device whose end nobody has looked at."""
 
     notice: Notice
-    worst: Late
+    worst: AsyncNumber
     outcome: Outcome
     rtol: float
     atol: float

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fpi_cuda.loops.stepping import step
-from fpi_cuda.loops.workspace import Workspace, allocate
+from fpi_cuda.loops.stepping import Workspace, allocate, step
 from fpi_cuda.ops.solver_state import column
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import fpi_cuda as fpi
 from fpi_cuda.evaluation import context
 from fpi_cuda.evaluation.stream_capture import NoRandomNumbers, being_captured
-from fpi_cuda.loops import iteration
-from fpi_cuda.loops.polling import CountAtOnce, CountNever
+from fpi_cuda.loops import host
+from fpi_cuda.loops.host import CountAtOnce, CountNever
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library believe that the current stream is being captured."""
     for module in (context, import_module("fpi_cuda.fixed_point")):
         monkeypatch.setattr(module, "being_captured", lambda device: True)
-    monkeypatch.setattr(iteration, "active_count", lambda device: CountNever())
+    monkeypatch.setattr(host, "active_count", lambda device: CountNever())
 
 
 class Counted:
@@ -44,7 +44,7 @@ def test_steps_after_the_last_sample_has_stopped_change_nothing(rowwise: bool) -
     assert counted.evaluations == (60 if rowwise else 61)
     assert int(found.num_steps.max()) < 30
     with pytest.MonkeyPatch.context() as undone, torch.no_grad():
-        undone.setattr(iteration, "active_count", lambda device: CountAtOnce())
+        undone.setattr(host, "active_count", lambda device: CountAtOnce())
         expected = fpi.fixed_point(Counted(), x0, z, rtol=1e-8, max_steps=60)
     for name in ("value", "status", "num_steps", "residual"):
         assert torch.equal(getattr(found, name), getattr(expected, name))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpi_cuda.loops import iteration
-from fpi_cuda.loops.polling import CountAtOnce, CountLater, active_count
+from fpi_cuda.loops import host
+from fpi_cuda.loops.host import CountAtOnce, CountLater, active_count
 from fpi_cuda.ops import reference
 from fpi_cuda.options import Anderson
 from fpi_cuda.solution import SolveResult, Status
@@ -109,8 +109,8 @@ def test_late_counts_change_no_result(
 
     def run(count: Any) -> tuple[SolveResult, list[int]]:
         calls: list[int] = []
-        monkeypatch.setattr(iteration, "active_count", lambda device: count)
-        result = iteration.solve(
+        monkeypatch.setattr(host, "active_count", lambda device: count)
+        result = host.solve(
             counting(z, calls), 0 * z, Anderson(m=3), rtol=1e-8, atol=0.0, max_steps=max_steps,
             backend=reference, rowwise=rowwise,
         )  # fmt: skip
@@ -129,4 +129,4 @@ def test_late_counts_change_no_result(
 
 def test_rows_that_stay_keep_their_order() -> None:
     status = torch.tensor([1, 0, 3, 0, 0, 2], dtype=torch.int8)
-    assert iteration.active_first(status).tolist() == [1, 3, 4, 0, 2, 5]
+    assert host.active_first(status).tolist() == [1, 3, 4, 0, 2, 5]

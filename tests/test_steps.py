@@ -22,7 +22,7 @@ from stepping import (
 from torch import Tensor
 
 from fpi_cuda import ops
-from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.host import iterate as solve
 from fpi_cuda.loops.stepping import step
 from fpi_cuda.norms import row_norm
 from fpi_cuda.ops import reference, rules

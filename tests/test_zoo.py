@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.zoo import RATIO_LIMIT, Run, compare, missed_samples, parse_solver, run
 from fpi_cuda import ops
-from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.host import iterate as solve
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing import NUM_SAMPLES, Problem, backends_available, names, problem

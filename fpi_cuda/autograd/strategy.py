@@ -14,9 +14,8 @@ from torch import Tensor
 from fpi_cuda.autograd.linearization import Jacobian
 from fpi_cuda.autograd.scaling import Apply, factor_of, is_solved_jointly
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.late import Late, worst_of
 from fpi_cuda.norms import row_norm
-from fpi_cuda.solution import AdjointRecord, SolveResult, Stats, Status
+from fpi_cuda.solution import AdjointRecord, AsyncNumber, SolveResult, Stats, Status, worst_of
 
 
 class LinearSystem(NamedTuple):
@@ -72,7 +71,7 @@ class Account:
         self.coupling = coupling
         self.late = late
         self.record = record
-        self._worst = Late(worst_of(status))
+        self._worst = AsyncNumber(worst_of(status))
         if record.worst is None:
             record.worst = self._worst
 

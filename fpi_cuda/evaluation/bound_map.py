@@ -13,9 +13,8 @@ from torch.nn.utils import parametrize
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.buffers import keeping, modules_of, moving_buffers
 from fpi_cuda.evaluation.context import Replay
-from fpi_cuda.evaluation.dense import why_not_dense
 from fpi_cuda.evaluation.same_value import same_value
-from fpi_cuda.evaluation.state import Layout
+from fpi_cuda.evaluation.state import Layout, why_not_dense
 from fpi_cuda.evaluation.tensor_version import counted_version
 from fpi_cuda.evaluation.weight_cache import WeightCache
 
@@ -144,7 +143,7 @@ class BoundMap:
         return all(has_rows(part, self.layout.batch) for part in parts_of(self.read))
 
     def evaluate(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """g for a solver, without a graph; see fpi_cuda.loops.iteration.BoundMap."""
+        """g for a solver, without a graph; see fpi_cuda.loops.stepping.Evaluate."""
         if rows is None:
             self._whole = x
             return self._checked(x, self.read)

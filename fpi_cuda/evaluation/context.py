@@ -18,8 +18,23 @@ from torch.utils import _pytree as pytree
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.drawing_ops import Generators
 from fpi_cuda.evaluation.random_draws import Draw, Recording, Replaying, here
-from fpi_cuda.evaluation.stream_capture import NoRandomNumbers, being_captured
+from fpi_cuda.evaluation.stream_capture import NoRandomNumbers
 from fpi_cuda.evaluation.weight_cache import WeightCache, caches_kept_clean, watch_weight_cache
+
+UNDER_GRAD = (
+    "fixed_point: under grad mode a solve cannot be captured into a CUDA graph, for backward has "
+    "to read how it ended. Capture it under torch.no_grad(), or not at all: the device loop makes "
+    "a graph of its own"
+)
+
+
+def being_captured(device: torch.device) -> bool:
+    """Whether the caller is capturing what the current stream of `device` is given."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return bool(torch.cuda.is_current_stream_capturing())
+
 
 T = TypeVar("T")
 

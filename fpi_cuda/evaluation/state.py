@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
-from fpi_cuda.evaluation.dense import NAMES, why_not_dense
+from fpi_cuda.evaluation.shortcuts import why_not_hoisted
 
 STATE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -194,7 +198,7 @@ def require_floating_tensor(part: object) -> None:
     """Raise unless `part` can be (part of) a state."""
     if type(part) is Tensor and part.dtype in STATE_DTYPES and part.layout == torch.strided:
         asked: Any = part
-        if not (part.is_nested or (NAMES and asked.has_names())):
+        if not (part.is_nested or (NAMED_DIMENSIONS and asked.has_names())):
             return  # as most are
     if not isinstance(part, Tensor):
         remedy = "convert it with torch.as_tensor" if not isinstance(part, list) else "use a tuple"
@@ -212,3 +216,160 @@ def require_floating_tensor(part: object) -> None:
             else "convert it with x0.float()"
         )
         raise TypeError(f"fixed_point: x0 must be floating, got {part.dtype}; {remedy}")
+
+
+REMEDIES = {
+    "DTensor": "use {}.to_local(), or {}.full_tensor() for all of it",
+    "MaskedTensor": "use {}.to_tensor(0.0), and hand the mask to g",
+    "NestedTensor": "use {}.to_padded_tensor(0.0), and hand the lengths to g",
+}
+"""For subclasses of torch's own."""
+
+
+NAMED_DIMENSIONS = hasattr(Tensor, "has_names")
+"""Whether dimensions may have names, which torch 2.13 did away with."""
+
+
+def why_not_dense(t: Tensor, name: str = "") -> tuple[str, str] | None:
+    """What t, called `name`, is, and the remedy, unless it is dense; tracers' tensors count as so.
+
+    A subclass that only overrides __torch_function__ holds its own numbers, and is dense.
+    """
+    # Most are; and Dynamo, which looks into a layer's start, knows no more.
+    asked: Any = t
+    plain = type(t) is Tensor and not (t.is_nested or t.is_quantized)
+    plain = plain and not (NAMED_DIMENSIONS and asked.has_names())
+    if (plain and t.layout == torch.strided) or torch.compiler.is_dynamo_compiling():
+        return None
+    found = _found(t)
+    return None if found is None else (found[0], found[1].replace("{}", name))
+
+
+def _found(t: Tensor) -> tuple[str, str] | None:
+    """The same with a place for the name in the remedy."""
+    if is_lazy(t):
+        return "an uninitialized parameter", "call the module that it belongs to first"
+    cls = type(t)
+    # A nested or sparse tensor may refuse to be asked anything else.
+    if t.is_nested:
+        return "a nested tensor", REMEDIES["NestedTensor"]
+    if cls.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not isinstance(t, FakeTensor):
+        name = cls.__name__
+        return f"a {name}", REMEDIES.get(name, "unwrap it, and wrap it again in g")
+    if t.layout != torch.strided:
+        return str(t.layout), "use {}.to_dense()"
+    if t.is_quantized:
+        return str(t.dtype), "use {}.dequantize()"
+    asked: Any = t
+    if NAMED_DIMENSIONS and asked.has_names():
+        return "a tensor of dimensions with names", "use {}.rename(None)"
+    return None
+
+
+NO_NUMBERS = "fixed_point: a solve needs the numbers in x0 and z, and {} has none. {}"
+
+
+def require_known(owner: str, function: Callable[..., Any], unknown: dict[str, Any]) -> None:
+    """Raise for an option that `function` does not have."""
+    if unknown:
+        parameters = inspect.signature(function).parameters.values()
+        valid = ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        raise TypeError(f"{owner}: unknown option {next(iter(unknown))!r}. Valid options: {valid}")
+
+
+def require_map(owner: str, g: object) -> None:
+    """Raise unless g can be evaluated."""
+    if isinstance(g, type) and issubclass(g, nn.Module):
+        raise TypeError(
+            f"{owner}: g must be a function or a module, got the class {g.__name__}. "
+            f"Pass an instance of it: {g.__name__}(...)"
+        )
+    if not callable(g):
+        raise TypeError(f"{owner}: g must be a function or module g(x, *z), got {type(g).__name__}")
+
+
+def require_arity(g: Callable[..., Any], z: tuple[object, ...]) -> None:
+    """Raise where g cannot be called with x and all of z; for when calling it has failed."""
+    hoisted = why_not_hoisted(g) is None
+    called: Any = getattr(g, "prepare", g) if hoisted else g
+    given = z if hoisted else (None, *z)
+    try:
+        signature = inspect.signature(called.forward if isinstance(called, nn.Module) else called)
+    except (TypeError, ValueError):
+        return  # written in C: nobody knows
+    try:
+        signature.bind(*given)
+    except TypeError as mismatch:
+        name = getattr(called, "__qualname__", type(called).__name__)
+        raise TypeError(
+            f"fixed_point: g must take x and every z, but {name}{signature} cannot take the "
+            f"{len(z)} z given: {mismatch}. Bind other arguments with "
+            "functools.partial(g, name=value)"
+        ) from None
+
+
+def require_g_reads(z: tuple[object, ...], error: Exception) -> None:
+    """Name a z that g may not be able to compute with, for when evaluating g has failed."""
+    # A class of the user's own passes through as it is.
+    torchs = type(error) in (RuntimeError, TypeError, NotImplementedError)
+    if not torchs or str(error).startswith("fixed_point: "):
+        return
+    for index, t in enumerate(z):
+        found = why_not_dense(t, f"z[{index}]") if isinstance(t, Tensor) else None
+        if found is not None:
+            said = str(error).partition("\n")[0][:200]
+            raise RuntimeError(
+                f"fixed_point: g failed with x a plain tensor and z[{index}] {found[0]} ({said}). "
+                f"If that is why, {found[1]}"
+            ) from error
+
+
+def require_batch(g: object, x0: object) -> None:
+    """Raise where g names the features of its state, and x0 has no dimension for the batch."""
+    features = getattr(g, "x_features", None)
+    if isinstance(features, int) and isinstance(x0, Tensor) and x0.dim() < 2:
+        raise ValueError(
+            f"fixed_point: x0 must be (batch, {features}) for {type(g).__name__}, got "
+            f"x0={tuple(x0.shape)}. Give x0 and z a batch dimension: z[None] is a batch of one"
+        )
+
+
+def require_inputs(z: tuple[object, ...]) -> None:
+    """Raise unless all z are tensors with something in them; what kind is up to g."""
+    for index, t in enumerate(z):
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"fixed_point: z must be tensors, got z[{index}] of type {type(t).__name__}. "
+                "Bind other arguments with functools.partial(g, name=value)"
+            )
+        if is_lazy(t):
+            raise ValueError(
+                f"fixed_point: z[{index}] is an uninitialized parameter; call the module that it "
+                "belongs to first"
+            )
+
+
+def require_numbers(*tensors: Tensor) -> None:
+    """Raise where tensors only stand for numbers, as those of tracers do.
+
+    Raises:
+        ValueError: a tensor on the meta device.
+        RuntimeError: fake tensors, or a trace that would hold the steps taken for these data.
+    """
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "fixed_point: torch.jit.trace would keep the steps that these data need for all "
+            "others. Trace what is around the layer, or call it as it is"
+        )
+    for t in tensors:
+        if isinstance(t, FakeTensor) or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
+            raise RuntimeError(
+                NO_NUMBERS.format("a FakeTensor", "torch.export of a solve is not possible")
+            )
+        if t.is_meta:
+            raise ValueError(NO_NUMBERS.format("device meta", "Pass tensors on a real device"))
+    if _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None:
+        raise RuntimeError(
+            "fixed_point: make_fx and torch.func.linearize cannot trace a solve, whose steps "
+            "depend on the data. In the place of linearize use torch.func.jvp"
+        )

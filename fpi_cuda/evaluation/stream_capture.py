@@ -12,20 +12,6 @@ import torch
 
 from fpi_cuda.evaluation.dispatch_modes import EagerMode
 
-UNDER_GRAD = (
-    "fixed_point: under grad mode a solve cannot be captured into a CUDA graph, for backward has "
-    "to read how it ended. Capture it under torch.no_grad(), or not at all: the device loop makes "
-    "a graph of its own"
-)
-
-
-def being_captured(device: torch.device) -> bool:
-    """Whether the caller is capturing what the current stream of `device` is given."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return bool(torch.cuda.is_current_stream_capturing())
-
 
 class NoRandomNumbers(EagerMode):
     """Raises where an op may draw random numbers: a capture cannot give each step the same."""

@@ -17,10 +17,12 @@ from fpi_cuda.autograd import (
     Strategy,
 )
 from fpi_cuda.coupling import Coupling
+from fpi_cuda.declined import Declined
 from fpi_cuda.linear_solvers.conjugate_gradient import conjugate_gradient
 from fpi_cuda.linear_solvers.gmres import gmres
 from fpi_cuda.loops.coupled import feels, jointly, retold, rows_mix
-from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.host import iterate
+from fpi_cuda.loops.plan import LoopAdjoint, Plan, Prepare, Solved, Unavailable
 from fpi_cuda.loops.stepping import Backend
 from fpi_cuda.norms import difference_norm, num_moved, row_norm
 from fpi_cuda.options import (
@@ -31,10 +33,10 @@ from fpi_cuda.options import (
     Implicit,
     LinearSolver,
     Neumann,
+    Options,
     Phantom,
 )
-from fpi_cuda.request import Options
-from fpi_cuda.solution import SolveResult, Status
+from fpi_cuda.solution import AdjointRecord, Route, SolveResult, Status
 
 
 def differentiated_map(bound_map: BoundMap, adjoint: Adjoint) -> BoundMap:
@@ -153,7 +155,7 @@ class SystemSolve:
             return conjugate_gradient(
                 minus(system.apply), minus(system.apply_transpose), b, **limits
             )
-        return solve(
+        return iterate(
             lambda y, rows: system.apply(y) + b,
             b,
             solver,
@@ -193,3 +195,50 @@ class SystemSolve:
         coupling.depends()
         more = self(system._replace(b=left - found.x), coupling, None)
         return more._replace(x=found.x + more.x, num_steps=found.num_steps.max() + more.num_steps)
+
+
+def adjoint_of(solved: Solved, account: Account, record: AdjointRecord) -> LoopAdjoint | None:
+    """How the loop that ran solves the adjoint too; None: the host does, as after any solve.
+
+    Raises:
+        Unavailable: route asks for one that cannot.
+    """
+    adjoint = solved.plan.loop.adjoint
+    if adjoint is None or not isinstance(solved.plan.options.adjoint, Implicit):
+        return None
+    try:
+        found = adjoint(solved, account)
+    except Declined as reason:
+        leave_adjoint_to_host(solved.plan, record, str(reason))
+        return None
+    if found.prepare is None:
+        record.adjoint_route = Route(solved.plan.loop.name)
+    return found
+
+
+def prepare(by: Prepare, solved: Solved, account: Account, record: AdjointRecord) -> None:
+    """Make an adjoint solve ready, after g was evaluated at the solution.
+
+    Raises:
+        Unavailable: route asks for one that cannot.
+    """
+    name = solved.plan.loop.name
+    try:
+        reason = by(solved.result.x, account)
+    except Declined as declined:
+        leave_adjoint_to_host(solved.plan, record, str(declined))
+    else:
+        record.adjoint_route = Route(name) if reason is None else by_host(name, reason)
+
+
+def leave_adjoint_to_host(plan: Plan, record: AdjointRecord, reason: str) -> None:
+    """Note why the host solves the adjoint, unless it was asked not to."""
+    name = plan.loop.name
+    if plan.options.route == name:
+        raise Unavailable(name, "the adjoint", reason)
+    record.adjoint_route = by_host(name, reason)
+
+
+def by_host(name: str, reason: str) -> Route:
+    """The host's, where one loop gave a reason."""
+    return Route("host", ((name, reason),))

@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.loops.stepping import Backend, BoundMap, apart_from, step
-from fpi_cuda.loops.workspace import Workspace, allocate, depth_of
+from fpi_cuda.loops.stepping import (
+    Backend,
+    Evaluate,
+    Workspace,
+    allocate,
+    apart_from,
+    depth_of,
+    step,
+)
 from fpi_cuda.norms import beyond_rounding, difference_norm, differs, row_norm
 from fpi_cuda.ops.noise import EVERY, noise_of
 from fpi_cuda.ops.rules import drift_limits
@@ -28,14 +35,14 @@ class System(NamedTuple):
     """What is solved, row by row or jointly.
 
     Attributes:
-        evaluate, solver, rtol, max_steps, backend, arithmetic: as in loops.iteration.solve.
+        evaluate, solver, rtol, max_steps, backend, arithmetic: as in loops.host.iterate.
         atol: one number, or (B,) float64.
         linear: the tolerance is that of all rows together, ||atol||: a right-hand side may be zero
             in some of them.
         together: how many rows in succession may depend on one another.
     """
 
-    evaluate: BoundMap
+    evaluate: Evaluate
     solver: FixedPointSolver
     rtol: float
     atol: float | Tensor

@@ -11,8 +11,7 @@ from fpi_cuda.autograd import Account, BoundMap, Jacobian
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.evaluation.state import Layout
 from fpi_cuda.loops.stepping import Backend
-from fpi_cuda.options import FixedPointSolver, LinearSolver
-from fpi_cuda.request import Options
+from fpi_cuda.options import FixedPointSolver, LinearSolver, Options
 from fpi_cuda.solution import Reason, SolveResult
 
 
@@ -122,3 +121,26 @@ class Prepare(Protocol):
         Raises:
             Declined: this loop cannot.
         """
+
+
+class Unavailable(RuntimeError):
+    """route asks for a loop that cannot run.
+
+    Attributes:
+        reason: why not.
+    """
+
+    def __init__(self, route: str, what: str, reason: str) -> None:
+        self.said = (route, what, reason)
+        super().__init__(
+            f'fixed_point: route="{route}" was asked for, but {what} cannot run there: {reason}. '
+            'Use route=None or route="host"'
+        )
+
+    @property
+    def reason(self) -> str:
+        return self.said[2]
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        """Pickled as what it was made from: worker processes hand their errors on."""
+        return type(self), self.said

@@ -1,16 +1,121 @@
-"""One step of a solver on every active sample, by the kernels of a backend."""
+"""The arrays of one solve, and one step of a solver on every active sample of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from fpi_cuda.loops.workspace import Workspace
+from fpi_cuda.ops.solver_state import CONTROL_SIZE
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
+from fpi_cuda.solution import SolveResult
 
-BoundMap = Callable[[Tensor, "Tensor | None"], Tensor]
+
+def compute_dtype(state: torch.dtype) -> torch.dtype:
+    """What a step is computed in: the state's dtype, but float32 for the half precisions."""
+    return torch.float64 if state == torch.float64 else torch.float32
+
+
+@dataclass
+class Workspace:
+    """Arrays over a batch of B samples of D elements, with m columns of history; see depth_of.
+
+    Attributes:
+        best: (B, D) the best point so far; the point to return once the sample has stopped.
+        anchor: (B, D) where the last Picard phase ended; (0, D) where m = 0.
+        f_previous: (B, D) g(x) - x one step ago, in the compute dtype; (0, D) where m = 0, and
+            where the slot of the next difference holds it: Anderson with history in that dtype.
+        partner_previous: (B, D) g(x) (Anderson) or x (Broyden) one step ago; (0, D) likewise.
+        columns_f: (B, m, D) differences of f (Anderson), or the u of Broyden's updates.
+        columns_g: (B, m, D) differences of g (Anderson), or the v of Broyden's updates.
+        gram: (B, m (m + 1) / 2) float64 <dF_i, dF_j>, j <= i; (B, 0) for Broyden.
+        control: (B, CONTROL_SIZE) float64.
+        atol: (B,) float64.
+        status: (B,) int8. num_steps: (B,) int32. residual: (B,) float64.
+        scratch: what the backend asks for, see its `scratch`.
+    """
+
+    best: Tensor
+    anchor: Tensor
+    f_previous: Tensor
+    partner_previous: Tensor
+    columns_f: Tensor
+    columns_g: Tensor
+    gram: Tensor
+    control: Tensor
+    atol: Tensor
+    status: Tensor
+    num_steps: Tensor
+    residual: Tensor
+    scratch: Tensor | None = None
+
+    def forget(self) -> None:
+        """Give back the memory of the history; no step can follow."""
+        nothing = self.best.new_empty(0)
+        self.columns_f = self.columns_g = self.f_previous = self.partner_previous = nothing
+        self.anchor = nothing
+
+
+def depth_of(solver: FixedPointSolver, dim: int) -> int:
+    """Columns of history that `solver` keeps of samples of `dim` elements; 0 for Picard.
+
+    Of Anderson's differences no more than `dim` are independent, and no more take part in a step.
+    """
+    if isinstance(solver, Anderson):
+        return min(solver.m, dim)
+    return solver.m if isinstance(solver, Broyden) else 0
+
+
+def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Workspace:
+    """Arrays for a solve from x0 (B, D): 2m + 2 times the state, and what the rules remember.
+
+    That is 4 m (m + 1) + 8 CONTROL_SIZE + 21 bytes a sample: nothing beside a large one.
+    """
+    batch, dim = x0.shape
+    depth = depth_of(solver, dim)
+    history = solver.history_dtype if isinstance(solver, Anderson) else None
+    compute = compute_dtype(x0.dtype)
+    stored = history or x0.dtype
+    apart = batch if depth and (isinstance(solver, Broyden) or stored != compute) else 0
+    products = 0 if isinstance(solver, Broyden) else depth * (depth + 1) // 2
+    scalar: dict[str, Any] = {"dtype": torch.float64, "device": x0.device}
+    return Workspace(
+        best=x0.clone(memory_format=torch.contiguous_format),
+        anchor=x0.new_empty((batch if depth else 0, dim)),
+        f_previous=x0.new_empty((apart, dim), dtype=compute),
+        partner_previous=x0.new_empty((apart, dim), dtype=compute),
+        columns_f=x0.new_empty((batch, depth, dim), dtype=stored),
+        columns_g=x0.new_empty((batch, depth, dim), dtype=stored),
+        gram=torch.empty((batch, products), **scalar),
+        control=torch.zeros((batch, CONTROL_SIZE), **scalar),
+        atol=torch.zeros(batch, **scalar).copy_(atol)
+        if isinstance(atol, Tensor)
+        else torch.full((batch,), atol, **scalar),
+        status=torch.zeros(batch, dtype=torch.int8, device=x0.device),
+        num_steps=torch.zeros(batch, dtype=torch.int32, device=x0.device),
+        residual=torch.full((batch,), torch.inf, **scalar),
+    )
+
+
+def reset(work: Workspace, x0: Tensor, atol: float | Tensor) -> None:
+    """Make arrays that served another solve what `allocate` gives for this one."""
+    work.best.copy_(x0)
+    work.control.zero_()
+    work.status.zero_()
+    work.num_steps.zero_()
+    work.residual.fill_(torch.inf)
+    if work.scratch is not None:
+        work.scratch.zero_()
+    if isinstance(atol, Tensor):
+        work.atol.copy_(atol)
+    else:
+        work.atol.fill_(atol)
+
+
+Evaluate = Callable[[Tensor, "Tensor | None"], Tensor]
 """evaluate(x, rows): g on flat states. x is (n, D) and is overwritten by the next step; rows is
 None where x holds the whole batch, else (n,) int64, the samples that x holds. The same rows
 object is passed until the batch shrinks again."""
@@ -66,3 +171,14 @@ def apart_from(x: Tensor, gx: Tensor) -> Tensor:
     if gx.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         gx = gx.clone()
     return gx.contiguous()
+
+
+def empty_result(x0: Tensor) -> SolveResult:
+    """The account of a batch without samples."""
+    device = x0.device
+    return SolveResult(
+        x0.clone(),
+        torch.zeros(0, dtype=torch.int8, device=device),
+        torch.zeros(0, dtype=torch.int32, device=device),
+        torch.zeros(0, dtype=torch.float64, device=device),
+    )

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.loops.coupled import JointTest, System, feels, retold, rows_of
-from fpi_cuda.loops.stepping import BoundMap
-from fpi_cuda.loops.workspace import allocate, depth_of
+from fpi_cuda.loops.stepping import Evaluate, allocate, depth_of
 from fpi_cuda.norms import row_norm
 from fpi_cuda.ops.noise import EVERY, Noise, noise_of
 from fpi_cuda.ops.solver_state import column
@@ -21,7 +20,7 @@ from fpi_cuda.solution import SolveResult, Status
 
 
 def unroll(
-    evaluate: BoundMap,
+    evaluate: Evaluate,
     x0: Tensor,
     solver: FixedPointSolver,
     *,
@@ -148,7 +147,7 @@ def unroll_jointly(system: System, x0: Tensor, reference: Any) -> SolveResult:
     return told._replace(x=stepped_once(start, first, value).reshape(shape))
 
 
-def measured(noise: Noise, evaluate: BoundMap, state: Any) -> Any:
+def measured(noise: Noise, evaluate: Evaluate, state: Any) -> Any:
     """The state after a look at the noise of the map."""
     # Apart from what autograd may have kept.
     control, num_steps = state.control.clone(), state.num_steps.clone()

@@ -54,7 +54,7 @@ def cell_loop_plan(
 
     Args:
         dim, hidden: features of x and of the layer between, 0 for one layer.
-        precision: place in fpi_cuda.precision.NAMES.
+        precision: place in fpi_cuda.PRECISIONS.
     """
     cores, shared_bytes, capability = limits_of(device)
     words = torch.ops.fpi_cuda.cell_loop_on_cuda(

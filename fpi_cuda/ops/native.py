@@ -30,7 +30,7 @@ def cell_loop_words(
     Args:
         dim, hidden: features of x and of the layer between, 0 for one layer.
         depth: of Anderson's history, 0 for Picard.
-        precision: place in fpi_cuda.precision.NAMES.
+        precision: place in fpi_cuda.PRECISIONS.
     """
     plenty = 1 << 30
     tile = torch.ops.fpi_cuda.cell_loop_tile(plenty, dim, hidden, depth, dtype == torch.float64)

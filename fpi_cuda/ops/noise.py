@@ -37,7 +37,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 class Account(Protocol):
-    """What is known of a solve, (B, ...): see fpi_cuda.loops.workspace.Workspace."""
+    """What is known of a solve, (B, ...): see fpi_cuda.loops.stepping.Workspace."""
 
     control: Tensor
     status: Tensor
@@ -68,7 +68,7 @@ class Noise:
         What it evaluates counts as steps of theirs. A look makes the host wait for the device.
 
         Args:
-            evaluate: see fpi_cuda.loops.iteration.BoundMap.
+            evaluate: see fpi_cuda.loops.stepping.Evaluate.
             x: (n, D) the present points of the samples `rows`, (n,) or None for all.
         """
         some = slice(None) if rows is None else rows

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fpi_cuda.activations import FUNCTIONS
 from fpi_cuda.ops.reference import anderson_step_
+from fpi_cuda.ops.rounding import product
 from fpi_cuda.ops.solver_state import CONTROL_SIZE
-from fpi_cuda.precision import product
 from fpi_cuda.solution import Status
 
 BY_CODE = tuple(FUNCTIONS.values())
@@ -71,7 +71,7 @@ def cell_loop_(
         activation1, activation2: see fpi_cuda.activations.CODES.
         depth: of Anderson's history, 0 to 16; 0 for Picard.
         rtol, max_steps, beta, ridge: as in anderson_step_.
-        precision: of the products with the weights, a place in fpi_cuda.precision.NAMES.
+        precision: of the products with the weights, a place in fpi_cuda.PRECISIONS.
     """
     batch, dim = x.shape
     apart = batch if depth and x.dtype not in (torch.float32, torch.float64) else 0

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import unconverged
-from fpi_cuda.late import Late
 from fpi_cuda.loops import device as device_loop
 from fpi_cuda.loops.device.cache import PlanCache
+from fpi_cuda.solution import AsyncNumber
 
 SOLVERS = [fpi.Picard(), fpi.Anderson(), fpi.Broyden()]
 BACKENDS = ["reference", "native"] if fpi.native_available() else ["reference"]
@@ -401,8 +401,8 @@ def test_the_device_route_says_it_later(
     layer = fpi.FPILayer(Module().double(), max_steps=2, route="device")
     z = z_of().double()
     arrived: list[bool] = []
-    peek = Late.peek
-    monkeypatch.setattr(Late, "peek", lambda self: peek(self) if arrived else None)
+    peek = AsyncNumber.peek
+    monkeypatch.setattr(AsyncNumber, "peek", lambda self: peek(self) if arrived else None)
     with torch.set_grad_enabled(grad):
         for _ in range(3):
             layer(z)

@@ -132,7 +132,7 @@ class Pipe:
 
 
 class Emulated(Pipe):
-    """A backend for fpi_cuda.loops.iteration.solve.
+    """A backend for fpi_cuda.loops.host.iterate.
 
     Args:
         driver: from compile_driver.

@@ -25,7 +25,7 @@ from stepping import (
 )
 from torch import Tensor
 
-from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.host import iterate as solve
 from fpi_cuda.loops.stepping import step
 from fpi_cuda.ops import reference
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard

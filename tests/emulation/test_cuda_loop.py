@@ -22,8 +22,7 @@ from fpi_cuda.activations import FUNCTIONS
 from fpi_cuda.loops.fused import solve as fused
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import reference_loop
-from fpi_cuda.options import Anderson, Picard
-from fpi_cuda.precision import NAMES
+from fpi_cuda.options import PRECISIONS, Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
 
 pytestmark = pytest.mark.skipif(
@@ -153,7 +152,7 @@ def rounding(precision: str) -> float:
     return {"ieee": 1e-6, "tf32x3": 1e-6, "tf32": 2.0**-11, "bf16": 2.0**-8}[precision]
 
 
-@pytest.mark.parametrize("precision", NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("slots", [8, 16, 64])
 def test_products_are_rounded_as_asked(start: Start, precision: str, slots: int) -> None:
     """One product of the tile, element by element, in float32 sums."""
@@ -172,7 +171,7 @@ def test_products_are_rounded_as_asked(start: Start, precision: str, slots: int)
             assert float(((other.residual - exact.residual) / exact.residual).abs().max()) > 1e-5
 
 
-@pytest.mark.parametrize("precision", NAMES[1:])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
 @pytest.mark.parametrize("name", list(MAPS))
 def test_rounded_solves_agree_with_the_twin(start: Start, name: str, precision: str) -> None:
     lowered, x0 = MAPS[name](9, 21, torch.float32), torch.randn(9, 21)
@@ -186,7 +185,7 @@ def test_rounded_solves_agree_with_the_twin(start: Start, name: str, precision: 
     torch.testing.assert_close(one.x, other.x, rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("precision", NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_sample_gets_the_same_bits_in_any_tile(start: Start, precision: str) -> None:
     batch, dim = 19, 13
     lowered = two_layers(batch, dim, torch.float32, 21)
@@ -228,7 +227,7 @@ def test_bad_samples_hurt_nobody(start: Start, solver: Any, dtype: torch.dtype) 
         assert torch.equal(part[kept], full[kept])
 
 
-@pytest.mark.parametrize("precision", NAMES[1:])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_a_nan_with_low_bits_alone_stays_one(start: Start, precision: str) -> None:
     """Cut to fewer bits it would be an infinity, of which relu makes 0."""
     lowered = Lowered((Layer(-torch.eye(3), "relu"), Layer(torch.eye(3))))
@@ -322,7 +321,7 @@ def test_cells_and_their_adjoints_go_through_it(
     calls: list[str] = []
 
     def counted(*args: Any, **kwargs: Any) -> None:
-        calls.append(NAMES[kwargs["precision"]])
+        calls.append(PRECISIONS[kwargs["precision"]])
         EmulatedLoop.cell_loop_(engine, *args, **kwargs)
 
     monkeypatch.setattr(engine, "cell_loop_", counted)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import _extension, ops
-from fpi_cuda.loops.iteration import solve
+from fpi_cuda.loops.host import iterate as solve
 from fpi_cuda.ops import reference
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solution import Status

@@ -18,8 +18,7 @@ from fpi_cuda.activations import FUNCTIONS
 from fpi_cuda.loops.fused import solve as fused
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import reference_loop
-from fpi_cuda.options import Anderson, Picard
-from fpi_cuda.precision import NAMES
+from fpi_cuda.options import PRECISIONS, Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
 
 pytestmark = pytest.mark.gpu
@@ -95,7 +94,7 @@ def test_every_activation_is_accurate(cuda: Any, name: str, dtype: torch.dtype) 
     torch.testing.assert_close(result.residual, expected, rtol=8 * eps, atol=atol)
 
 
-@pytest.mark.parametrize("precision", NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("batch", [5, 300, 20_000])
 def test_products_are_rounded_as_asked(cuda: Any, precision: str, batch: int) -> None:
     """On tensor cores as in the twin, whatever the size of the tile: here are their fragments."""
@@ -109,7 +108,7 @@ def test_products_are_rounded_as_asked(cuda: Any, precision: str, batch: int) ->
         torch.testing.assert_close(one.residual, other.residual, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("precision", NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", list(MAPS))
 def test_rounded_solves_agree_with_the_twin(cuda: Any, name: str, precision: str) -> None:
     lowered = on_device(MAPS[name](500, 159, torch.float32), "cuda")
@@ -123,7 +122,7 @@ def test_rounded_solves_agree_with_the_twin(cuda: Any, name: str, precision: str
     assert float(error.max()) < 3 * given["rtol"]
 
 
-@pytest.mark.parametrize("precision", NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_sample_gets_the_same_bits_in_any_batch(cuda: Any, precision: str) -> None:
     """Batches of these sizes take tiles of different sizes, and weights in different places."""
     batch, dim = 20_000, 96
@@ -204,7 +203,7 @@ CELLS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("precision", NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", list(CELLS))
 def test_layers_take_it_and_their_gradients_are_those_of_float64(
     cuda: Any, name: str, precision: str

@@ -7,7 +7,7 @@ import torch
 
 import fpi_cuda as fpi
 from fpi_cuda.ops import cuda, native
-from fpi_cuda.precision import NAMES
+from fpi_cuda.options import PRECISIONS
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 
@@ -29,11 +29,11 @@ def plan(
     precision: str = "ieee",
 ) -> tuple[int, str | None]:
     monkeypatch.setattr(cuda, "limits_of", lambda _: device)
-    return cuda.cell_loop_plan(batch, dim, hidden, depth, dtype, NAMES.index(precision), CPU)
+    return cuda.cell_loop_plan(batch, dim, hidden, depth, dtype, PRECISIONS.index(precision), CPU)
 
 
 @pytest.mark.parametrize("device", [A100, H100], ids=["A100", "H100"])
-@pytest.mark.parametrize("precision", NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_shapes_of_the_paper_and_of_the_benchmark(
     monkeypatch: pytest.MonkeyPatch, device: tuple[int, int, tuple[int, int]], precision: str
 ) -> None:

@@ -19,9 +19,8 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import ops
-from fpi_cuda.loops.iteration import solve
-from fpi_cuda.loops.stepping import step
-from fpi_cuda.loops.workspace import allocate
+from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.stepping import allocate, step
 from fpi_cuda.ops import reference
 from fpi_cuda.ops import triton as engine
 from fpi_cuda.ops.solver_state import column

@@ -21,8 +21,7 @@ from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import reference_loop
 from fpi_cuda.ops import triton as engine
 from fpi_cuda.ops.triton.cell_shape import MAX_DEPTH, SLOTS, cell_shape, programs_for
-from fpi_cuda.options import Anderson, Picard
-from fpi_cuda.precision import NAMES
+from fpi_cuda.options import PRECISIONS, Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
 
 WHY_NOT = engine.why_not(torch.device("cpu"), torch.float32)
@@ -217,7 +216,7 @@ def test_a_slow_sample_does_not_hold_its_tile(device: str, monkeypatch: pytest.M
 
 
 @device
-@pytest.mark.parametrize("precision", NAMES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_are_rounded_as_asked(precision: str, device: str) -> None:
     """One evaluation of numbers that lose a 4096th in TF32 and in bfloat16."""
     dim, more = 130, 1 + 2.0**-12
@@ -234,7 +233,7 @@ def test_products_are_rounded_as_asked(precision: str, device: str) -> None:
 
 
 @device
-@pytest.mark.parametrize("precision", NAMES[1:])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
 def test_whole_solves_with_rounded_products(precision: str, device: str) -> None:
     lowered = on_device(two_layers(5, 33, torch.float32, 20), device)
     x0 = torch.randn(5, 33, device=device)

@@ -23,9 +23,10 @@ import torch
 from packaging.specifiers import SpecifierSet
 
 import fpi_cuda
-from fpi_cuda import _C, Status, _extension, precision
+from fpi_cuda import _C, Status, _extension
 from fpi_cuda.activations import CODES
 from fpi_cuda.ops.solver_state import CONTROL_FIELDS
+from fpi_cuda.options import PRECISIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,7 +78,7 @@ def test_a_changed_interface_has_a_new_number() -> None:
     stub = (Path(_extension.__file__).parent / "_C.pyi").read_text()
     classes = [f"{name}({args})" for name, args in re.findall(r"def (\w+)\(([^)]*)\)", stub)]
     # What the arguments mean; other tests hold these to the headers.
-    meanings = (CONTROL_FIELDS, [*map(int, Status)], tuple(CODES), precision.NAMES)
+    meanings = (CONTROL_FIELDS, [*map(int, Status)], tuple(CODES), PRECISIONS)
     signatures = [" ".join(text.split()) for text in (*functions, *classes)]
     shared = (schemas, signatures, *meanings)
     digest = hashlib.sha256(repr(shared).encode()).hexdigest()[:16]

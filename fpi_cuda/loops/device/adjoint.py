@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fpi_cuda.autograd import Account, BoundMap, Jacobian, Linearization
-from fpi_cuda.loops import iteration
 from fpi_cuda.loops.device.cache import Key, PlanCache
 from fpi_cuda.loops.device.graphs import Graphs, Refused
 from fpi_cuda.loops.device.method import Method, key_of
 from fpi_cuda.loops.device.plan import AdjointPlan
 from fpi_cuda.loops.device.planner import failures_refused, lent, require_agreement
 from fpi_cuda.loops.device.trace import Recorder, difference, require_repeatable
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.norms import row_norm
 from fpi_cuda.solution import SolveResult
 
@@ -142,7 +142,7 @@ class DeviceAdjoint:
 
     def _on_host(self, matrix: Linearization, b: Tensor, atol: Tensor) -> SolveResult:
         method = self._method
-        return iteration.solve(
+        return iterate(
             lambda c, rows: matrix.transposed(c) + b,
             b,
             method.solver,

@@ -13,8 +13,7 @@ from fpi_cuda.loops import device as device_loop
 from fpi_cuda.loops.coupled import feels, retold
 from fpi_cuda.loops.device import DeviceAdjoint, Graphs, Method, Refused
 from fpi_cuda.loops.plan import Plan, Solved
-from fpi_cuda.options import GMRES, ConjugateGradient
-from fpi_cuda.request import Options
+from fpi_cuda.options import GMRES, ConjugateGradient, Options
 from fpi_cuda.solution import SolveResult
 
 name = "device"

@@ -12,8 +12,7 @@ from torch.utils import _pytree as pytree
 from fpi_cuda.autograd import BoundMap
 from fpi_cuda.loops.device.graphs import Replayable, Session
 from fpi_cuda.loops.device.method import Method
-from fpi_cuda.loops.stepping import apart_from, step
-from fpi_cuda.loops.workspace import allocate, reset
+from fpi_cuda.loops.stepping import allocate, apart_from, reset, step
 from fpi_cuda.solution import SolveResult
 
 

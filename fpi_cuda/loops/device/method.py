@@ -21,7 +21,7 @@ class Method:
     """How a system is solved: all that a captured step holds besides the map.
 
     Attributes:
-        solver, rtol, max_steps, backend: as in fpi_cuda.loops.iteration.solve. The floor is that of
+        solver, rtol, max_steps, backend: as in fpi_cuda.loops.host.iterate. The floor is that of
             the state's dtype, under autocast too: a captured step measures no noise of g.
     """
 

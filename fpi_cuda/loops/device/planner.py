@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.autograd import BoundMap
-from fpi_cuda.loops import iteration
 from fpi_cuda.loops.device.cache import PlanCache
 from fpi_cuda.loops.device.graphs import Graphs, Refused, first_line
 from fpi_cuda.loops.device.method import Method, key_of
 from fpi_cuda.loops.device.plan import Plan, SolvePlan
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.norms import row_norm
 from fpi_cuda.solution import SolveResult, Status
 
@@ -112,7 +112,7 @@ def failures_refused() -> Iterator[None]:
 
 def on_host(bound_map: BoundMap, x0: Tensor, method: Method, atol: float | Tensor) -> SolveResult:
     """The same solve by the host loop."""
-    return iteration.solve(
+    return iterate(
         bound_map.evaluate,
         x0,
         method.solver,

@@ -29,10 +29,9 @@ from fpi_cuda.loops.coupled import retold
 from fpi_cuda.loops.fused.evaluation import FusedEvaluation, fused_evaluation
 from fpi_cuda.loops.fused.solve import solve_fused
 from fpi_cuda.loops.plan import Plan, Solved
-from fpi_cuda.loops.workspace import depth_of
+from fpi_cuda.loops.stepping import depth_of
 from fpi_cuda.lowered import Lowered, NotLowered
-from fpi_cuda.options import Anderson, FixedPointSolver, Implicit, LinearSolver, Picard
-from fpi_cuda.precision import NAMES
+from fpi_cuda.options import PRECISIONS, Anderson, FixedPointSolver, Implicit, LinearSolver, Picard
 from fpi_cuda.solution import SolveResult
 
 name = "fused"
@@ -198,7 +197,7 @@ def why_not_worth(fused: FusedMap, plan: Plan) -> str | None:
     if layout.batch == 0 or not hasattr(engine, "cell_loop_plan"):
         return None
     first, *rest = fused.lowered.layers
-    precision = NAMES.index(options.precision) if layout.dtype == torch.float32 else 0
+    precision = PRECISIONS.index(options.precision) if layout.dtype == torch.float32 else 0
     _, reason = engine.cell_loop_plan(
         layout.batch,
         layout.dim,

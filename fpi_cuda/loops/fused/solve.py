@@ -10,11 +10,9 @@ from torch import Tensor
 
 from fpi_cuda.activations import CODES
 from fpi_cuda.loops.fused.verify_rounded import SHARE, evaluations_to_judge, judged
-from fpi_cuda.loops.iteration import empty_result
-from fpi_cuda.loops.workspace import depth_of
+from fpi_cuda.loops.stepping import depth_of, empty_result
 from fpi_cuda.lowered import Lowered
-from fpi_cuda.options import Anderson, FixedPointSolver, LinearSolver, Picard
-from fpi_cuda.precision import NAMES
+from fpi_cuda.options import PRECISIONS, Anderson, FixedPointSolver, LinearSolver, Picard
 from fpi_cuda.solution import SolveResult
 
 NO_LAYER = (None, None, None, None)
@@ -41,7 +39,7 @@ def solve_fused(
         solver: Picard or Anderson.
         atol: one number, or (B,) float64.
         backend: that has cell_loop_, in the schema of csrc/cell_ops.cpp.
-        precision: of the products with the weights, one of fpi_cuda.precision.NAMES. A float64
+        precision: of the products with the weights, one of fpi_cuda.PRECISIONS. A float64
             state, and a cap that leaves no step besides those that judge, are for "ieee".
     """
     if precision != "ieee" and x0.dtype == torch.float32 and len(x0):
@@ -115,6 +113,6 @@ def run(
             max_steps=max_steps,
             beta=beta,
             ridge=ridge,
-            precision=NAMES.index(precision),
+            precision=PRECISIONS.index(precision),
         )
     return SolveResult(x, status, num_steps, residual)

@@ -12,7 +12,7 @@ from fpi_cuda.ops.triton.arguments import Expected, require_each
 from fpi_cuda.ops.triton.cell_shape import MAX_DEPTH, CellShape, cell_shape, programs_for
 from fpi_cuda.ops.triton.cell_tile import cell_loop_kernel
 from fpi_cuda.ops.triton.launch import INTERPRETED, on_device_of
-from fpi_cuda.precision import NAMES
+from fpi_cuda.options import PRECISIONS
 
 OP = "cell_loop_"
 NAMES_OF_CODES = tuple(CODES)
@@ -52,7 +52,7 @@ def cell_loop_(
         depth=(depth, 0, MAX_DEPTH),
         activation1=(activation1, 0, len(CODES) - 1),
         activation2=(activation2, 0, len(CODES) - 1),
-        precision=(precision, 0, len(NAMES) - 1 if x.dtype == torch.float32 else 0),
+        precision=(precision, 0, len(PRECISIONS) - 1 if x.dtype == torch.float32 else 0),
         max_steps=(max_steps, 1, None),
     )
     batch, dim = x.shape

@@ -5,12 +5,12 @@ import triton.language as tl
 
 from fpi_cuda.ops.triton.activation import activate
 from fpi_cuda.ops.triton.row import narrowed
-from fpi_cuda.precision import NAMES
+from fpi_cuda.options import PRECISIONS
 
-IEEE = tl.constexpr(NAMES.index("ieee"))
-TF32X3 = tl.constexpr(NAMES.index("tf32x3"))
-TF32 = tl.constexpr(NAMES.index("tf32"))
-BF16 = tl.constexpr(NAMES.index("bf16"))
+IEEE = tl.constexpr(PRECISIONS.index("ieee"))
+TF32X3 = tl.constexpr(PRECISIONS.index("tf32x3"))
+TF32 = tl.constexpr(PRECISIONS.index("tf32"))
+BF16 = tl.constexpr(PRECISIONS.index("bf16"))
 
 
 @triton.jit

@@ -20,8 +20,8 @@ from tape import TapeGraphs
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda.late import Late
 from fpi_cuda.loops import device as device_loop
+from fpi_cuda.solution import AsyncNumber
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_the_forward_pass_does_not_look_at_its_result(
 ) -> None:
     """On a device the host would have to wait for the solve."""
     looks: list[str] = []
-    value = Late.value
-    monkeypatch.setattr(Late, "value", lambda self: looks.append(place) or value(self))
+    value = AsyncNumber.value
+    monkeypatch.setattr(AsyncNumber, "value", lambda self: looks.append(place) or value(self))
     g, (x0, z) = Cell(), inputs()
     place = "building"
     solve(g, x0, z.requires_grad_())

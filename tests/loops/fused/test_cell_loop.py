@@ -18,8 +18,7 @@ from fpi_cuda.loops.fused import solve as fused
 from fpi_cuda.loops.fused.solve import solve_fused
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import native, reference_loop
-from fpi_cuda.options import Anderson, Picard
-from fpi_cuda.precision import FLOORS
+from fpi_cuda.options import FLOORS, Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")

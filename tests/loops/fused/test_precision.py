@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda import cells, precision
+from fpi_cuda import cells
 from fpi_cuda.loops.fused.solve import StopTest, solve_fused
 from fpi_cuda.loops.fused.verify_rounded import judged
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import native, reference_loop
-from fpi_cuda.precision import FLOORS, NAMES, round_bf16, round_tf32, tf32_parts
+from fpi_cuda.ops.rounding import round_bf16, round_tf32, tf32_parts
+from fpi_cuda.options import FLOORS, PRECISIONS
 from fpi_cuda.solution import SolveResult, Status
 
-ROUNDED = [name for name in NAMES if name != "ieee"]
+ROUNDED = [name for name in PRECISIONS if name != "ieee"]
 needs_native = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 
 
@@ -62,7 +63,7 @@ def test_kernels_round_as_torch_does(name: str) -> None:
             x.clone(), None, *lowered.layers[0].tensors(), None, None, None, None,
             torch.zeros(len(x), dtype=torch.float64), status, steps, residual,
             activation1=0, activation2=0, carry=0.0, depth=0, rtol=0.0, max_steps=1, beta=1.0,
-            ridge=0.0, precision=NAMES.index(name),
+            ridge=0.0, precision=PRECISIONS.index(name),
         )  # fmt: skip
         expected = (rounds(weight) * rounds(x_before) - x_before).abs().double().squeeze(1)
         torch.testing.assert_close(residual, expected, rtol=1e-6, atol=0.0)
@@ -223,4 +224,4 @@ def test_second_derivatives_take_the_exact_way() -> None:
 
 
 def test_the_names_are_in_the_order_of_the_kernels() -> None:
-    assert precision.NAMES == ("ieee", "tf32x3", "tf32", "bf16")
+    assert PRECISIONS == ("ieee", "tf32x3", "tf32", "bf16")
