@@ -265,17 +265,6 @@ def test_any_batch_goes_through_the_tile(start: Start, batch: int) -> None:
     assert_agreement(run(backend, lowered, x0), run(reference_loop, lowered, x0))
 
 
-def test_a_slow_sample_does_not_hold_its_tile(start: Start) -> None:
-    batch, dim = 24, 3
-    factor = torch.full((batch, dim), 0.1)
-    factor[::8] = 0.9
-    lowered = Lowered((Layer(torch.eye(dim), shift=torch.ones(batch, dim)),), x_factor=factor)
-    x0 = torch.zeros(batch, dim)
-    result = run(start(cores=1, warps=1), lowered, x0, max_steps=500)
-    assert_agreement(result, run(reference_loop, lowered, x0, max_steps=500))
-    assert int(result.num_steps[::8].min()) > 5 * int(result.num_steps[1:8].max())
-
-
 def test_weights_of_any_strides(start: Start) -> None:
     for make in (two_layers, adjoint):
         lowered, x0 = make(4, 12, torch.float32, 18), torch.randn(4, 12)

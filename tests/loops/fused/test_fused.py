@@ -450,11 +450,6 @@ def test_an_unknown_route_is_named(route: Any) -> None:
         fpi.fixed_point(cells.Dense(Z, X), torch.zeros(1, X), torch.zeros(1, Z), route=route)
 
 
-def test_an_empty_batch(cell: cells.Cell) -> None:
-    x0, z = inputs(0)
-    assert solve(cell, x0, z, "fused").value.shape == (0, X)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_a_graph(cell: cells.Cell, mode: Callable[[], Any], loops: list[int]) -> None:
     x0, z = inputs()
