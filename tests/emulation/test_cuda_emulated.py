@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation.emulated import Emulated, compile_driver, compiled_once
+from emulation.emulated import Emulated, compile_driver, compiled_once, started
 from stepping import (
     MAPS,
     SOLVERS,
@@ -53,15 +53,7 @@ Start = Callable[..., Emulated]
 @pytest.fixture
 def start(driver: Path) -> Iterator[Start]:
     """Starts emulated backends, and sees that each ends well."""
-    running: list[Emulated] = []
-
-    def one(**options: int) -> Emulated:
-        running.append(Emulated(driver, **options))
-        return running[-1]
-
-    yield one
-    for backend in running:
-        backend.close()
+    yield from started(lambda **options: Emulated(driver, **options))
 
 
 def assert_same_steps(

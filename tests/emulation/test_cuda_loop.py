@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation.emulated import compiled_once
+from emulation.emulated import compiled_once, started
 from emulation.emulated_loop import H100_SHARED, EmulatedLoop, compile_loop
 from lowered_maps import MAPS, adjoint, contraction, one_layer, permuted, two_layers, with_strides
 from torch import Tensor
@@ -51,15 +51,7 @@ Start = Callable[..., EmulatedLoop]
 @pytest.fixture
 def start(program: Path) -> Iterator[Start]:
     """Starts emulated backends, and sees that each ends well."""
-    running: list[EmulatedLoop] = []
-
-    def one(**options: int) -> EmulatedLoop:
-        running.append(EmulatedLoop(program, **options))
-        return running[-1]
-
-    yield one
-    for backend in running:
-        backend.close()
+    yield from started(lambda **options: EmulatedLoop(program, **options))
 
 
 PICARD = Picard()
