@@ -7,9 +7,10 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,19 @@ class Pipe:
         """The program has stopped: a sanitizer found something."""
         _, errors = self.process.communicate()
         raise AssertionError(f"the emulated kernels failed:\n{errors.decode()}")
+
+
+def started(start: Callable[..., Pipe]) -> Iterator[Callable[..., Any]]:
+    """`start`, for a fixture that sees that each program started ends well."""
+    running: list[Pipe] = []
+
+    def one(**options: int) -> Pipe:
+        running.append(start(**options))
+        return running[-1]
+
+    yield one
+    for backend in running:
+        backend.close()
 
 
 class Emulated(Pipe):

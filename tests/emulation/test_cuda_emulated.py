@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation.emulated import Emulated, compile_driver, compiled_once
+from emulation.emulated import Emulated, compile_driver, compiled_once, started
 from stepping import (
     MAPS,
     SOLVERS,
@@ -53,27 +53,19 @@ Start = Callable[..., Emulated]
 @pytest.fixture
 def start(driver: Path) -> Iterator[Start]:
     """Starts emulated backends, and sees that each ends well."""
-    running: list[Emulated] = []
-
-    def one(**options: int) -> Emulated:
-        running.append(Emulated(driver, **options))
-        return running[-1]
-
-    yield one
-    for backend in running:
-        backend.close()
+    yield from started(lambda **options: Emulated(driver, **options))
 
 
-@pytest.mark.parametrize(("solver", "dtype"), pairs(*DTYPES), ids=short)
-@pytest.mark.parametrize("dim", [1, 31, 33, 132, 513])
-def test_emulated_kernels_take_the_steps_of_the_reference(
-    start: Start, solver: FixedPointSolver, dtype: torch.dtype, dim: int
+def assert_same_steps(
+    backend: Emulated, solver: FixedPointSolver, batch: int, dim: int, dtype: torch.dtype
 ) -> None:
-    backend = start(seed=dim)
+    """Six steps, the second of them out of the first phase."""
     torch.manual_seed(dim)
-    one, z = begin(solver, len(MAPS), dim, dtype)
+    one, z = begin(solver, batch, dim, dtype)
     torch.manual_seed(dim)
-    other, _ = begin(solver, len(MAPS), dim, dtype)
+    other, _ = begin(solver, batch, dim, dtype)
+    one.work.scratch = backend.scratch(one.x)
+    assert (one.work.scratch is not None) == (dim == SPLIT)
     for number in range(6):
         advance(one, z, backend)
         advance(other, z, reference)
@@ -81,6 +73,14 @@ def test_emulated_kernels_take_the_steps_of_the_reference(
         if number == 0:
             end_first_phase(one)
             end_first_phase(other)
+
+
+@pytest.mark.parametrize(("solver", "dtype"), pairs(*DTYPES), ids=short)
+@pytest.mark.parametrize("dim", [1, 31, 33, 132, 513])
+def test_emulated_kernels_take_the_steps_of_the_reference(
+    start: Start, solver: FixedPointSolver, dtype: torch.dtype, dim: int
+) -> None:
+    assert_same_steps(start(seed=dim), solver, len(MAPS), dim, dtype)
 
 
 @pytest.mark.parametrize("dim", [5000, SPLIT], ids=["block", "split"])
@@ -97,20 +97,7 @@ def test_emulated_kernels_take_the_steps_of_the_reference(
 def test_large_samples_take_the_steps_of_the_reference(
     start: Start, solver: FixedPointSolver, dtype: torch.dtype, dim: int
 ) -> None:
-    backend = start(seed=1)
-    torch.manual_seed(0)
-    one, z = begin(solver, 4, dim, dtype)
-    torch.manual_seed(0)
-    other, _ = begin(solver, 4, dim, dtype)
-    one.work.scratch = backend.scratch(one.x)
-    assert (one.work.scratch is not None) == (dim == SPLIT)
-    for number in range(6):
-        advance(one, z, backend)
-        advance(other, z, reference)
-        assert_same_step(one, other, slack(solver, dtype))
-        if number == 0:
-            end_first_phase(one)
-            end_first_phase(other)
+    assert_same_steps(start(seed=1), solver, 4, dim, dtype)
 
 
 @pytest.mark.parametrize("dim", [3, 260])

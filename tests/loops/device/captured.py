@@ -70,3 +70,11 @@ def gradients(g: nn.Module, x0: Tensor, z: Tensor, **options: Any) -> list[Tenso
     assert stats is not None
     account = [solution.value.detach(), stats.num_steps, stats.status, stats.residual]
     return [*account, *(t for t in found if t is not None)]
+
+
+def assert_gradients_like_host(g: nn.Module, x0: Tensor, z: Tensor, **options: Any) -> None:
+    """All that gradients() gives, bit for bit."""
+    found = gradients(g, x0, z, **options)
+    expected = gradients(g, x0, z, **{**options, "route": "host"})
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine.nan_to_num(), other.nan_to_num())

@@ -244,11 +244,6 @@ def test_a_device_without_graphs_at_all() -> None:
     assert "the state is on cpu, which has no CUDA graphs)" in layer.explain()
 
 
-def test_an_unknown_route_names_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown route 'gpu'\. Valid: None, 'host', 'device'"):
-        solve(Cell(), *inputs(), route="gpu")
-
-
 def test_what_needs_the_host_refuses_the_device(tape: TapeGraphs) -> None:
     g, (x0, z) = Cell(), inputs()
     with pytest.raises(RuntimeError, match="adjoint=Unroll"):

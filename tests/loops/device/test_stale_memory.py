@@ -39,29 +39,16 @@ def test_weights_changed_in_place_are_seen(tape: TapeGraphs) -> None:
     assert tape.log.count("capture") == 3
 
 
-def swap_data(g: Cell) -> None:
-    g.a.weight.data = 0.5 * g.a.weight.data
+CHANGES: dict[str, Callable[[Cell], None]] = {
+    "data": lambda g: setattr(g.a.weight, "data", 0.5 * g.a.weight.data),
+    "parameter": lambda g: setattr(g.a, "weight", nn.Parameter(0.5 * g.a.weight.detach())),
+    "number": lambda g: setattr(g, "scale", 0.1),
+    "buffer": lambda g: setattr(g, "shift", torch.ones(FEATURES, dtype=torch.float64)),
+    "layer": lambda g: setattr(g, "norm", nn.Identity()),
+}
 
 
-def swap_parameter(g: Cell) -> None:
-    g.a.weight = nn.Parameter(0.5 * g.a.weight.detach())
-
-
-def change_number(g: Cell) -> None:
-    g.scale = 0.1
-
-
-def swap_buffer(g: Cell) -> None:
-    g.shift = torch.ones(FEATURES, dtype=torch.float64)
-
-
-def swap_layer(g: Cell) -> None:
-    g.norm = nn.Identity()  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize(
-    "change", [swap_data, swap_parameter, change_number, swap_buffer, swap_layer]
-)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_g_is_captured_anew(tape: TapeGraphs, change: Callable[[Cell], None]) -> None:
     g = Cell()
     x0, z = inputs()

@@ -314,20 +314,6 @@ def test_the_op_refuses(place: Any, wrong: Any, message: str) -> None:
         torch.ops.fpi_cuda.cell_loop_(*args, **kwargs)
 
 
-def test_a_slow_sample_does_not_hold_its_tile() -> None:
-    # 3 slow samples among 600: the evaluations are counted per sample, and are those of the
-    # samples alone.
-    batch, dim = 600, 8
-    factor = torch.full((batch, dim), 0.1)
-    factor[::200] = 0.98
-    shift = torch.ones(batch, dim)
-    lowered = Lowered((Layer(torch.eye(dim), shift=shift),), x_factor=factor)
-    result = run(lowered, torch.zeros(batch, dim), Picard(), max_steps=5000)
-    assert bool((result.status == Status.CONVERGED).all())
-    assert int(result.num_steps[::200].min()) > 200
-    assert int(result.num_steps[1:200].max()) < 10
-
-
 def test_the_tile_fits_the_batch_and_the_threads() -> None:
     tile = torch.ops.fpi_cuda.cell_loop_tile
     before = torch.get_num_threads()

@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 
 import fpi_cuda as fpi
 from fpi_cuda import activations, cells
-from fpi_cuda.cells import lowering
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 
@@ -371,26 +370,6 @@ def test_the_loss_scale_changes_no_digit(cell: cells.Cell) -> None:
             assert torch.equal(one * scale, other)
 
 
-def test_a_sample_does_not_depend_on_the_others(
-    cell: cells.Cell, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cell.float()
-    x0, z = inputs(130, torch.float32)
-    z *= torch.logspace(-2, 1, 130)[torch.randperm(130), None]
-    # torch's B z + b depends on the batch in its last bit; the loop does not.
-    with torch.no_grad():
-        rows = {tuple(key.tolist()): row for key, row in zip(z, cell.prepare(z), strict=True)}
-    cell.prepare = lambda z: torch.stack([rows[tuple(key.tolist())] for key in z])  # type: ignore
-    monkeypatch.setattr(lowering, "EVALUATION", ("step", "forward"))
-    with torch.no_grad():
-        whole = fpi.fixed_point(cell, x0, z, route="fused")
-        for count in (1, 14, 77):
-            part = fpi.fixed_point(cell, x0[:count], z[:count], route="fused")
-            assert torch.equal(part.value, whole.value[:count])
-            assert torch.equal(part.num_steps, whole.num_steps[:count])
-            assert torch.equal(part.residual, whole.residual[:count])
-
-
 def test_a_layer_says_which_way_it_goes() -> None:
     layer = fpi.FPILayer(cells.MLP(Z, X, HIDDEN))
     assert "route    fused loop" in layer.explain()
@@ -447,11 +426,6 @@ def test_an_unknown_route_is_named(route: Any) -> None:
         fpi.FPILayer(cells.Dense(Z, X), route=route)
     with pytest.raises(ValueError, match="fixed_point: " + message):
         fpi.fixed_point(cells.Dense(Z, X), torch.zeros(1, X), torch.zeros(1, Z), route=route)
-
-
-def test_an_empty_batch(cell: cells.Cell) -> None:
-    x0, z = inputs(0)
-    assert solve(cell, x0, z, "fused").value.shape == (0, X)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
