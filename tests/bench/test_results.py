@@ -13,7 +13,7 @@ pytest.importorskip("tqdm", reason="the bench extra is not installed")
 from bench import report
 from bench.json_files import finite
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGE = (RESULTS / "README.md").read_text()
 MOST_BYTES = 1_000_000
