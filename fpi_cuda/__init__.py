@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fpi_cuda import cells
-from fpi_cuda._extension import build_info, native_available, warn_if_missing
+from fpi_cuda._extension import build_info, native_available, version, warn_if_missing
 from fpi_cuda.diagnostics import contract_, jacobian_penalty, spectral_radius
 from fpi_cuda.fixed_point import fixed_point
 from fpi_cuda.layer import FPILayer
@@ -23,7 +23,7 @@ from fpi_cuda.partial import partial
 from fpi_cuda.solution import ConvergenceError, Solution, Stats, Status
 from fpi_cuda.unconverged import FixedPointWarning
 
-__version__ = "0.1.0"
+__version__ = version()
 
 __all__ = [
     "GMRES",
@@ -53,4 +53,4 @@ __all__ = [
 ]
 
 warn_if_missing()
-del warn_if_missing
+del version, warn_if_missing

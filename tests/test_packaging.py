@@ -220,11 +220,6 @@ def test_import_makes_no_noise() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_version_is_that_of_the_metadata() -> None:
-    assert fpi_cuda.__version__ == importlib.metadata.version("fpi_cuda")
-    assert f"## {fpi_cuda.__version__}" in (ROOT / "CHANGELOG.md").read_text()
-
-
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
 def test_warnings_are_errors_but_for_the_scripting_of_torch(category: type[Warning]) -> None:
     torch.jit.script(torch.nn.Identity())
