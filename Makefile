@@ -4,8 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 RUN := .venv/bin/python
 CSRC := $(shell find csrc -type f)
+CPP = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: test bench lint clean gpu-lib gpu-check
+.PHONY: test bench lint format clean gpu-lib gpu-check
 
 test: .venv/built
 	$(RUN) -m pytest -n 2 --timeout=600 $(ARGS)
@@ -17,6 +18,12 @@ lint: .venv/built
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	.venv/bin/clang-format --dry-run -Werror $(CPP)
+
+format: .venv/built
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	.venv/bin/clang-format -i $(CPP)
 
 # What `make gpu-check` runs, built where there is no GPU: no minute of one goes to compilers.
 gpu-lib: export FPI_CUDA = 1

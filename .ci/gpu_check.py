@@ -55,6 +55,7 @@ LEAST_SECONDS = 2.0  # under which nothing is begun
 
 sys.path.insert(0, str(ROOT))
 from bench import checkout  # noqa: E402
+from bench.json_files import write_json  # noqa: E402
 
 Parse = Callable[["Task", str, Path], tuple[str, Any]]
 
@@ -429,7 +430,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def readme(results: dict[str, Any]) -> str:
-    """The section of README: how much passed, and first light's table of timings."""
+    """A section of bench/results/README.md: how much passed, and first light's timings."""
     stages = results["stages"]
     table = [("stage", "passed", "")]
     for stage, outcomes in stages.items():
@@ -495,7 +496,7 @@ def visible_gpu() -> str | None:
 
 
 def keep(file: Path, folder: Path) -> list[Path]:
-    """Put a run's results where README is made from: the figures into files of their own."""
+    """Put a run's results where the report takes them from: the figures into files of their own."""
     results = json.loads(file.read_text())
     slug = checkout.slug(results["device"].split(",")[0])
     kept = {f"gpu-check-{slug}.json": results}
@@ -506,7 +507,7 @@ def keep(file: Path, folder: Path) -> list[Path]:
         elif found:
             kept[f"{outcome['name']}-{slug}.json"] = found
     for name, value in kept.items():
-        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+        write_json(folder / name, value)
     return [folder / name for name in kept]
 
 

@@ -20,10 +20,9 @@ from bench.peers.ours import BASELINE
 from bench.problems import Problem
 from bench.record import reason
 from bench.settings import Chosen, Task, at_batch, choose, make_task
-from bench.traces import residual_traces
 
-TRACED = ("fpi_cuda Anderson", "fpi_cuda Picard", "torchdeq Anderson (best)")
-TRACED_SAMPLES = 16
+COUNTED = ("fpi_cuda Anderson", "fpi_cuda Picard", "torchdeq Anderson (best)")
+"""Rows whose evaluations are kept sample by sample: the histogram's."""
 
 
 @dataclasses.dataclass
@@ -96,11 +95,9 @@ class Comparison:
                 found["rows"][str(batch)] = self._at(batch, chosen)
             except Exception as error:
                 found["left_out"][str(batch)] = reason(error)
-        if entry.label in TRACED:
+        if entry.label in COUNTED:
             peer, tol = chosen.forward.peer, chosen.forward.tol.tol
-            few = self.task.problem.with_batch(min(TRACED_SAMPLES, main))
             found["steps"] = peer.num_steps(self.task.problem, tol).tolist()
-            found["traces"] = residual_traces(peer, few, tol)
         if self.diagnose:
             found["contamination"] = contamination(chosen, self.problem)
             found["loss_scale"] = loss_scale(chosen, self.task)
@@ -145,8 +142,7 @@ class Comparison:
             "failed": failed,
             "tables": tables,
         }
-        for name in ("steps", "traces"):
-            self.result[name] = {k: f[name] for k, f in ran.items() if name in f}
+        self.result["steps"] = {k: f["steps"] for k, f in ran.items() if "steps" in f}
         if self.diagnose:
             for name in ("contamination", "loss_scale"):
                 self.result[name] = [f[name] for f in ran.values() if name in f]
@@ -216,11 +212,8 @@ def _row(
 
 def _timing(times: dict[str, list[float]], label: str, solved: float) -> dict[str, Any]:
     mine = times[label]
-    result: dict[str, Any] = {
-        "seconds": spread(mine),
-        "rounds": len(mine),
-        "solved_per_second": solved / spread(mine)["median"],
-    }
+    seconds = spread(mine)["median"]
+    result: dict[str, Any] = {"seconds": seconds, "solved_per_second": solved / seconds}
     if BASELINE in times:
         pairs = zip(mine, times[BASELINE], strict=False)  # a slow row has fewer rounds
         result["time_over_baseline"] = spread([a / b for a, b in pairs])

@@ -39,8 +39,9 @@ from bench.fused_rows import (
     problems,
     two_threads,
 )
+from bench.json_files import finite
 from bench.peers import Entry, by_worth, load_entries
-from bench.record import Record, finite
+from bench.record import Record
 
 PEERS = ("loop", "graphed", "compiled", "torchdeq", "jaxopt")
 ROWS = (

@@ -1,4 +1,4 @@
-"""Tables of bench.fused, for the terminal and for README."""
+"""Tables of bench.fused, for the terminal and for bench/results/README.md."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The benchmark's pictures: throughput over batch size, steps, residual traces."""
+"""The benchmark's pictures: throughput over batch size, and steps."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from PIL import Image
+
+DPI = 75
+NUM_COLOURS = 32
 
 COLOURS = {
     "fpi_cuda": "#c1121f",
@@ -34,7 +39,7 @@ def plot(results: dict[str, Any], path: Path) -> list[Path]:
         return []
     return [
         picture(results, path.with_name(f"{path.stem}-{picture.__name__}.png"))
-        for picture in (throughput, steps, traces)
+        for picture in (throughput, steps)
     ]
 
 
@@ -175,42 +180,11 @@ def histogram(axes: Axes, counts: dict[str, list[int]]) -> None:
     axes.legend(fontsize=8, framealpha=0.9, loc="upper right")
 
 
-def traces(results: dict[str, Any], path: Path) -> Path:
-    """Relative residual of each sample over evaluations: one row a problem, one panel a solver."""
-    problems = results["problems"]
-    labels = list(max((problem["traces"] for problem in problems), key=len))
-    figure, grid = plt.subplots(
-        len(problems),
-        len(labels),
-        figsize=(3.6 * len(labels), 2.7 * len(problems)),
-        squeeze=False,
-        sharey="row",
-        sharex="row",
-    )
-    for row, problem in zip(grid, problems, strict=True):
-        lengths = [len(trace) for traces in problem["traces"].values() for trace in traces]
-        for axes, label in zip(row, labels, strict=True):
-            axes.set_title(f"{problem['name']}: {label}", fontsize=8)
-            if label not in problem["traces"]:
-                axes.text(0.5, 0.5, "not run: see the table", ha="center", transform=axes.transAxes)
-                continue
-            for sample in problem["traces"][label]:
-                axes.semilogy(range(1, len(sample) + 1), sample, linewidth=0.8, alpha=0.7)
-            axes.axhline(problem["rtol"], color="black", linewidth=0.8, linestyle="--")
-            axes.grid(True, alpha=0.3)
-            if max(lengths) > WIDE * min(lengths):
-                axes.set_xscale("log")
-            else:
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        row[0].set_ylabel("||g(x) - x|| / ||g(x)||", fontsize=8)
-    for axes in grid[-1]:
-        axes.set_xlabel("evaluations of g", fontsize=8)
-    figure.tight_layout()
-    return saved(figure, path)
-
-
 def saved(figure: Any, path: Path) -> Path:
-    """Write and close a figure."""
-    figure.savefig(path, dpi=110)
+    """Write a figure, in few colours so that it is small, and close it."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=DPI)
     plt.close(figure)
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").quantize(NUM_COLOURS).save(path, optimize=True)
     return path

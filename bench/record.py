@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bench.json_files import write_json
 from bench.measure import time_limit
 
 OUT_OF_TIME = "out of time"
@@ -78,23 +77,6 @@ class Record:
     def save(self) -> None:
         if self.path is not None:
             write_json(self.path, self.results)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace the file in one move: at any moment it holds the old or the new value."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
-
-
-def finite(value: Any) -> Any:
-    """`value` with None for every infinity or NaN in it, at any depth: JSON has neither."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def reason(error: Exception) -> str:

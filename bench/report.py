@@ -1,7 +1,7 @@
-"""Tables, plots and the README's results section, from the benchmark's JSON.
+"""Tables and plots from the benchmark's JSON: for the terminal, and the pages of results.
 
 python -m bench.report bench/out/throughput.json     # the terminal tables again
-python -m bench.report --readme                      # README.md from bench/results/*.json
+python -m bench.report --write    # bench/results/README.md and the table of README.md, anew
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def text(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The same for README: the main tables, the settings, and where it was measured."""
+    """The same for the page: the main tables, the settings, and where it was measured."""
     where = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     commits = {problem.get("commit", where["commit"]): None for problem in results["problems"]}
@@ -87,10 +87,7 @@ LEGEND = (
     "ours: the row's time over fpi_cuda Anderson's, median (least-most) of paired rounds, below 1 "
     "is faster than it; MB: peak memory beyond the inputs; -: no backward ran."
 )
-CAPTION = (
-    "The pictures show each library at its best settings. A residual trace ends at the last "
-    "evaluation of g, whose value is what some libraries return: one step beyond the line."
-)
+CAPTION = "The pictures show each library at its best settings."
 CONTAMINATION = "Batch contamination: how 32 easy samples fare beside 32 hard or NaN ones"
 LOSS_SCALE = "Largest gradient error of a sample, by loss scale"
 
@@ -305,50 +302,134 @@ def piped(table: Table) -> str:
     return "\n".join([head, "| --- |" + " ---: |" * (len(table[0]) - 1), *body])
 
 
-def update_readme(readme: Path, folder: Path) -> None:
-    """Replace what lies between the markers of `readme` by the sections of `folder`/*.json.
-
-    A result brings its own section as "readme", or is one of the throughput benchmark.
+def update_pages(root: Path) -> None:
+    """Write bench/results/README.md, and the table between the markers of README.md.
 
     Raises:
-        ValueError: the markers are missing.
+        ValueError: README.md has no markers.
     """
+    readme, folder = root / "README.md", root / "bench" / "results"
     old = readme.read_text()
     if BEGIN not in old or END not in old:
-        raise ValueError(f"update_readme: {readme} must hold {BEGIN} and {END}")
+        raise ValueError(f"update_pages: {readme} must hold {BEGIN} and {END}")
     before, rest = old.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
+    readme.write_text(f"{before}{BEGIN}\n\n{summary(folder)}\n\n{END}{after}")
+    (folder / "README.md").write_text(page(folder))
+
+
+def page(folder: Path) -> str:
+    """All sections of `folder`/*.json: of the throughput benchmark, then what others brought.
+
+    A result brings its own section as "readme", or is one of the throughput benchmark.
+    """
     sections: list[str] = []
     told: list[str] = []
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text())
         if results.get("kind") == "throughput":
-            shown = pictures(path, readme.parent)
+            shown = pictures(path)
             sections += [markdown(results), *([CAPTION, *shown] if shown else [])]
         elif "readme" in results:
             told.append(results["readme"].strip())
-    body = "\n\n".join(sections + told)
-    readme.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+    return "\n\n".join([HEAD, *sections, *told]) + "\n"
 
 
-def pictures(results: Path, root: Path) -> list[str]:
+HEAD = (
+    "# Results\n\nWritten from the json files beside it by `python -m bench.report --write`; each "
+    "section names the machine, the commit and the command. The state is x and the input z."
+)
+
+
+def pictures(results: Path) -> list[str]:
     """Markdown for the plots that lie beside a result as <its name>-<what>.png."""
     found = sorted(results.parent.glob(f"{results.stem}-*.png"))
-    names = [(path.stem.removeprefix(f"{results.stem}-"), path.relative_to(root)) for path in found]
-    return [f"![{name} of {results.stem}]({path.as_posix()})" for name, path in names]
+    names = [(path.stem.removeprefix(f"{results.stem}-"), path.name) for path in found]
+    return [f"![{name} of {results.stem}]({file})" for name, file in names]
+
+
+SHOWN = {
+    "PyTorch loop": ("torch loop",),
+    "torch.compile'd loop": ("torch.compile",),
+    "torchdeq": ("torchdeq",),
+    "jaxopt": ("jaxopt",),
+}
+"""Rows of README's table: what it calls them, and their "library" in the results."""
+FEWEST, MIDDLE, MOST = 1, 256, 4096
+"""Batch sizes of README's table."""
+
+
+def summary(folder: Path) -> str:
+    """README's table: times over ours of the tanh cell on every machine, and who is faster where.
+
+    A cell is of the fastest row of that library that solves every sample, at its best settings.
+    """
+    columns: list[tuple[str, dict[str, Any]]] = []
+    lines = []
+    for path in sorted(folder.glob("throughput-*.json")):
+        results = json.loads(path.read_text())
+        tanh = next(p for p in results["problems"] if p["name"] == "tanh")
+        device = results["machine"]["device"].removeprefix("NVIDIA ").replace("cpu", "CPU")
+        columns += [
+            (f"{device}, B={table['batch']}", table)
+            for table in tanh["tables"]
+            if table["batch"] in (FEWEST, MIDDLE, MOST)
+        ]
+        lines += ahead(results["problems"], device)
+    rows: Table = [("time over fpi_cuda's", *(name for name, _ in columns))]
+    rows += [
+        (name, *(" / ".join(fastest(table, libraries)) for _, table in columns))
+        for name, libraries in SHOWN.items()
+    ]
+    legend = (
+        f"A tanh cell (d={tanh['features']}, {tanh['dtype']}) solved to a true residual of "
+        f"{tanh['rtol']:g}: forward / forward and backward, each library at its best settings. "
+        "Above 1 fpi_cuda (Anderson) is faster; -: not measured."
+    )
+    return "\n\n".join([legend, piped(rows), *lines])
+
+
+def fastest(table: dict[str, Any], libraries: tuple[str, ...]) -> list[str]:
+    """The least time over ours, forward and with backward, of rows that solve every sample."""
+    rows = [r for r in table["rows"] if r["library"] in libraries and r["solved"] == 1.0]
+    ratios = [
+        [row[key]["time_over_baseline"]["median"] for row in rows if key in row]
+        for key in ("forward", "both")
+    ]
+    return [two(min(some)) if some else "-" for some in ratios]
+
+
+def ahead(problems: list[dict[str, Any]], device: str) -> list[str]:
+    """Who is faster than fpi_cuda Anderson at the least and the middle batch, over all problems."""
+    found = []
+    for batch in (FEWEST, MIDDLE):
+        tables = [t for problem in problems for t in problem["tables"] if t["batch"] == batch]
+        said = []
+        for name, libraries in SHOWN.items():
+            cells = [fastest(table, libraries) for table in tables]
+            counts = [
+                sum(cell[i] != "-" and float(cell[i]) < FASTER for cell in cells) for i in (0, 1)
+            ]
+            if any(counts):
+                said.append(f"{name} ({counts[0]} / {counts[1]})")
+        if said:
+            found.append(f"B={batch}, {len(tables)} problems: {', '.join(said)}")
+    return [
+        f"Faster than fpi_cuda on the {device}, and on how many problems, forward / forward and "
+        f"backward: {'; '.join(found)}."
+    ] if found else []  # fmt: skip
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="bench.report", description=__doc__.split("\n")[0])
     parser.add_argument("results", nargs="*", type=Path, help="JSON files to print")
-    parser.add_argument("--readme", action="store_true", help="regenerate README.md's tables")
+    parser.add_argument("--write", action="store_true", help="write both pages of results anew")
     options = parser.parse_args()
-    root = Path(__file__).parent.parent
     for path in options.results:
         print(text(json.loads(path.read_text())))
-    if options.readme:
-        update_readme(root / "README.md", root / "bench" / "results")
+    if options.write:
+        update_pages(Path(__file__).parent.parent)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ over such pairs.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,8 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from bench import machine
+from bench.json_files import write_json
+from bench.report import piped
 
 BATCHES = (16, 256, 4096)
 FEATURES = (64, 1024)
@@ -77,6 +78,24 @@ def row(batch: int, features: int, solver: Any, *, grad: bool, seconds: float) -
     }
 
 
+def section(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The section of bench/results/README.md: what watching costs, a line for each solve."""
+    table = [("B", "d", "solver", "steps", "us", "watched / not")]
+    table += [
+        (
+            *(str(one[key]) for key in ("batch", "features", "solver", "steps", "microseconds")),
+            f"{one['ratio']:.3f}",
+        )
+        for one in rows
+    ]
+    return (
+        "### What it costs to watch the rows\n\n"
+        f"{__doc__.split(chr(10), 2)[2].strip()}\n\n"
+        f"{piped(table)}\n\n{about['cpu']}, one thread, torch {about['versions']['torch']}, "
+        f"commit {about['commit']}, {about['date']}: `python -m bench.row_watch`."
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and keep."""
     parser = argparse.ArgumentParser(description="The price of watching rows.")
@@ -96,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print("| " + " | ".join(map(str, cells)) + f" | {one['ratio']:.4f} |", flush=True)
     if chosen.json is not None:
         about = machine.describe(torch.device("cpu"), 1, sys.argv)
-        chosen.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        write_json(chosen.json, {"machine": about, "rows": rows, "readme": section(about, rows)})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch import Tensor
 import fpi_cuda as fpi
 from bench import machine
 from bench.record import Record
+from bench.report import piped
 
 PACKAGE = Path(fpi.__file__).parent
 DERIVATIVE_CODE = ("autograd/*.py", "transforms.py", "adjoint.py")
@@ -46,6 +47,7 @@ OURS = ("self", "cls", "other")
 NAMED_SO = {"_asdict", "_fields", "_getframe", "_make", "_replace"}
 """Public in spite of the underscore: of named tuples, and of sys."""
 
+COLUMNS = ("calls", "functions", "files", "changes", "frames")
 Call = tuple[str, str]
 """The file, below fpi_cuda, and the function."""
 
@@ -281,13 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     where = machine.describe(torch.device("cpu"), 1, machine.command_line())
     record = Record(given.out / "spine.json", {"kind": "spine", "machine": where})
-    columns = ("calls", "functions", "files", "changes", "frames")
-    print("solve, pass     " + "".join(f"{name:>11}" for name in columns))
+    print("solve, pass     " + "".join(f"{name:>11}" for name in COLUMNS))
     for route in ("host", "fused"):
         rows = {name: trace.row() for name, trace in way(route).items()}
         record.results[route] = rows
         for name, row in rows.items():
-            print(f"{route:6}{name:10}" + "".join(f"{row[c]:11}" for c in columns))
+            print(f"{route:6}{name:10}" + "".join(f"{row[c]:11}" for c in COLUMNS))
     code = code_of(DERIVATIVE_CODE)
     record.results["derivative_code"] = {"modules": list(DERIVATIVE_CODE), **code._asdict()}
     print(
@@ -298,8 +299,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name, uses in code.private.items():
         print(f"  {uses:3} {name}")
+    record.results["readme"] = section(record.results)
     record.finish()
     print("written:", record.path)
+
+
+def section(results: dict[str, Any]) -> str:
+    """The section of bench/results/README.md: the counts, a line for each pass."""
+    table = [("solve", "pass", *COLUMNS)]
+    for route in ("host", "fused"):
+        for name, row in results[route].items():
+            table.append((route, name, *(str(row[column]) for column in COLUMNS)))
+    code, where = results["derivative_code"], results["machine"]
+    return (
+        "### The way from a layer to the op\n\nPython calls inside fpi_cuda in a later call of a "
+        "layer, functions, files, changes of file, and frames between the caller and the op.\n\n"
+        f"{piped(table)}\n\nDerivative code: {code['files']} files, {code['statements']} "
+        f"statements, {sum(code['private'].values())} uses of names private to torch. Commit "
+        f"{where['commit']}, {where['date']}: `python -m bench.spine`."
+    )
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def text(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The same for README, a line for each row."""
+    """The same for bench/results/README.md, a line for each row."""
     where = results["machine"]
     table = [("step", "row", "us/step", "of copy", "time / ours")]
     for case in results["cases"]:

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from bench import machine, options, report
 from bench.compare import Comparison
 from bench.data import load_bibtex, load_digits
+from bench.json_files import finite, write_json
 from bench.peers import MODULES, Entry, by_worth, load_entries
 from bench.problems import Problem, tanh_cell
-from bench.record import OUT_OF_TIME, Record, finite, write_json
+from bench.record import OUT_OF_TIME, Record
 from bench.training import Recipe, Trained, bibtex_recipes, digits_recipes, train
 
 TRAINED_RTOL = 1e-5

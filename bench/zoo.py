@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import machine
+from bench.json_files import write_json
 from fpi_cuda import ops
 from fpi_cuda.loops.host import iterate as solve
 from fpi_cuda.options import Anderson, Broyden, Picard
@@ -243,14 +244,15 @@ def totals(runs: Sequence[Run], against: Sequence[Comparison]) -> dict[str, dict
 
 
 def readme(runs: Sequence[Run], against: Sequence[Comparison], max_steps: int) -> str:
-    """The section of README: totals in the open, every problem folded away."""
+    """The section of bench/results/README.md: totals in the open, every problem folded away."""
+    kinds = dict.fromkeys((r.dtype, r.rtol) for r in runs)
     parts = [
-        "### The zoo",
+        f"### The zoo, {' and '.join(f'{dtype}, {rtol:g}' for dtype, rtol in kinds)}",
         f"{len(names())} problems x 8 samples, at most {max_steps} Picard evaluations and "
         f"{RATIO_LIMIT:g} times as many for the others. Lost: samples that Picard solves and the "
         "solver does not. Ratio: evaluations over Picard's on a problem, over what Picard solves.",
     ]
-    for dtype, rtol in dict.fromkeys((r.dtype, r.rtol) for r in runs):
+    for dtype, rtol in kinds:
         here = [r for r in runs if (r.dtype, r.rtol) == (dtype, rtol)]
         there = [c for c in against if (c.dtype, c.rtol) == (dtype, rtol)]
         lines = [
@@ -297,7 +299,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rowwise", action="store_true", help="let the solver compact the batch")
     parser.add_argument("--quick", action="store_true", help="float32, 1e-5, 300 steps, no Broyden")
     parser.add_argument("--no-table", action="store_true", help="print violations and summary only")
-    parser.add_argument("--json", type=Path, default=None, help="write every run to this file")
+    parser.add_argument("--json", type=Path, default=None, help="write totals and tables to it")
+    parser.add_argument("--raw", action="store_true", help="and every run, sample by sample")
     chosen = parser.parse_args(arguments)
     chosen.solvers = chosen.solvers or (DEFAULT_SOLVERS[:3] if chosen.quick else DEFAULT_SOLVERS)
     chosen.dtypes = chosen.dtypes or (["float32"] if chosen.quick else ["float32", "float64"])
@@ -335,11 +338,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("TOTAL " + json.dumps(summary))
     if chosen.json is not None:
         record = {"arguments": vars(chosen) | {"json": chosen.json.name}, **summary}
-        record |= {"runs": [asdict(r) for r in runs], "comparisons": [asdict(c) for c in against]}
+        if chosen.raw:
+            record["runs"] = [asdict(r) for r in runs]
+            record["comparisons"] = [asdict(c) for c in against]
         record["machine"] = machine.describe(torch.device("cpu"), 1, machine.command_line())
         record["readme"] = readme(runs, against, chosen.max_steps)
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(record, default=str) + "\n")
+        write_json(chosen.json, record)
     return 1 if broken else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from fpi_cuda import cells, options, solution
-from fpi_cuda._extension import build_info, native_available, warn_if_missing
+from fpi_cuda._extension import build_info, native_available, version, warn_if_missing
 from fpi_cuda.diagnostics import contract_, jacobian_penalty, spectral_radius
 from fpi_cuda.fixed_point import fixed_point
 from fpi_cuda.layer import FPILayer
@@ -25,7 +25,7 @@ from fpi_cuda.partial import partial
 from fpi_cuda.solution import ConvergenceError, Solution, Stats, Status
 from fpi_cuda.unconverged import FixedPointWarning
 
-__version__ = "0.1.0"
+__version__ = version()
 
 __all__ = [
     "GMRES",
@@ -59,4 +59,4 @@ sys.modules["fpi_cuda.request"] = options
 sys.modules["fpi_cuda.result"] = solution
 
 warn_if_missing()
-del warn_if_missing
+del version, warn_if_missing

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.metadata
 import os
+import re
 import sys
 import warnings
 from importlib.machinery import PathFinder
@@ -24,6 +26,20 @@ INSTALL = "Reinstall with pip install . in the source folder"
 
 SWITCH = "FPI_CUDA_DISABLE_EXTENSION"
 """The environment variable by which a user does without the library, and hears nothing of it."""
+
+
+def version() -> str:
+    """That of pyproject.toml: beside the package in a checkout, else as it was installed with."""
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    if project.is_file():
+        text = project.read_text(encoding="utf-8")
+        found = re.search(r'^name = "fpi_cuda"\nversion = "(.+)"$', text, re.MULTILINE)
+        if found:
+            return found[1]
+    try:
+        return importlib.metadata.version("fpi_cuda")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
 
 
 def _other_copy() -> str | None:

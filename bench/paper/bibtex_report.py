@@ -22,7 +22,7 @@ def interval_text(values: dict[str, float], sign: str = "") -> str:
 
 
 def tell(result: dict[str, Any]) -> dict[str, str]:
-    """The finding, and the README's section with it."""
+    """The finding, and the section of bench/results/README.md with it."""
     found = finding(result, result["size"])
     pictures = {stem_of("bibtex", result["size"]): "test F1, training loss and steps"}
     title = "The paper's multi-label text (Bibtex)"

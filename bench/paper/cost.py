@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench.json_files import write_json
 from bench.machine import command_line, describe
 from bench.paper import denoise, flow
 from bench.paper.checkpoints import Checkpoints
@@ -26,7 +26,7 @@ STEPS = 2
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Time them, write DIR/paper-cost.json and print what goes into README."""
+    """Time them, write DIR/paper-cost.json and print the section of bench/results/README.md."""
     parser = argparse.ArgumentParser(prog="python -m bench.paper.cost", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
@@ -44,9 +44,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             *optical_flow(options.data, device, Path(folder), flow.SIZES["full"]),
         ]
     result |= tell(result)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "paper-cost.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    result = write_json(path, result)
     print(f"{result['readme']}\n\nWritten: {path}")
     return result
 
@@ -127,7 +126,7 @@ def row(experiment: str, network: str, seconds: float, steps: int, trainings: in
 
 
 def tell(result: dict[str, Any]) -> dict[str, str]:
-    """The README's section: what was not run, and why."""
+    """The section of bench/results/README.md: what was not run, and why."""
     where = result["machine"]
     on = where["cpu"] if where["device"] == "cpu" else where["device"]
     total: dict[str, float] = {}

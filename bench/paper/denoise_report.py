@@ -26,14 +26,15 @@ def interval_text(values: dict[str, float], sign: str = "") -> str:
 
 
 def tell(result: dict[str, Any]) -> dict[str, str]:
-    """The finding, and the README's section with it."""
+    """The finding, and the section of bench/results/README.md with it."""
     size = result["size"]
     found = finding(result, size)
     stem = stem_of("denoise", size)
+    worst = max(result["levels"], key=int)
     pictures = {
-        f"{stem}-sigma{sigma}": f"before and after, sigma {sigma}"
-        for sigma in sorted(result["levels"], key=int)
-    } | {stem: "training PSNR over epochs and seconds, and steps"}
+        f"{stem}-sigma{worst}": f"before and after, sigma {worst}",
+        stem: "training PSNR over epochs and seconds, and steps",
+    }
     shown = table(result, size, result["config"])
     title = "The paper's image denoising"
     return {"finding": found, "readme": section(title, found, shown, pictures, result["machine"])}

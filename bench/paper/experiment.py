@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.json_files import write_json
 from bench.machine import describe
 from bench.paper.checkpoints import Checkpoints
 
@@ -96,24 +96,23 @@ def main(
     result["seconds"] = time.perf_counter() - began
     result |= tell(result)
     path = run.out / f"{run.stem}.json"
-    text = json.dumps(result, indent=1)
-    path.write_text(text + "\n")
+    kept = write_json(path, result)
     if not options.finished:
         run.checkpoints.clear()
     print(f"\n{result['readme']}\n\nWritten: {path}")
-    return dict(json.loads(text))
+    return dict(kept)
 
 
 def section(
     title: str, finding: str, table: str, pictures: dict[str, str], machine: dict[str, Any]
 ) -> str:
-    """The README's part: markdown with a heading, and pictures of bench/results.
+    """A part of bench/results/README.md: markdown with a heading, and pictures beside it.
 
     Args:
         pictures: by file name without .png, what they show.
         machine: where the figures are from.
     """
-    shown = [f"![{title}: {what}](bench/results/{stem}.png)" for stem, what in pictures.items()]
+    shown = [f"![{title}: {what}]({stem}.png)" for stem, what in pictures.items()]
     where = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
     measured = (
         f"Measured on {where}, torch {machine['versions']['torch']}, commit {machine['commit']}, "

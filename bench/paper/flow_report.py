@@ -25,7 +25,7 @@ def interval_text(values: dict[str, float], sign: str = "") -> str:
 
 
 def tell(result: dict[str, Any]) -> dict[str, str]:
-    """The finding, and the README's section with it."""
+    """The finding, and the section of bench/results/README.md with it."""
     size = result["size"]
     found = finding(result, size)
     shown = table(result, size, result["config"])

@@ -1,4 +1,4 @@
-"""Write findings and README sections anew, from the figures of results that are there.
+"""Write findings and sections anew, from the figures of results that are there.
 
     python -m bench.paper.retell bench/results/paper-*.json
 
@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from bench.json_files import write_json
 from bench.paper import bibtex_report, cost, denoise_report, flow_report
 
 TELLERS = {
@@ -25,7 +26,7 @@ def retell(path: Path) -> None:
     """Replace "readme", and "finding" where there is one, in a result."""
     result = json.loads(path.read_text())
     result |= TELLERS[result["experiment"]](result)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ for name in ("matplotlib", "sklearn", "torchdeq", "tqdm"):
 import fpi_cuda as fpi
 from bench import device_loop, measure, report, settings, throughput
 from bench.contamination import contamination
+from bench.json_files import finite, write_json
 from bench.loss_scale import loss_scale
 from bench.measure import loosest_tolerance, paired_rounds
 from bench.memory import torch_peak_bytes
@@ -26,7 +27,7 @@ from bench.peers import Entry, Peer, load_entries
 from bench.peers.ours import FpiCuda
 from bench.plots import plot
 from bench.problems import Problem, reference_solution, tanh_cell
-from bench.record import Record, finite
+from bench.record import Record
 from bench.settings import Task, at_batch, choose, make_task, try_forward
 from bench.training import example_f1
 
@@ -324,7 +325,7 @@ def test_main_job_measures_every_problem(results: dict) -> None:
             for row in table["rows"]:
                 assert row["worst_residual"] <= problem["rtol"]
                 assert row["forward"]["solved_per_second"] > 0
-                assert row["forward"]["seconds"]["median"] < row["both"]["seconds"]["max"] * 10
+                assert 0 < row["forward"]["seconds"] < row["both"]["seconds"] * 10
             baseline = table["rows"][0]["forward"]["time_over_baseline"]
             assert baseline == {"min": 1.0, "median": 1.0, "max": 1.0}
     for layer in results["training"]:
@@ -378,31 +379,34 @@ def test_report_names_who_is_faster(results: dict) -> None:
 
 def test_plots_are_written(results: dict, tmp_path: Path) -> None:
     written = plot(results, tmp_path / "a.json")
-    assert [path.name for path in written] == ["a-throughput.png", "a-steps.png", "a-traces.png"]
+    assert [path.name for path in written] == ["a-throughput.png", "a-steps.png"]
     for path in written:
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_changes_between_its_markers_only(results: dict, tmp_path: Path) -> None:
+def test_pages_are_written_from_the_results(results: dict, tmp_path: Path) -> None:
+    folder = tmp_path / "bench" / "results"
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    (tmp_path / "a.json").write_text(json.dumps(results))
-    (tmp_path / "b.json").write_text(json.dumps({"kind": "something else"}))
-    report.update_readme(readme, tmp_path)
+    write_json(folder / "throughput-cpu.json", results)
+    write_json(folder / "b.json", {"readme": "### told"})
+    report.update_pages(tmp_path)
     once = readme.read_text()
     assert once.startswith(f"before\n{report.BEGIN}\n")
     assert once.endswith(f"{report.END}\nafter\n")
     assert "old" not in once
-    assert "| fpi_cuda Anderson | 100% |" in once
-    report.update_readme(readme, tmp_path)
+    assert "| time over fpi_cuda's |" in once
+    page = (folder / "README.md").read_text()
+    assert "| fpi_cuda Anderson | 100% |" in page
+    assert page.endswith("### told\n")
+    report.update_pages(tmp_path)
     assert readme.read_text() == once
 
 
 def test_readme_without_markers_is_refused(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing to replace\n")
+    (tmp_path / "README.md").write_text("nothing to replace\n")
     with pytest.raises(ValueError, match="must hold <!-- results:begin -->"):
-        report.update_readme(readme, tmp_path)
+        report.update_pages(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -10,8 +10,9 @@ import torch
 import fpi_cuda as fpi
 from bench import fused, fused_rows, machine
 from bench.fused_report import FAMILIES, readme
+from bench.json_files import finite
 from bench.peers import graphed, load_entries, loop
-from bench.record import Record, finite
+from bench.record import Record
 
 
 def test_the_benchmark_of_the_fused_loop() -> None:
