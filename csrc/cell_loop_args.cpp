@@ -34,8 +34,8 @@ CellLoopParams checked_arrays(const CellLoopTensors& t) {
     p.layers[l] = check.layer(kNames[l], t.layers[l], width);
     width = p.layers[l].outputs;
   }
-  require(width == dim, kCellLoop, ": the last weight must have the ", dim,
-          " outputs of x, got ", width);
+  require(width == dim, kCellLoop, ": the last weight must have the ", dim, " outputs of x, got ",
+          width);
   p.x = x.mutable_data_ptr();
   p.atol = t.atol.const_data_ptr<double>();
   p.status = t.status.mutable_data_ptr<int8_t>();

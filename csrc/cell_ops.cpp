@@ -62,8 +62,8 @@ void cell_loop_op(Tensor x, std::optional<Tensor> x_factor, Tensor weight1,
   require(max_steps >= 1, kCellLoop, ": max_steps must be at least 1, got ", max_steps);
   require(precision >= 0 && precision < kPrecisions, kCellLoop, ": precision must be from 0 to ",
           kPrecisions - 1, ", got ", precision);
-  require(!float64 || precision == 0, kCellLoop,
-          ": precision must be 0 for a float64 x, got ", precision);
+  require(!float64 || precision == 0, kCellLoop, ": precision must be 0 for a float64 x, got ",
+          precision);
   p.carry = carry;
   p.depth = static_cast<int32_t>(depth);
   p.rtol = rtol;
@@ -84,8 +84,7 @@ void cell_loop_meta(Tensor, std::optional<Tensor>, Tensor, std::optional<Tensor>
                     double, double, int64_t) {}
 
 // The sizes of a cell, without its arrays; one layer where hidden is 0.
-CellLoopParams sizes_of(const char* op, int64_t batch, int64_t dim, int64_t hidden,
-                        int64_t depth) {
+CellLoopParams sizes_of(const char* op, int64_t batch, int64_t dim, int64_t hidden, int64_t depth) {
   require(batch >= 0 && dim >= 1 && hidden >= 0 && depth >= 0 && depth <= kMaxDepth, op,
           ": sizes must not be negative, nor depth above ", kMaxDepth);
   CellLoopParams p{};
@@ -98,8 +97,7 @@ CellLoopParams sizes_of(const char* op, int64_t batch, int64_t dim, int64_t hidd
   return p;
 }
 
-int64_t cell_loop_tile_op(int64_t batch, int64_t dim, int64_t hidden, int64_t depth,
-                          bool float64) {
+int64_t cell_loop_tile_op(int64_t batch, int64_t dim, int64_t hidden, int64_t depth, bool float64) {
   const CellLoopParams p = sizes_of("cell_loop_tile", batch, dim, hidden, depth);
   return cell_loop_tile(p, float64 ? StateType::kFloat64 : StateType::kFloat32,
                         torch::stable::get_num_threads());

@@ -13,8 +13,7 @@ int64_t num_moved_op(Tensor x, Tensor gx, Tensor status, Tensor residual, double
   const ScalarType type = x.scalar_type();
   require(x.dim() == 2, kOp, ": x must be (batch, dim), got ", x.sizes());
   require(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16,
-          kOp, ": x must be float32, float64 or bfloat16, got ",
-          torch::headeronly::toString(type));
+          kOp, ": x must be float32, float64 or bfloat16, got ", torch::headeronly::toString(type));
   NumMovedParams p{};
   p.rows = x.size(0);
   p.dim = x.size(1);
@@ -35,8 +34,7 @@ int64_t num_moved_op(Tensor x, Tensor gx, Tensor status, Tensor residual, double
 }  // namespace fpi
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fpi_cuda, m) {
-  m.def(
-      "num_moved(Tensor x, Tensor gx, Tensor status, Tensor residual, *, float rounding) -> int");
+  m.def("num_moved(Tensor x, Tensor gx, Tensor status, Tensor residual, *, float rounding) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fpi_cuda, CPU, m) { m.impl("num_moved", TORCH_BOX(&fpi::num_moved_op)); }

@@ -8,8 +8,8 @@
 
 // In libtorch_cuda: weak, so that the library loads under a torch without it, where no CUDA tensor
 // can reach the ops.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace fpi {
 

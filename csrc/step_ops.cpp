@@ -102,8 +102,8 @@ StepParams checked_params(const char* op, StepTensors& t, bool uses_gram) {
   check_type(op, "partner_previous", t.partner_previous, compute);
   check_type(op, "columns_g", t.columns_g, t.columns_f.scalar_type());
   // Anderson's alone: an option says so.
-  const bool narrow = uses_gram && state == ScalarType::Float &&
-                      t.columns_f.scalar_type() == ScalarType::BFloat16;
+  const bool narrow =
+      uses_gram && state == ScalarType::Float && t.columns_f.scalar_type() == ScalarType::BFloat16;
   if (!narrow) check_type(op, "columns_f", t.columns_f, state);
   if (uses_gram) check_type(op, "gram", t.gram, ScalarType::Double);
   check_type(op, "control", t.control, ScalarType::Double);
@@ -163,8 +163,8 @@ void run_on_cuda(const char* op, const StepTensors& t, const StepParams& p, Stat
     require(t.scratch.has_value(), op, ": samples of ", p.dim, " elements need scratch of ", needed,
             " bytes, zeroed before the first step, got none");
     check_type(op, "scratch", *t.scratch, ScalarType::Byte);
-    require(t.scratch->is_contiguous() && t.scratch->numel() >= needed, op,
-            ": scratch must hold ", needed, " bytes, got ", t.scratch->numel());
+    require(t.scratch->is_contiguous() && t.scratch->numel() >= needed, op, ": scratch must hold ",
+            needed, " bytes, got ", t.scratch->numel());
     scratch = t.scratch->mutable_data_ptr();
   }
   const OnCuda device(op, t.x);
@@ -193,8 +193,8 @@ void anderson_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tens
                       Tensor num_steps, Tensor residual, double rtol, int64_t max_steps,
                       double beta, double ridge, std::optional<Tensor> scratch) {
   const char* op = "anderson_step_";
-  StepTensors t{x,         gx,        sample_of, best,    anchor, f_previous, g_previous, columns_f,
-                columns_g, gram,      control,   atol,    status, num_steps,  residual,   scratch};
+  StepTensors t{x,         gx,   sample_of, best, anchor, f_previous, g_previous, columns_f,
+                columns_g, gram, control,   atol, status, num_steps,  residual,   scratch};
   StepParams p = checked_params(op, t, true);
   p.rtol = rtol;
   p.max_steps = max_steps;
@@ -205,9 +205,9 @@ void anderson_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tens
 
 void broyden_step_op(Tensor x, Tensor gx, std::optional<Tensor> sample_of, Tensor best,
                      Tensor anchor, Tensor f_previous, Tensor x_previous, Tensor columns_u,
-                     Tensor columns_v, Tensor control, Tensor atol, Tensor status,
-                     Tensor num_steps, Tensor residual, double rtol, int64_t max_steps,
-                     double beta, std::optional<Tensor> scratch) {
+                     Tensor columns_v, Tensor control, Tensor atol, Tensor status, Tensor num_steps,
+                     Tensor residual, double rtol, int64_t max_steps, double beta,
+                     std::optional<Tensor> scratch) {
   const char* op = "broyden_step_";
   StepTensors t{x,         gx,      sample_of, best, anchor, f_previous, x_previous, columns_u,
                 columns_v, control, control,   atol, status, num_steps,  residual,   scratch};

@@ -10,7 +10,7 @@ namespace fpi {
 // Sums over one sample, all that a step has to know of it.
 struct AndersonSums {
   double ff, gg, xx;
-  double dfdf, fdf;                         // with the fresh difference
+  double dfdf, fdf;                        // with the fresh difference
   double dfdc[kMaxDepth], fdc[kMaxDepth];  // with the column in each slot
 };
 
@@ -20,8 +20,8 @@ struct AndersonPlan {
   double gamma[kMaxDepth];
   int slots[kMaxDepth];  // of the columns that take part, and gamma likewise
   int count;
-  bool differs;          // a fresh difference was formed,
-  int fresh;             // in this slot
+  bool differs;  // a fresh difference was formed,
+  int fresh;     // in this slot
 };
 
 // The slot that the next difference takes: the oldest one's, once the history is full.
@@ -40,8 +40,7 @@ FPI_HD void admit_difference(const AndersonSums& sums, const Measured& at, doubl
   const int fresh = fresh_slot(c, depth);
   const int head = static_cast<int>(c.head);
   const int others = columns_but_fresh(c, depth);  // the oldest was overwritten
-  const bool useful =
-      is_finite(sums.dfdf) && sqrt(sums.dfdf) > 0.5 * epsilon * at.norm_gx;
+  const bool useful = is_finite(sums.dfdf) && sqrt(sums.dfdf) > 0.5 * epsilon * at.norm_gx;
   c.columns = static_cast<float>(others);
   if (!useful) return;
   for (int age = 0; age < others; ++age) {

@@ -27,19 +27,19 @@ struct CellLoopParams {
   int32_t num_layers;    // 1 or 2
   const void* x_factor;  // (batch, dim) or null
   double carry;
-  void* x;               // (batch, dim) where to start; overwritten with the point to return
-  const double* atol;    // (batch,)
-  int8_t* status;        // (batch,)
-  int32_t* num_steps;    // (batch,)
-  double* residual;      // (batch,) of the point returned
+  void* x;             // (batch, dim) where to start; overwritten with the point to return
+  const double* atol;  // (batch,)
+  int8_t* status;      // (batch,)
+  int32_t* num_steps;  // (batch,)
+  double* residual;    // (batch,) of the point returned
   int64_t batch;
   int64_t dim;
-  int32_t depth;         // of Anderson's history; 0 for Picard
+  int32_t depth;  // of Anderson's history; 0 for Picard
   double rtol;
   int64_t max_steps;
   double beta;
   double ridge;
-  Precision precision;    // of the products with the weights
+  Precision precision;  // of the products with the weights
 };
 
 }  // namespace fpi

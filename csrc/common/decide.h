@@ -21,16 +21,16 @@ enum class Move : int {
 };
 
 struct Measured {
-  double residual;   // ||g(x) - x||, NaN or Inf when g(x) is not finite
-  double norm_gx;    // ||g(x)||
-  double norm_x;     // ||x||, read at the first step only
+  double residual;  // ||g(x) - x||, NaN or Inf when g(x) is not finite
+  double norm_gx;   // ||g(x)||
+  double norm_x;    // ||x||, read at the first step only
 };
 
 struct Rules {
   double atol;
   double rtol;
-  double epsilon;       // of the state's dtype
-  double largest;       // number of the dtype that a step is computed in
+  double epsilon;  // of the state's dtype
+  double largest;  // number of the dtype that a step is computed in
   int64_t max_steps;
   int32_t stall_steps;  // steps without a gain of a tenth before a floor is called
   bool safeguarded;     // false for Picard: there is nothing to fall back to
@@ -52,22 +52,22 @@ struct Safeguard {
   static constexpr double kGrowth = 10.0;      // over the best residual, borne without a restart
   static constexpr double kPatience = 3.0;
   static constexpr double kProgress = 0.9;     // of the best residual, to count as a new best
-  static constexpr double kLetGo = 0.35;        // of the best residual at the anchor, to forget it
-  static constexpr double kFirstPicard = 9.0;   // plain steps at the start
-  static constexpr double kFirstLeast = 4.0;    // fewer, where the residual has fallen to
-  static constexpr double kFirstGain = 0.05;    // this part of the first
-  static constexpr double kFirstGrowth = 8.0;   // times kPicardGrowth: a transient may pass
+  static constexpr double kLetGo = 0.35;       // of the best residual at the anchor, to forget it
+  static constexpr double kFirstPicard = 9.0;  // plain steps at the start
+  static constexpr double kFirstLeast = 4.0;   // fewer, where the residual has fallen to
+  static constexpr double kFirstGain = 0.05;   // this part of the first
+  static constexpr double kFirstGrowth = 8.0;  // times kPicardGrowth: a transient may pass
   static constexpr double kPicardLength = 8.0;
   static constexpr double kPicardGrowth = 4.0;  // since the phase began; ends it early
-  static constexpr double kDivergence = 1e6;     // of the first residual
-  static constexpr double kRise = 1.1;           // of the peak, to count as growth
-  static constexpr double kNearPeak = 0.5;       // of it, to be as large as ever
-  static constexpr double kOverflow = 1e-3;      // of the largest number
+  static constexpr double kDivergence = 1e6;    // of the first residual
+  static constexpr double kRise = 1.1;          // of the peak, to count as growth
+  static constexpr double kNearPeak = 0.5;      // of it, to be as large as ever
+  static constexpr double kOverflow = 1e-3;     // of the largest number
   static constexpr int kRejections = 8;
   static constexpr double kGain = 0.9;
-  static constexpr double kFloor = 64.0;         // epsilons, relative to ||g||
-  static constexpr double kHalfFloor = 8.0;      // of a dtype of 16 bits
-  static constexpr double kHalfEpsilon = 1e-4;   // above it, a dtype has 16 bits
+  static constexpr double kFloor = 64.0;        // epsilons, relative to ||g||
+  static constexpr double kHalfFloor = 8.0;     // of a dtype of 16 bits
+  static constexpr double kHalfEpsilon = 1e-4;  // above it, a dtype has 16 bits
 };
 
 FPI_HD double larger(double a, double b) { return a > b ? a : b; }
@@ -228,7 +228,8 @@ FPI_HD Decision decide(Control& c, const Measured& at, const Rules& rules, int64
     if (step == 1 || c.rejections >= Safeguard::kRejections) {
       return {Move::kStop, kNonfinite, step == 1, false};
     }
-    if (step >= rules.max_steps) return {Move::kStop, at_last_step(c, at, rules, step), false, false};
+    if (step >= rules.max_steps)
+      return {Move::kStop, at_last_step(c, at, rules, step), false, false};
     c.mixing_scale *= 0.5;
     return {Move::kReject, kActive, false, false};
   }

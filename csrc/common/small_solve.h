@@ -20,9 +20,9 @@ FPI_HD int gram_place(int i, int j) { return i > j ? gram_size(i) + j : gram_siz
 struct SmallSolve {
   // Cholesky factor of the kept columns, its diagonal inverted: divisions are slow in double.
   double factor[kMaxDepth][kMaxDepth];
-  double inverse_norm[kMaxDepth];       // 1 / ||column||
-  int slots[kMaxDepth];                 // by age
-  double gamma[kMaxDepth];              // solution, by slot
+  double inverse_norm[kMaxDepth];  // 1 / ||column||
+  int slots[kMaxDepth];            // by age
+  double gamma[kMaxDepth];         // solution, by slot
   bool kept[kMaxDepth];
 };
 
@@ -44,8 +44,7 @@ FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int co
     double value = rhs[slot] * s.inverse_norm[a];
     for (int b = 0; b < a; ++b) {
       if (!s.kept[b]) continue;
-      double entry =
-          gram[gram_place(slot, s.slots[b])] * s.inverse_norm[a] * s.inverse_norm[b];
+      double entry = gram[gram_place(slot, s.slots[b])] * s.inverse_norm[a] * s.inverse_norm[b];
       for (int k = 0; k < b; ++k) {
         if (s.kept[k]) entry -= s.factor[a][k] * s.factor[b][k];
       }

@@ -15,19 +15,19 @@ struct StepParams {
   void* anchor;              // (batch, dim) state dtype; null for Picard
   // The evaluation before this one, f and g(x) (Anderson) or f and x (Broyden). Null for Anderson
   // where the history is in the compute dtype: it then lies in the slot of the next difference.
-  void* f_previous;          // (batch, dim) compute dtype
-  void* partner_previous;    // (batch, dim) compute dtype
-  void* columns_f;           // (batch, depth, dim) history dtype: dF, or Broyden's u
-  void* columns_g;           // (batch, depth, dim) history dtype: dG, or Broyden's v
-  double* gram;              // (batch, gram_size(depth)); null for Broyden and Picard
-  double* control;           // (batch, kControlSize)
-  const double* atol;        // (batch,)
-  int8_t* status;            // (batch,)
-  int32_t* num_steps;        // (batch,)
-  double* residual;          // (batch,) of the point to return once stopped, else of x
+  void* f_previous;        // (batch, dim) compute dtype
+  void* partner_previous;  // (batch, dim) compute dtype
+  void* columns_f;         // (batch, depth, dim) history dtype: dF, or Broyden's u
+  void* columns_g;         // (batch, depth, dim) history dtype: dG, or Broyden's v
+  double* gram;            // (batch, gram_size(depth)); null for Broyden and Picard
+  double* control;         // (batch, kControlSize)
+  const double* atol;      // (batch,)
+  int8_t* status;          // (batch,)
+  int32_t* num_steps;      // (batch,)
+  double* residual;        // (batch,) of the point to return once stopped, else of x
   int64_t rows;
   int64_t dim;
-  int32_t depth;             // 0 for Picard
+  int32_t depth;  // 0 for Picard
   double rtol;
   int64_t max_steps;
   double beta;

@@ -14,8 +14,10 @@ namespace fpi {
 template <class T, int K>
 FPI_INLINE T artanh_series(T square) {
   constexpr T kTerm = T(2) / T(2 * K + 1);
-  if constexpr (K == (sizeof(T) == 4 ? 8 : 17)) return kTerm;
-  else return kTerm + square * artanh_series<T, K + 1>(square);
+  if constexpr (K == (sizeof(T) == 4 ? 8 : 17))
+    return kTerm;
+  else
+    return kTerm + square * artanh_series<T, K + 1>(square);
 }
 
 template <class T>

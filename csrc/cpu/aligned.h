@@ -33,7 +33,9 @@ class Arena {
   }
 
  private:
-  static int64_t padded(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
+  static int64_t padded(int64_t bytes) {
+    return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+  }
 
   char* memory_;
   int64_t used_ = 0;

@@ -155,8 +155,8 @@ struct AndersonStep {
 
   static void between(int, const StepParams& p, const Row<T, H>& row, Sums& sums, Plan& plan) {
     const Measured at = measured_from(row, sums.ff, sums.gg, sums.xx, p.num_steps[row.sample] == 0);
-    judge_anderson(p, row.sample, Numeric<T>::kEpsilon, at, sums, row.gram, *row.control, plan.solve,
-                   plan);
+    judge_anderson(p, row.sample, Numeric<T>::kEpsilon, at, sums, row.gram, *row.control,
+                   plan.solve, plan);
   }
 };
 

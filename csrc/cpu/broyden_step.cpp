@@ -140,7 +140,8 @@ FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, i
       const C vf = mixes ? static_cast<C>(plan.fresh_vf) : C(0);
       H* fresh_u = row.column_f(plan.columns) + at;
       for (int j = 0; j < n; ++j) {
-        fresh_u[j] = static_cast<H>(static_cast<C>(scale * static_cast<double>(static_cast<C>(fresh_u[j]))));
+        fresh_u[j] =
+            static_cast<H>(static_cast<C>(scale * static_cast<double>(static_cast<C>(fresh_u[j]))));
         next[j] -= vf * static_cast<C>(fresh_u[j]);
       }
     }

@@ -149,8 +149,8 @@ void differentiate(const WeightGradientParams& p, int64_t threads, ParallelFor r
   LayerRows<T> to = plain_rows<T>(p.inputs);
   for (int64_t first = 0; first < p.batch; first += kSamplesPerSum) {
     const int64_t n = std::min(kSamplesPerSum, p.batch - first);
-    panels.pack(static_cast<const T*>(p.h) + first * p.inputs, n, 1, p.inputs,
-                Precision::kIeee, run);
+    panels.pack(static_cast<const T*>(p.h) + first * p.inputs, n, 1, p.inputs, Precision::kIeee,
+                run);
     const Rows<T> rows{static_cast<const T*>(p.delta) + first * p.outputs, p.outputs, n, 1,
                        p.outputs};
     multiply_all(shape, rows, panels.data(), to, out, tiles, run);

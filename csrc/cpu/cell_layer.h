@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../common/cell_layer_params.h"
-#include "parallel.h"
 #include "../common/state_type.h"
+#include "parallel.h"
 
 namespace fpi {
 

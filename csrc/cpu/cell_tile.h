@@ -193,9 +193,9 @@ class Tile {
   int64_t* row_samples_;  // of what is evaluated together, by row: the sample,
   const T** x_rows_;      // where its x and gx lie,
   T** gx_rows_;
-  T** hidden_rows_;       // and what the first of two layers makes of it
-  T* blocked_;            // what the first layer reads, in blocks of rows
-  T* hidden_;             // what the second reads
+  T** hidden_rows_;  // and what the first of two layers makes of it
+  T* blocked_;       // what the first layer reads, in blocks of rows
+  T* hidden_;        // what the second reads
   StepParams step_;
 };
 

@@ -14,10 +14,10 @@ struct ExponentialTraits;
 template <>
 struct ExponentialTraits<float> {
   using Bits = uint32_t;
-  static constexpr float kRounder = 12582912.0f;       // 1.5 * 2^23: adding it rounds to integers
-  static constexpr float kLn2High = 0.693359375f;      // 9 bits: n times it is exact
+  static constexpr float kRounder = 12582912.0f;   // 1.5 * 2^23: adding it rounds to integers
+  static constexpr float kLn2High = 0.693359375f;  // 9 bits: n times it is exact
   static constexpr float kLn2Low = -2.12194440e-4f;
-  static constexpr float kLeast = -87.0f;              // exp of it is still a normal number
+  static constexpr float kLeast = -87.0f;  // exp of it is still a normal number
   static constexpr int kBias = 127, kMantissa = 23, kTerms = 7;
 };
 template <>
@@ -40,8 +40,10 @@ constexpr T inverse_factorial(int k) {
 // The Taylor series of expm1(r) / r: the first term left out is below the rounding of the dtype.
 template <class T, int K>
 FPI_INLINE T expm1_series(T r) {
-  if constexpr (K == ExponentialTraits<T>::kTerms) return inverse_factorial<T>(K);
-  else return inverse_factorial<T>(K) + r * expm1_series<T, K + 1>(r);
+  if constexpr (K == ExponentialTraits<T>::kTerms)
+    return inverse_factorial<T>(K);
+  else
+    return inverse_factorial<T>(K) + r * expm1_series<T, K + 1>(r);
 }
 
 // exp(y) = 2^n (1 + q) with q = expm1(r), y = n ln 2 + r, |r| <= ln(2) / 2.

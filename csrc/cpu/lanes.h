@@ -42,9 +42,18 @@ FPI_INLINE void load_some(const A* from, int n, typename Lanes<Acc>::Vector& to)
   if constexpr (std::is_same_v<Acc, A>) {
     // Pieces of fixed sizes, for a copy of n elements is a call.
     int l = 0;
-    if (n & 8) { std::memcpy(wide, from, 8 * sizeof(A)); l = 8; }
-    if (n & 4) { std::memcpy(wide + l, from + l, 4 * sizeof(A)); l += 4; }
-    if (n & 2) { std::memcpy(wide + l, from + l, 2 * sizeof(A)); l += 2; }
+    if (n & 8) {
+      std::memcpy(wide, from, 8 * sizeof(A));
+      l = 8;
+    }
+    if (n & 4) {
+      std::memcpy(wide + l, from + l, 4 * sizeof(A));
+      l += 4;
+    }
+    if (n & 2) {
+      std::memcpy(wide + l, from + l, 2 * sizeof(A));
+      l += 2;
+    }
     if (n & 1) wide[l] = from[l];
   } else {
     for (int l = 0; l < n; ++l) wide[l] = static_cast<Acc>(from[l]);

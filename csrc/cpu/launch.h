@@ -45,8 +45,7 @@ FPI_CLONES void run_rows(const StepParams& p, int64_t first, int64_t last) {
 
 template <class Kernel>
 FPI_CLONES void run_panel(const StepParams& p, int64_t i, int pass, int64_t begin, int64_t end,
-                          const typename Kernel::Scratch& scratch,
-                          typename Kernel::Partial& out) {
+                          const typename Kernel::Scratch& scratch, typename Kernel::Partial& out) {
   using R = Row<typename Kernel::State, typename Kernel::History>;
   const R row(p, i);
   Kernel::pass(pass, p, row, scratch, begin, end, out);

@@ -21,12 +21,12 @@ struct LayerRows {
   const T* factor;         // (batch, outputs)
   const int64_t* samples;  // the sample of row i
   T carry;
-  const T* const* x;       // row i of x
-  Precision precision;     // to which out is rounded; kIeee where it is no operand
-  T* slope;                // (batch, outputs) factor * derivative(...), or null
-  Activation derivative;   // of the activation
-  T* const* out;           // row i of out
-  int64_t chunk_stride;    // from one chunk of kRowChunk elements of a row of out to the next
+  const T* const* x;      // row i of x
+  Precision precision;    // to which out is rounded; kIeee where it is no operand
+  T* slope;               // (batch, outputs) factor * derivative(...), or null
+  Activation derivative;  // of the activation
+  T* const* out;          // row i of out
+  int64_t chunk_stride;   // from one chunk of kRowChunk elements of a row of out to the next
 };
 
 FPI_INLINE void round_run(Precision precision, float* values, int64_t n) {

@@ -16,7 +16,7 @@ struct NumMovedParams {
   const double* residual;  // (rows,) as it was recorded
   int64_t rows;
   int64_t dim;
-  double rounding;         // share of a residual that another order of its sum may change
+  double rounding;  // share of a residual that another order of its sum may change
 };
 
 int64_t num_moved_cpu(const NumMovedParams& p, StateType state, ParallelFor run);

@@ -40,8 +40,8 @@ struct Kernel {
     }
   }
 
-  static FPI_INLINE void multiply(const T* blocked, int64_t count, int64_t inputs,
-                                  const T* packed, const LayerRows<T>& to) {
+  static FPI_INLINE void multiply(const T* blocked, int64_t count, int64_t inputs, const T* packed,
+                                  const LayerRows<T>& to) {
     constexpr int kSmall = BlockRows / 3;
     const int64_t block_size = round_up(inputs, kRowChunk) * BlockRows;
     alignas(64) T sums[BlockRows * kPanel];
@@ -73,18 +73,21 @@ struct Choice {
   void (*multiply)(const T*, int64_t, int64_t, const T*, const LayerRows<T>&);
 };
 
-#define FPI_MULTIPLY(name, target, bytes, block_rows)                                 \
-  template <class T>                                                                  \
-  target void name(const T* rows, int64_t count, int64_t inputs, const T* packed,     \
-                   const LayerRows<T>& to) {                                          \
-    Kernel<T, bytes, block_rows>::multiply(rows, count, inputs, packed, to);          \
+#define FPI_MULTIPLY(name, target, bytes, block_rows)                             \
+  template <class T>                                                              \
+  target void name(const T* rows, int64_t count, int64_t inputs, const T* packed, \
+                   const LayerRows<T>& to) {                                      \
+    Kernel<T, bytes, block_rows>::multiply(rows, count, inputs, packed, to);      \
   }
 #define FPI_CHOICE(name, bytes, block_rows) \
   Choice<T> { {block_rows, Kernel<T, bytes, block_rows>::kPanel}, &name<T> }
 
 // 12 x 2 of the 32 registers of AVX-512 hold sums; 6 x 2 of 16 on AVX2; 6 x 2 elsewhere.
 #ifdef FPI_WIDE_TARGETS
-FPI_MULTIPLY(multiply_512, __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512"))), 64, 12)
+FPI_MULTIPLY(
+    multiply_512,
+    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,prefer-vector-width=512"))), 64,
+    12)
 FPI_MULTIPLY(multiply_256, __attribute__((target("avx2,fma"))), 32, 6)
 #endif
 FPI_MULTIPLY(multiply_128, , 16, 6)
@@ -152,9 +155,9 @@ void multiply_rows(const T* blocked_rows, int64_t count, int64_t inputs, const T
   choice<T>().multiply(blocked_rows, count, inputs, packed, to);
 }
 
-#define FPI_INSTANTIATE(T)                                                             \
-  template void pack_panels<T>(const PanelShape&, const T*, int64_t, int64_t, int64_t, \
-                               int64_t, int64_t, int64_t, T*);                         \
+#define FPI_INSTANTIATE(T)                                                                      \
+  template void pack_panels<T>(const PanelShape&, const T*, int64_t, int64_t, int64_t, int64_t, \
+                               int64_t, int64_t, T*);                                           \
   template void multiply_rows<T>(const T*, int64_t, int64_t, const T*, const LayerRows<T>&);
 FPI_INSTANTIATE(float)
 FPI_INSTANTIATE(double)

@@ -84,17 +84,14 @@ inline double scaled_norm(int64_t dim, At&& at) {
 }
 
 template <class T, class H>
-inline Measured measured_from(const Row<T, H>& row, double ff, double gg, double xx,
-                              bool first) {
+inline Measured measured_from(const Row<T, H>& row, double ff, double gg, double xx, bool first) {
   using C = typename Row<T, H>::C;
   Measured at;
-  at.residual = trustworthy<C>(ff, row.dim)
-                    ? std::sqrt(ff)
-                    : scaled_norm(row.dim, [&](int64_t j) {
-                        // In double: the difference of two large floats may overflow a float.
-                        return static_cast<double>(static_cast<C>(row.gx[j])) -
-                               static_cast<double>(static_cast<C>(row.x[j]));
-                      });
+  at.residual = trustworthy<C>(ff, row.dim) ? std::sqrt(ff) : scaled_norm(row.dim, [&](int64_t j) {
+    // In double: the difference of two large floats may overflow a float.
+    return static_cast<double>(static_cast<C>(row.gx[j])) -
+           static_cast<double>(static_cast<C>(row.x[j]));
+  });
   at.norm_gx = trustworthy<C>(gg, row.dim)
                    ? std::sqrt(gg)
                    : scaled_norm(row.dim, [&](int64_t j) { return static_cast<C>(row.gx[j]); });
@@ -108,8 +105,7 @@ inline Measured measured_from(const Row<T, H>& row, double ff, double gg, double
 // The point to return is x itself if it is the best, else the best seen. It is left in both, so
 // that g goes on being evaluated at a harmless point where stopped samples stay in the batch.
 template <class T, class H>
-FPI_INLINE void finish(const Row<T, H>& row, const Decision& decision, int64_t begin,
-                       int64_t end) {
+FPI_INLINE void finish(const Row<T, H>& row, const Decision& decision, int64_t begin, int64_t end) {
   if (decision.improved) {
     copy_run(row.x + begin, end - begin, row.best + begin);
   } else {

@@ -9,9 +9,9 @@ namespace fpi {
 
 // One copy for every type: nothing in it depends on them.
 inline __device__ __noinline__ void decide_anderson(const StepParams& p, int64_t sample,
-                                                    double epsilon, Measured at,
-                                                    AndersonSums& sums, double* gram, Control& c,
-                                                    SmallSolve& solve, AndersonPlan& plan) {
+                                                    double epsilon, Measured at, AndersonSums& sums,
+                                                    double* gram, Control& c, SmallSolve& solve,
+                                                    AndersonPlan& plan) {
   judge_anderson(p, sample, epsilon, at, sums, gram, c, solve, plan);
 }
 

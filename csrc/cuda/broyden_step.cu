@@ -9,8 +9,8 @@ namespace {
 
 // One copy for every type: nothing in it depends on them.
 __device__ __noinline__ void decide_broyden(const StepParams& p, int64_t sample, double epsilon,
-                                            Measured at, const BroydenSums& sums,
-                                            Control& c, BroydenPlan& plan) {
+                                            Measured at, const BroydenSums& sums, Control& c,
+                                            BroydenPlan& plan) {
   judge_broyden(p, sample, epsilon, at, sums, c, plan);
 }
 
@@ -29,8 +29,7 @@ struct BroydenStep {
 
   template <int kPass, class Acc, class Team>
   static __device__ __forceinline__ void measure(const R& row, const Control& c, const Plan& plan,
-                                                 bool first, bool, const Tile<C>& tile,
-                                                 Sums& out) {
+                                                 bool first, bool, const Tile<C>& tile, Sums& out) {
     if (kPass == 0) {
       measure_update<Acc>(row, c, first, tile, out);
     } else if (plan.updates) {
@@ -126,8 +125,8 @@ struct BroydenStep {
                                                     const Sums& sums, const Plan& plan) {
     if (kPass == 1) return plan.updates && !trustworthy<C>(sums.fresh_vv, row.dim);
     return !(trustworthy<C>(sums.ff, row.dim) && trustworthy<C>(sums.gg, row.dim) &&
-             (c.has_previous == 0 || (trustworthy<C>(sums.ss, row.dim) &&
-                                      trustworthy<C>(sums.yy, row.dim))));
+             (c.has_previous == 0 ||
+              (trustworthy<C>(sums.ss, row.dim) && trustworthy<C>(sums.yy, row.dim))));
   }
 
   template <int kPass>

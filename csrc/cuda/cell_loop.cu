@@ -16,9 +16,9 @@ constexpr int kBlocksPerCore = 2;  // resident at once: bounds the registers of 
 
 // Cuts the weights into chunks, zeros past the ends, and opens the queue behind the first tiles.
 template <class Product>
-__global__ void __launch_bounds__(kMostThreads) pack_kernel(
-    const __grid_constant__ CellLoopParams p, const __grid_constant__ CellLoopPlan plan,
-    unsigned char* workspace) {
+__global__ void __launch_bounds__(kMostThreads)
+    pack_kernel(const __grid_constant__ CellLoopParams p, const __grid_constant__ CellLoopPlan plan,
+                unsigned char* workspace) {
   using T = typename Product::Number;
   constexpr int kInputs = Product::kShape.chunk_inputs;
   constexpr int64_t kNumbers = kInputs * kPanelOutputs;  // of a chunk
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kMostThreads) pack_kernel(
       const int64_t k = number % cut.chunks * kInputs + input;
       T value = T(0);
       if (j < layer.outputs && k < layer.inputs) {
-        value = static_cast<const T*>(
-            layer.weight)[j * layer.output_stride + k * layer.input_stride];
+        value =
+            static_cast<const T*>(layer.weight)[j * layer.output_stride + k * layer.input_stride];
       }
       Product::put_weight(workspace + plan.weight[l] + number * Product::kShape.chunk_bytes, output,
                           input, value);
@@ -53,9 +53,9 @@ __global__ void __launch_bounds__(kMostThreads) pack_kernel(
 }
 
 template <class Product>
-__global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) cell_loop_kernel(
-    const __grid_constant__ CellLoopParams p, const __grid_constant__ CellLoopPlan plan,
-    unsigned char* workspace) {
+__global__ void __launch_bounds__(kMostThreads, kBlocksPerCore)
+    cell_loop_kernel(const __grid_constant__ CellLoopParams p,
+                     const __grid_constant__ CellLoopPlan plan, unsigned char* workspace) {
   const CellTile<Product> tile(p, plan, dynamic_shared_memory, workspace);
   auto* queue = reinterpret_cast<unsigned long long*>(workspace + plan.queue);
   tile.begin();

@@ -148,8 +148,8 @@ CellLoopPlan cell_loop_plan(const CellLoopParams& p, StateType state, const Devi
   return best;
 }
 
-const char* why_not_worth_fusing(const CellLoopPlan& plan, const CellLoopParams& p,
-                                 StateType state, const DeviceLimits& limits) {
+const char* why_not_worth_fusing(const CellLoopPlan& plan, const CellLoopParams& p, StateType state,
+                                 const DeviceLimits& limits) {
   if (!operands_shared(plan)) {
     return "what a tile of samples reads of x does not fit into shared memory";
   }

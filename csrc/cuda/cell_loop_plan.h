@@ -30,12 +30,12 @@ struct Place {
 
 // Offsets are in bytes: into shared memory, or into the workspace.
 struct CellLoopPlan {
-  int slots;             // samples of a tile
-  int warps;             // of a block, which holds one tile
+  int slots;  // samples of a tile
+  int warps;  // of a block, which holds one tile
   int blocks;
   int blocks_per_core;
-  int stride;            // slots from one input of an operand to the next
-  bool resident;         // the weights stay in shared memory
+  int stride;     // slots from one input of an operand to the next
+  bool resident;  // the weights stay in shared memory
   LayerShape layers[2];
 
   int64_t room, room_bytes;  // of each warp, for its step and for the chunks on their way to it
@@ -58,7 +58,7 @@ CellLoopPlan cell_loop_plan(const CellLoopParams& p, StateType state, const Devi
                             int slots = 0, int warps = 0);
 
 // Why the device would rather run the loop as separate kernels, or null.
-const char* why_not_worth_fusing(const CellLoopPlan& plan, const CellLoopParams& p,
-                                 StateType state, const DeviceLimits& limits);
+const char* why_not_worth_fusing(const CellLoopPlan& plan, const CellLoopParams& p, StateType state,
+                                 const DeviceLimits& limits);
 
 }  // namespace fpi

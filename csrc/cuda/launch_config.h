@@ -28,8 +28,8 @@ enum class Shape {
 
 struct LaunchConfig {
   Shape shape;
-  int threads;            // of a block
-  int parts;              // blocks per sample
+  int threads;  // of a block
+  int parts;    // blocks per sample
   int64_t tiles_per_part;
 };
 

@@ -92,7 +92,7 @@ __device__ __forceinline__ float readable(float value) {
 }
 __device__ __forceinline__ float to_tf32(float value) { return readable(round_tf32(value)); }
 
-constexpr int kTf32Inputs = 8;   // of one product on tensor cores
+constexpr int kTf32Inputs = 8;  // of one product on tensor cores
 constexpr int kBf16Inputs = 16;
 constexpr int kTensorWords = 4 * kWarpThreads;  // registers that hold its weights, 32 bits each
 
@@ -119,8 +119,8 @@ struct Tf32Product {
     __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand,
                                         int stride) {
       const uint4* weights = reinterpret_cast<const uint4*>(chunk) + lane_index();
-      const uint32_t* inputs = reinterpret_cast<const uint32_t*>(operand) +
-                               lane_index() % 4 * stride + lane_index() / 4;
+      const uint32_t* inputs =
+          reinterpret_cast<const uint32_t*>(operand) + lane_index() % 4 * stride + lane_index() / 4;
 #pragma unroll
       for (int k = 0; k < kShape.chunk_inputs; k += kTf32Inputs) {
         const uint4 w = weights[k / kTf32Inputs * kWarpThreads];
@@ -161,8 +161,8 @@ struct Tf32x3Product {
     __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand,
                                         int stride) {
       const uint4* weights = reinterpret_cast<const uint4*>(chunk) + lane_index();
-      const uint2* inputs = reinterpret_cast<const uint2*>(operand) +
-                            lane_index() % 4 * stride + lane_index() / 4;
+      const uint2* inputs =
+          reinterpret_cast<const uint2*>(operand) + lane_index() % 4 * stride + lane_index() / 4;
 #pragma unroll
       for (int k = 0; k < kShape.chunk_inputs; k += kTf32Inputs) {
         const uint4 w = weights[k / kTf32Inputs * kWarpThreads];
@@ -209,8 +209,8 @@ struct Bf16Product {
     __device__ __forceinline__ void add(const unsigned char* chunk, const unsigned char* operand,
                                         int stride) {
       const uint4* weights = reinterpret_cast<const uint4*>(chunk) + lane_index();
-      const uint32_t* inputs = reinterpret_cast<const uint32_t*>(operand) +
-                               lane_index() % 4 * stride + lane_index() / 4;
+      const uint32_t* inputs =
+          reinterpret_cast<const uint32_t*>(operand) + lane_index() % 4 * stride + lane_index() / 4;
 #pragma unroll
       for (int k = 0; k < kShape.chunk_inputs; k += kBf16Inputs) {
         const uint4 w = weights[k / kBf16Inputs * kWarpThreads];

@@ -25,8 +25,8 @@ __device__ __forceinline__ int64_t sample_at(const StepParams& p, int64_t row) {
 }
 
 template <class Step>
-__global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) step_kernel(
-    const __grid_constant__ StepParams p, int64_t tiles, bool aligned) {
+__global__ void __launch_bounds__(kMostThreads, kBlocksPerCore)
+    step_kernel(const __grid_constant__ StepParams p, int64_t tiles, bool aligned) {
   const int64_t sample = sample_at(p, blockIdx.x);
   if (p.status[sample] != kActive) return;
   const BlockShared<Step> shared(dynamic_shared_memory, p.depth);
@@ -35,9 +35,9 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) step_kernel(
 
 // Sums of one part of a sample; the last of its blocks to finish decides for the sample.
 template <class Step, int kPass>
-__global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) sums_kernel(
-    const __grid_constant__ StepParams p, LaunchConfig config, int64_t tiles, bool aligned,
-    void* scratch) {
+__global__ void __launch_bounds__(kMostThreads, kBlocksPerCore)
+    sums_kernel(const __grid_constant__ StepParams p, LaunchConfig config, int64_t tiles,
+                bool aligned, void* scratch) {
   const int64_t i = blockIdx.x / config.parts;
   const int part = static_cast<int>(blockIdx.x % config.parts);
   const int64_t sample = sample_at(p, i);
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) sums_kernel(
   const int64_t begin = part * config.tiles_per_part;
   const int64_t end = begin + config.tiles_per_part;
   take_sums<kPass, typename Step::C>(shared, row, first, false,
-                                           TileRange{begin, end < tiles ? end : tiles});
+                                     TileRange{begin, end < tiles ? end : tiles});
   constexpr int kSums = BlockShared<Step>::kSums;
   double* sums = reinterpret_cast<double*>(&m.sums);
   for (int k = threadIdx.x; k < kSums; k += blockDim.x) meeting.partial(part)[k] = sums[k];
@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) sums_kernel(
 }
 
 template <class Step>
-__global__ void __launch_bounds__(kMostThreads, kBlocksPerCore) advance_kernel(
-    const __grid_constant__ StepParams p, LaunchConfig config, int64_t tiles, bool aligned,
-    void* scratch) {
+__global__ void __launch_bounds__(kMostThreads, kBlocksPerCore)
+    advance_kernel(const __grid_constant__ StepParams p, LaunchConfig config, int64_t tiles,
+                   bool aligned, void* scratch) {
   const int64_t i = blockIdx.x / config.parts;
   const int part = static_cast<int>(blockIdx.x % config.parts);
   const int64_t sample = sample_at(p, i);

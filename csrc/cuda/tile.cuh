@@ -29,10 +29,10 @@ struct Tile {
 
   static constexpr int kQuadStride = kQuad * kWarpThreads;
 
-  int64_t mine;   // this lane's first element, in the sample
-  int left;       // elements of the sample from there on, as far as the tile goes
+  int64_t mine;  // this lane's first element, in the sample
+  int left;      // elements of the sample from there on, as far as the tile goes
   bool by_fours;
-  bool aligned;   // vector accesses are allowed
+  bool aligned;  // vector accesses are allowed
 
   __device__ __forceinline__ Tile(int64_t index, int64_t dim, bool aligned_) {
     by_fours = dim % kQuad == 0;

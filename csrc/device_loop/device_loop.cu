@@ -10,7 +10,8 @@
 #include "device_loop/node_rules.h"
 
 #if CUDART_VERSION < 12040
-#error "fpi_cuda: the device loop needs a CUDA toolkit of at least 12.4. Set FPI_CUDA=0 to build without CUDA."
+#error \
+    "fpi_cuda: the device loop needs a CUDA toolkit of at least 12.4. Set FPI_CUDA=0 to build without CUDA."
 #endif
 
 namespace fpi {
@@ -197,7 +198,9 @@ struct FpiDeviceLoop {
   fpi::Exec exec;
 };
 
-const char* fpi_device_loop_unsupported() { return fpi::guarded([] { return fpi::unsupported(); }); }
+const char* fpi_device_loop_unsupported() {
+  return fpi::guarded([] { return fpi::unsupported(); });
+}
 
 const char* fpi_captured_nodes(void* stream, int64_t* count) {
   return fpi::guarded([&]() -> std::string {
@@ -233,8 +236,8 @@ const char* fpi_restart_capture(void* stream) {
   });
 }
 
-const char* fpi_device_loop_create(void* body, const int8_t* status, int64_t batch,
-                                   int32_t* rounds, int64_t max_steps, FpiDeviceLoop** loop) {
+const char* fpi_device_loop_create(void* body, const int8_t* status, int64_t batch, int32_t* rounds,
+                                   int64_t max_steps, FpiDeviceLoop** loop) {
   return fpi::guarded([&]() -> std::string {
     *loop = nullptr;
     std::string text = fpi::unsupported();
@@ -251,8 +254,8 @@ const char* fpi_device_loop_create(void* body, const int8_t* status, int64_t bat
 
 const char* fpi_device_loop_launch(FpiDeviceLoop* loop, void* stream) {
   return fpi::guarded([&] {
-    return fpi::described("cudaGraphLaunch", cudaGraphLaunch(loop->exec.get(),
-                                                             static_cast<cudaStream_t>(stream)));
+    return fpi::described("cudaGraphLaunch",
+                          cudaGraphLaunch(loop->exec.get(), static_cast<cudaStream_t>(stream)));
   });
 }
 

@@ -5,9 +5,9 @@ namespace fpi {
 DeviceLoop::DeviceLoop(std::uintptr_t graph, std::uintptr_t status, std::int64_t batch,
                        std::uintptr_t rounds, std::int64_t max_steps)
     : library_(library()) {
-  check(library_.device_loop_create(
-      reinterpret_cast<void*>(graph), reinterpret_cast<const std::int8_t*>(status), batch,
-      reinterpret_cast<std::int32_t*>(rounds), max_steps, &loop_));
+  check(library_.device_loop_create(reinterpret_cast<void*>(graph),
+                                    reinterpret_cast<const std::int8_t*>(status), batch,
+                                    reinterpret_cast<std::int32_t*>(rounds), max_steps, &loop_));
 }
 
 void DeviceLoop::launch(std::uintptr_t stream) {

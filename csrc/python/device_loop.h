@@ -12,8 +12,8 @@ namespace fpi {
 class DeviceLoop {
  public:
   // Integers are addresses or handles; see fpi_device_loop_create.
-  DeviceLoop(std::uintptr_t graph, std::uintptr_t status, std::int64_t batch,
-             std::uintptr_t rounds, std::int64_t max_steps);
+  DeviceLoop(std::uintptr_t graph, std::uintptr_t status, std::int64_t batch, std::uintptr_t rounds,
+             std::int64_t max_steps);
   ~DeviceLoop() { close(); }
   DeviceLoop(const DeviceLoop&) = delete;
   DeviceLoop& operator=(const DeviceLoop&) = delete;

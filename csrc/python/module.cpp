@@ -41,8 +41,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("open_library", &fpi::open_library, py::arg("path"));
 
   m.def("why_not", [] { return fpi::library().device_loop_unsupported(); }, WithoutGil());
-  m.def("node_refusal", [](int type) { return fpi::library().node_refusal(type); },
-        py::arg("node_type"));
+  m.def(
+      "node_refusal", [](int type) { return fpi::library().node_refusal(type); },
+      py::arg("node_type"));
   m.def("captured_nodes", &captured_nodes, py::arg("stream"), WithoutGil());
   m.def("restart_capture", &restart_capture, py::arg("stream"), WithoutGil());
 

@@ -5,7 +5,14 @@
 
 // In the order of the op's schema; a layer has weight, bias, shift and factor.
 enum CellLoopArray {
-  kX, kXFactor, kLayer1, kLayer2 = kLayer1 + 4, kAtol = kLayer2 + 4, kStatus, kNumSteps, kResidual,
+  kX,
+  kXFactor,
+  kLayer1,
+  kLayer2 = kLayer1 + 4,
+  kAtol = kLayer2 + 4,
+  kStatus,
+  kNumSteps,
+  kResidual,
   kCellLoopArrays,
 };
 

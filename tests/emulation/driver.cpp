@@ -46,8 +46,7 @@ int main() {
       std::fflush(stdout);
       continue;
     }
-    const auto step =
-        words[kOp] == kAnderson ? fpi::anderson_step_cuda : fpi::broyden_step_cuda;
+    const auto step = words[kOp] == kAnderson ? fpi::anderson_step_cuda : fpi::broyden_step_cuda;
     const char* error = step(p, state, history, arrays[kScratch].data(), nullptr);
     write_text(error);
     write_arrays(arrays);

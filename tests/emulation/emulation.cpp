@@ -1,8 +1,8 @@
 // The scheduler behind cuda_runtime.h: one block at a time, its threads as fibers.
 #include <algorithm>
-#include <map>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -233,7 +233,8 @@ void wait(Wait what, unsigned mask) {
 
 void exchange(const void* value, void* received, size_t bytes, int from, unsigned mask) {
   if (bytes > kWidestShuffle) fail("a shuffle wider than 16 bytes");
-  if (from < 0 || from >= 32 || !(mask >> from & 1u)) fail("a shuffle from a lane outside its mask");
+  if (from < 0 || from >= 32 || !(mask >> from & 1u))
+    fail("a shuffle from a lane outside its mask");
   Exchange& warp = exchanges[number_of(*running) / 32];
   // Two buffers in turn: a fast lane may put its next value before a slow one has read this one.
   const int buffer = running->exchanges++ & 1;

@@ -37,9 +37,7 @@ __global__ void lane_has_left(float* out) {
   if (threadIdx.x == 3) return;
   out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1.0f, 1);
 }
-__global__ void crooked(float* out) {
-  *reinterpret_cast<float4*>(out + 1) = float4{1, 2, 3, 4};
-}
+__global__ void crooked(float* out) { *reinterpret_cast<float4*>(out + 1) = float4{1, 2, 3, 4}; }
 __global__ void butterfly(float* out) {
   float sum = static_cast<float>(threadIdx.x);
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
@@ -60,9 +58,7 @@ __global__ void never_awaited(float*, const float* in) {
   fpi::copy_async(shared() + 4 * threadIdx.x, in);
   fpi::commit_copies();
 }
-__global__ void crooked_copy(float*, const float* in) {
-  fpi::copy_async(shared() + 1, in);
-}
+__global__ void crooked_copy(float*, const float* in) { fpi::copy_async(shared() + 1, in); }
 
 // A row of ones times a matrix whose column n is n in every row: 8 n, or 16 n in bf16.
 __global__ void tensor_product(float* out, bool bf16, unsigned low_bits) {

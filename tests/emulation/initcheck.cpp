@@ -64,10 +64,10 @@ void is_read(const void* address, size_t bytes) {
 
 extern "C" {
 
-#define ACCESS(bytes)                                                        \
-  void __asan_load##bytes##_noabort(const void* address) {                   \
-    emulation::check(address, bytes, __builtin_return_address(0));           \
-  }                                                                          \
+#define ACCESS(bytes)                                              \
+  void __asan_load##bytes##_noabort(const void* address) {         \
+    emulation::check(address, bytes, __builtin_return_address(0)); \
+  }                                                                \
   void __asan_store##bytes##_noabort(const void* address) { emulation::is_written(address, bytes); }
 ACCESS(1)
 ACCESS(2)

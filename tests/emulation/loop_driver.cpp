@@ -17,9 +17,25 @@
 namespace {
 
 enum Word {
-  kSeed, kFloat64, kPrecision, kBatch, kDim, kHidden, kActivation1, kActivation2, kDepth, kMaxSteps,
-  kOutputStride1, kInputStride1, kOutputStride2, kInputStride2, kCores, kSharedBytes, kSlots,
-  kWarps, kWords,
+  kSeed,
+  kFloat64,
+  kPrecision,
+  kBatch,
+  kDim,
+  kHidden,
+  kActivation1,
+  kActivation2,
+  kDepth,
+  kMaxSteps,
+  kOutputStride1,
+  kInputStride1,
+  kOutputStride2,
+  kInputStride2,
+  kCores,
+  kSharedBytes,
+  kSlots,
+  kWarps,
+  kWords,
 };
 enum Answer { kTile, kBlocks, kResident, kOperandShared, kHistoryShared, kAnswers };
 
@@ -33,9 +49,9 @@ int main() {
     std::vector<Memory> arrays(kCellLoopArrays);
     for (Memory& array : arrays) read_array(array, 0);
     const int64_t dim = words[kDim], hidden = words[kHidden];
-    fpi::CellLoopParams p = cell_loop_params_of(
-        [&arrays](int a) { return static_cast<void*>(arrays[a].data()); }, words[kBatch], dim,
-        hidden);
+    fpi::CellLoopParams p =
+        cell_loop_params_of([&arrays](int a) { return static_cast<void*>(arrays[a].data()); },
+                            words[kBatch], dim, hidden);
     for (int l = 0; l < p.num_layers; ++l) {
       fpi::CellLayer& layer = p.layers[l];
       layer.output_stride = words[l ? kOutputStride2 : kOutputStride1];
@@ -50,9 +66,9 @@ int main() {
     p.ridge = reals[3];
     p.precision = static_cast<fpi::Precision>(words[kPrecision]);
     const auto state = words[kFloat64] ? fpi::StateType::kFloat64 : fpi::StateType::kFloat32;
-    const fpi::CellLoopPlan plan = fpi::cell_loop_plan(
-        p, state, {words[kCores], words[kSharedBytes]}, static_cast<int>(words[kSlots]),
-        static_cast<int>(words[kWarps]));
+    const fpi::CellLoopPlan plan =
+        fpi::cell_loop_plan(p, state, {words[kCores], words[kSharedBytes]},
+                            static_cast<int>(words[kSlots]), static_cast<int>(words[kWarps]));
     if (plan.shared_bytes > words[kSharedBytes]) fail("more shared memory than the device has");
     // NaNs, so that what nobody wrote is seen in the results.
     const auto bytes = static_cast<size_t>(plan.workspace_bytes);

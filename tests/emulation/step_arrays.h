@@ -5,8 +5,23 @@
 
 // In the order of the ops' schema.
 enum StepArray {
-  kX, kGx, kSampleOf, kBest, kAnchor, kFPrevious, kPartner, kColumnsF, kColumnsG, kGram, kControl,
-  kAtol, kStatus, kNumSteps, kResidual, kScratch, kStepArrays,
+  kX,
+  kGx,
+  kSampleOf,
+  kBest,
+  kAnchor,
+  kFPrevious,
+  kPartner,
+  kColumnsF,
+  kColumnsG,
+  kGram,
+  kControl,
+  kAtol,
+  kStatus,
+  kNumSteps,
+  kResidual,
+  kScratch,
+  kStepArrays,
 };
 
 // data(StepArray) is where an array lies, or null. Sizes and options are left to the caller.

@@ -143,8 +143,8 @@ class LoopSolve {
 
   // The weight's norm is about 0.6, by its size.
   void fill_layer(int first, int64_t outputs, int64_t inputs) {
-    const double wide = std::sqrt(static_cast<double>(outputs)) +
-                        std::sqrt(static_cast<double>(inputs));
+    const double wide =
+        std::sqrt(static_cast<double>(outputs)) + std::sqrt(static_cast<double>(inputs));
     fill(first, outputs * inputs, 0.6 * std::sqrt(3.0) / wide);
     fill(first + 2, case_.batch * outputs, 1.0);
     if (!case_.terms) return;

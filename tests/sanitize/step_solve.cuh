@@ -71,9 +71,12 @@ inline double on_host(fpi::Float16 v) { return __half2float(v); }
 
 template <class S>
 S stored(double v) {
-  if constexpr (std::is_same_v<S, fpi::BFloat16>) return __float2bfloat16_rn(static_cast<float>(v));
-  else if constexpr (std::is_same_v<S, fpi::Float16>) return __float2half_rn(static_cast<float>(v));
-  else return static_cast<S>(v);
+  if constexpr (std::is_same_v<S, fpi::BFloat16>)
+    return __float2bfloat16_rn(static_cast<float>(v));
+  else if constexpr (std::is_same_v<S, fpi::Float16>)
+    return __float2half_rn(static_cast<float>(v));
+  else
+    return static_cast<S>(v);
 }
 
 template <class S>
@@ -89,9 +92,9 @@ class StepSolve {
  public:
   explicit StepSolve(const StepCase& c)
       : case_(c),
-        samples_(c.named ? std::vector<int64_t>{kRestless, kSolved, kUsual, kNotFiniteOnce}
-                         : std::vector<int64_t>{kUsual, kNotFiniteOnce, kSolved, kStopped,
-                                                kRestless}) {
+        samples_(c.named
+                     ? std::vector<int64_t>{kRestless, kSolved, kUsual, kNotFiniteOnce}
+                     : std::vector<int64_t>{kUsual, kNotFiniteOnce, kSolved, kStopped, kRestless}) {
     allocate();
   }
 
@@ -118,8 +121,8 @@ class StepSolve {
     const fpi::StepParams p = params();
     constexpr int kThreads = 64;
     return fpi::launch(map_kernel<S>, p.rows, kThreads, 0, stream, static_cast<const S*>(p.x),
-                       const_cast<S*>(static_cast<const S*>(p.gx)), p.sample_of, p.dim,
-                       case_.scale, evaluation);
+                       const_cast<S*>(static_cast<const S*>(p.gx)), p.sample_of, p.dim, case_.scale,
+                       evaluation);
   }
 
   const char* step(void* stream = nullptr) {
