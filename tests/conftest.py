@@ -32,6 +32,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    """Begin each test without verdicts on maps that it may share code with."""
+    from fpi_cuda import coupling  # not before TRITON_INTERPRET is set
+
+    for verdicts in (coupling.independent_maps, coupling.coupled_maps, coupling.kept_promises):
+        verdicts.clear()
+
+
 # What torch itself says on a device, of this process or of a tool that a test asks for.
 TORCH_SAYS = (
     "Attempting to run cuBLAS, but there was no current CUDA context",

@@ -218,7 +218,7 @@ def test_ops_check_what_they_index(changed: dict[str, Tensor], message: str) -> 
         one_step(**changed)
 
 
-COMMON = Path(__file__).parents[1] / "csrc" / "common"
+COMMON = Path(__file__).parents[2] / "csrc" / "common"
 
 
 def test_control_has_the_same_columns_in_both_languages() -> None:
