@@ -45,8 +45,15 @@ def test_the_gradient(make: Map, solver: Any, loss: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [graph, attention])
-@pytest.mark.parametrize("adjoint", [fpi.Unroll(), fpi.Neumann(150), fpi.Phantom(150)], ids=str)
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    ("adjoint", "solver"),
+    [
+        *((fpi.Unroll(), solver) for solver in SOLVERS),
+        (fpi.Neumann(150), SOLVERS[0]),
+        (fpi.Phantom(150), SOLVERS[1]),
+    ],
+    ids=str,
+)
 def test_the_gradient_of_other_adjoints(make: Map, adjoint: Any, solver: Any) -> None:
     g, x0 = make()
     z = (0.1 * torch.randn_like(x0)).requires_grad_()
@@ -156,7 +163,7 @@ def test_rows_that_a_krylov_solver_cannot_solve_apart(solver: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["backward", "forward"])
-@pytest.mark.parametrize("pair", [(0, 2), (2, 0), (1, 3), (4, 11), (11, 4), (3, 8)], ids=str)
+@pytest.mark.parametrize("pair", [(0, 2), (4, 11), (11, 4)], ids=str)
 @pytest.mark.parametrize("solver", LINEAR_SOLVERS, ids=lambda s: type(s).__name__)
 def test_one_row_that_depends_on_one_other(solver: Any, pair: tuple[int, int], mode: str) -> None:
     """Forward, each row is solved in turn, so that nobody notices; apart, CG finds nothing."""

@@ -7,58 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from dropping import F64, TIGHT, B, D, Dropping, Watching, leaves, with_mask
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
 
-F64 = torch.float64
-B, D = 6, 5
-TIGHT: dict[str, Any] = {"rtol": 1e-10, "max_steps": 300}
-
 
 @pytest.fixture
 def weights() -> tuple[Tensor, Tensor]:
-    """z and A, leaves that require grad."""
-    a = torch.randn(D, D, dtype=F64)
-    a = 0.4 * a / torch.linalg.matrix_norm(a, 2)
-    return torch.randn(B, D, dtype=F64).requires_grad_(), a.requires_grad_()
-
-
-class Dropping:
-    """tanh(A dropout(x) + z), which remembers its masks."""
-
-    def __init__(self, a: Tensor, rowwise: bool = False) -> None:
-        self.a = a
-        self.rowwise = rowwise
-        self.masks: list[Tensor] = []
-
-    def __call__(self, x: Tensor, z: Tensor) -> Tensor:
-        mask = (torch.rand(x.shape) > 0.5).to(x.dtype)
-        self.masks.append(mask)
-        return torch.tanh((x * mask) @ self.a.T + z)
-
-
-def with_mask(a: Tensor, z: Tensor, mask: Tensor) -> Tensor:
-    return fpi.fixed_point(
-        lambda x, z: torch.tanh((x * mask) @ a.T + z), torch.zeros_like(z), z, **TIGHT
-    ).value
-
-
-@pytest.mark.parametrize("rowwise", [False, True])
-def test_one_mask_per_solve_and_its_adjoint(rowwise: bool, weights: Any) -> None:
-    z, a = weights
-    z = (z.detach() * torch.logspace(-4, 1, B, dtype=F64)[:, None]).requires_grad_()
-    g = Dropping(a, rowwise)
-    sol = fpi.fixed_point(g, torch.zeros_like(z), z, **TIGHT)
-    assert sol.converged.all()
-    grads = torch.autograd.grad((sol.value**2).sum(), (z, a), create_graph=True)
-    second = torch.autograd.grad((grads[1] ** 2).sum(), a)[0]
-    assert all(torch.equal(mask, g.masks[0]) for mask in g.masks)
-    expected = with_mask(a, z, g.masks[0])
-    torch.testing.assert_close(sol.value, expected)
-    oracle = torch.autograd.grad((expected**2).sum(), (z, a), create_graph=True)
-    torch.testing.assert_close(grads, oracle)
-    torch.testing.assert_close(second, torch.autograd.grad((oracle[1] ** 2).sum(), a)[0])
+    return leaves()
 
 
 def test_a_fresh_mask_per_solve_and_one_evaluation_worth_of_numbers(weights: Any) -> None:
@@ -188,41 +145,6 @@ def test_vmap_over_a_stochastic_layer(weights: Any) -> None:
     torch.testing.assert_close(same[0], same[1])
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(layer)(zz)
-
-
-class Watching(nn.Module):
-    """tanh(A x + z), which writes down the dtype that A x was computed in."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(D, D, bias=False)
-        nn.init.orthogonal_(self.linear.weight, 0.5)
-        self.dtypes: list[torch.dtype] = []
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        y = self.linear(x)
-        self.dtypes.append(y.dtype)
-        return torch.tanh(y + z)
-
-
-@pytest.mark.parametrize("create_graph", [False, True])
-def test_autocast_is_the_same_in_every_evaluation(create_graph: bool) -> None:
-    cell = Watching()
-    z = torch.randn(B, D)
-    with torch.autocast("cpu", torch.bfloat16):
-        sol = fpi.fixed_point(cell, torch.zeros(B, D), z, rtol=1e-2)
-    assert sol.value.dtype == torch.float32
-    assert sol.converged.all()
-    # Backward runs outside of autocast, as torch recommends.
-    (grad,) = torch.autograd.grad(
-        (sol.value**2).sum(), cell.linear.weight, create_graph=create_graph
-    )
-    if create_graph:
-        torch.autograd.grad(grad.sum(), cell.linear.weight)
-    assert set(cell.dtypes) == {torch.bfloat16}
-    expected = fpi.fixed_point(cell, torch.zeros(B, D), z, rtol=1e-6).value
-    (oracle,) = torch.autograd.grad((expected**2).sum(), cell.linear.weight)
-    assert torch.linalg.matrix_norm(grad - oracle) <= 0.05 * torch.linalg.matrix_norm(oracle)
 
 
 def test_autocast_loses_no_gradient_to_its_cache() -> None:

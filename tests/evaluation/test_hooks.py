@@ -14,7 +14,6 @@ from hooked_maps import (
     CLOSE,
     F64,
     TIGHT,
-    B,
     D,
     Own,
     Plain,
@@ -28,105 +27,15 @@ from hooked_maps import (
     parts,
     start,
 )
-from tape import TapeGraphs
+from hung import (
+    HUNG,
+    forward_hook,
+)
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 
 import fpi_cuda as fpi
-from fpi_cuda import device_loop
-from fpi_cuda.device_loop.cache import PlanCache
-
-# --- what hangs on the call of g ----------------------------------------------------------------
-
-
-def forward_hook(g: nn.Module) -> None:
-    g.register_forward_hook(lambda m, args, out: halved(out))
-
-
-def hook_with_kwargs(g: nn.Module) -> None:
-    g.register_forward_hook(
-        lambda m, args, kwargs, out: halved(out), with_kwargs=True, always_call=True
-    )
-
-
-def pre_hook(g: nn.Module) -> None:
-    g.register_forward_pre_hook(lambda m, args: (args[0], 2 * args[1]))
-
-
-def patched_forward(g: nn.Module) -> None:
-    old = g.forward
-    g.forward = lambda x, *z: halved(old(x, *z))
-
-
-def patched_call(g: nn.Module) -> None:
-    old = g._call_impl
-    g._call_impl = lambda *args: halved(old(*args))  # type: ignore[method-assign]
-
-
-def compiled(g: nn.Module) -> None:
-    # As module.compile() does, whose compiler would make this the slowest test of all.
-    old = g._call_impl
-    g._compiled_call_impl = lambda *args: halved(old(*args))  # type: ignore[assignment]
-
-
-def other_class(g: nn.Module) -> None:
-    kind = type(g)
-
-    class Half(kind):  # type: ignore[misc, valid-type]
-        def forward(self, x: Any, *z: Tensor) -> Any:
-            return halved(super().forward(x, *z))
-
-    g.__class__ = Half
-
-
-def other_call(g: nn.Module) -> None:
-    kind = type(g)
-
-    class Half(kind):  # type: ignore[misc, valid-type]
-        def __call__(self, x: Any, *z: Tensor) -> Any:
-            return halved(super().__call__(x, *z))
-
-    g.__class__ = Half
-
-
-HUNG = {
-    f.__name__: f
-    for f in (
-        forward_hook, hook_with_kwargs, pre_hook, patched_forward, patched_call, compiled,
-        other_class, other_call,
-    )
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("how", HUNG)
-@pytest.mark.parametrize("name", CELLS)
-def test_what_hangs_on_g_is_evaluated(name: str, how: str, backend: str | None) -> None:
-    g, z = CELLS[name]().double(), inputs()
-    plain = by_hand(g, z)
-    HUNG[how](g)
-    expected = by_hand(g, z)
-    assert not torch.allclose(torch.stack(parts(plain)), torch.stack(parts(expected)), rtol=1e-3)
-    for grad in (False, True):
-        with torch.set_grad_enabled(grad):
-            sol = fpi.fixed_point(g, start(g), z, backend=backend, **TIGHT)
-        assert sol.converged.all()
-        torch.testing.assert_close(parts(sol.value), parts(expected), **CLOSE)
-
-
-@pytest.mark.parametrize("how", HUNG)
-@pytest.mark.parametrize("name", CELLS)
-def test_the_layer_says_so_and_the_fused_loop_refuses(name: str, how: str) -> None:
-    g = CELLS[name]()
-    assert "runs once per solve" in fpi.FPILayer(g).explain()
-    HUNG[how](g)
-    text = fpi.FPILayer(g).explain()
-    assert "g(x, *z) runs whole in every step (" in text
-    assert "fused loop:" not in text
-    assert "has no prepare" not in text
-    with pytest.raises(RuntimeError, match='route="fused" was asked for'):
-        fpi.fixed_point(g, start(g, torch.float32), torch.randn(B, D), route="fused")
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -212,32 +121,6 @@ def test_hooks_on_all_modules() -> None:
         torch.testing.assert_close(parts(value), parts(expected), **CLOSE)
 
 
-# --- captured loops -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let states on the CPU be captured, on a stand-in for CUDA graphs."""
-    monkeypatch.setitem(device_loop.GRAPHS, "cpu", TapeGraphs())
-    monkeypatch.setattr(device_loop, "plans", PlanCache())
-
-
-@pytest.mark.usefixtures("tape")
-@pytest.mark.parametrize("on", ["g", "inside"])
-def test_a_captured_loop_does_not_pass_hooks_over(on: str) -> None:
-    g, z, seen = Plain().double(), inputs(), []
-    options = {"solver": fpi.Picard(), **TIGHT}
-    fpi.fixed_point(g, start(g), z, route="device", **options)
-    (g if on == "g" else g.A).register_forward_hook(lambda m, args, out: seen.append(1))
-    with pytest.raises(RuntimeError, match="has hooks, which must see its evaluations"):
-        fpi.fixed_point(g, start(g), z, route="device", **options)
-    assert "has hooks, which must see its evaluations" in fpi.FPILayer(g).explain()
-    seen.clear()
-    with torch.no_grad():
-        sol = fpi.fixed_point(g, start(g), z, **options)
-    assert len(seen) >= int(sol.num_steps.max())
-
-
 @pytest.mark.usefixtures("tape")
 def test_a_captured_loop_takes_hooks_that_compute_weights() -> None:
     g, z = Plain().double(), inputs()
@@ -298,33 +181,3 @@ def test_a_wrapper_is_called_itself(make: Callable[[], nn.Module]) -> None:
     g, z = Wrapper(make().double()), inputs()
     assert callable(g.step)
     torch.testing.assert_close(fpi.FPILayer(g, **TIGHT)(z), by_hand(g, z), **CLOSE)
-
-
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module:UserWarning")
-def test_managed_by_fully_shard(tmp_path: Any) -> None:
-    distributed = pytest.importorskip("torch.distributed")
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not distributed.is_available() or not distributed.is_gloo_available():
-        pytest.skip("no gloo")
-    from torch.distributed.device_mesh import init_device_mesh
-
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        z = torch.randn(B, D)
-        for on in ("g", "layer", "A"):
-            torch.manual_seed(1)
-            reference = fpi.FPILayer(dense(), rtol=1e-6, route="host")
-            torch.manual_seed(1)
-            layer = fpi.FPILayer(dense(), rtol=1e-6)
-            sharded = {"g": layer.g, "layer": layer, "A": layer.g.A}[on]
-            fsdp.fully_shard(sharded, mesh=mesh, reshard_after_forward=True)
-            for run in (reference, layer):
-                run(z).square().sum().backward()
-            for mine, plain in zip(layer.parameters(), reference.parameters(), strict=True):
-                grad = mine.grad.full_tensor() if hasattr(mine.grad, "full_tensor") else mine.grad
-                torch.testing.assert_close(grad, plain.grad, rtol=1e-4, atol=1e-5)
-    finally:
-        distributed.destroy_process_group()

@@ -13,43 +13,6 @@ from torch import Tensor, nn
 
 import fpi_cuda as fpi
 
-
-class Normalised(nn.Module):
-    def __init__(self, norm: nn.Module, hoisted: bool = False) -> None:
-        super().__init__()
-        self.norm = norm
-        self.register_buffer("weight", orthogonal(5, 0.5))
-        if hoisted:
-            self.prepare = lambda z: self.norm(z)
-            self.step = lambda x, prepared: 0.5 * torch.tanh(x @ self.weight + prepared)
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        if hasattr(self, "prepare"):
-            return self.step(x, self.prepare(z))
-        return 0.5 * torch.tanh(self.norm(x @ self.weight + z))
-
-
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("create_graph", [False, True])
-@pytest.mark.parametrize("hoisted", [False, True])
-def test_running_statistics_count_one_call(grad: bool, create_graph: bool, hoisted: bool) -> None:
-    norm = nn.BatchNorm1d(5, dtype=F64)
-    g = Normalised(norm, hoisted)
-    layer, z = fpi.FPILayer(g, rtol=1e-9, max_steps=200), torch.randn(16, 5, dtype=F64)
-    for call in range(1, 4):
-        before = norm.running_mean.clone()  # type: ignore[union-attr]
-        with torch.set_grad_enabled(grad):
-            x = layer(z.clone().requires_grad_())
-        if grad:
-            grads = torch.autograd.grad(x.square().sum(), list(g.parameters()), create_graph=True)
-            if create_graph:
-                sum(t.square().sum() for t in grads).backward()
-        assert norm.num_batches_tracked == call
-        inner = z if hoisted else x.detach() @ g.weight + z
-        want = 0.9 * before + 0.1 * inner.mean(0)
-        assert (norm.running_mean - want).abs().max() < 1e-7  # type: ignore[operator]
-
-
 NORM = nn.BatchNorm1d(5, dtype=F64)
 
 

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from coupled_maps import COUPLED, F64, SOLVERS, Map, dense_gradient, graph, true_residual
+from coupled_maps import F64, graph
 from torch import Tensor
 
 import fpi_cuda as fpi
-
-
-@pytest.mark.parametrize("make", COUPLED)
-@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
-def test_the_whole_state_as_one_sample(make: Map, solver: Any) -> None:
-    g, x0 = make()
-    z = (0.1 * torch.randn_like(x0)).requires_grad_()
-    sol = fpi.fixed_point(g, x0, z, solver=solver, batch_dims=0, rtol=1e-10, max_steps=2000)
-    for field in (sol.status, sol.num_steps, sol.residual, sol.converged):
-        assert field.shape == ()
-    assert sol.converged
-    assert sol.value.shape == x0.shape
-    assert abs(sol.residual - true_residual(g, sol.value, z).norm()) <= 1e-12
-    v = torch.randn_like(x0)
-    (found,) = torch.autograd.grad(sol.value, z, v)
-    assert (found - (want := dense_gradient(g, x0, z.detach(), v))).norm() <= 1e-7 * want.norm()
-    stats = sol.adjoint_stats
-    assert stats is not None
-    assert stats.status.shape == stats.num_steps.shape == stats.residual.shape == ()
-    assert stats.converged
 
 
 def test_one_sample_of_any_shapes() -> None:
