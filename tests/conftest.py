@@ -11,6 +11,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from small_layers import Problem
     from tape import TapeGraphs
 
 NO_GPU = "no CUDA device"
@@ -54,6 +55,16 @@ def weights() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     a = 0.5 * a / torch.linalg.matrix_norm(a, 2)
     z, c = (torch.randn(n, 2, dtype=torch.float64) for n in (3, 4))
     return z.requires_grad_(), a.requires_grad_(), c.requires_grad_()
+
+
+@pytest.fixture
+def problem() -> Problem:
+    """The inputs of tanh(A x + z), leaves that require grad."""
+    from small_layers import Problem
+
+    a = torch.randn(4, 4, dtype=torch.float64)
+    a = 0.5 * a / torch.linalg.matrix_norm(a, 2)
+    return Problem(torch.randn(3, 4, dtype=torch.float64).requires_grad_(), a.requires_grad_())
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hooked_maps import (
-    halved,
-)
+from hooked_maps import halved
 from torch import Tensor, nn
 
 # --- what hangs on the call of g ----------------------------------------------------------------

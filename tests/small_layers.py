@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,3 +50,36 @@ def derivatives(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], order: int
         found += [grad.detach() for grad in grads]
         scalar = sum((grad.sin().sum() for grad in grads), torch.zeros((), dtype=F64))
     return found
+
+
+class Problem(NamedTuple):
+    """tanh(A x + z): its inputs and what a loop of 100 steps makes of them."""
+
+    z: Tensor
+    a: Tensor
+
+    def looped(self) -> Tensor:
+        x = torch.zeros_like(self.z)
+        for _ in range(100):
+            x = torch.tanh(x @ self.a.T + self.z)
+        return x
+
+
+class Sine(torch.autograd.Function):
+    """sin, with a backward that autograd may or may not follow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, v: Tensor) -> Tensor:
+        return v * ctx.saved_tensors[0].cos()
+
+
+class Detached(Sine):
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Tensor:
+        return v.detach() * ctx.saved_tensors[0].detach().cos()

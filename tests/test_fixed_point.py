@@ -7,42 +7,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from small_layers import Problem
 from torch import Tensor
+from ways import BACKENDS, zeros
+from ways import bent as g
 
 import fpi_cuda as fpi
 
 F64 = torch.float64
 B, D = 3, 4
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "max_steps": 300}
-BACKENDS = ["reference", "native"]
-
-
-def g(x: Tensor, z: Tensor) -> Tensor:
-    return 0.6 * torch.sin(x) + z
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(*(shape or (B, D)))
-
-
-class Problem(NamedTuple):
-    """tanh(A x + z): its inputs and what a loop of 100 steps makes of them."""
-
-    z: Tensor
-    a: Tensor
-
-    def looped(self) -> Tensor:
-        x = torch.zeros_like(self.z)
-        for _ in range(100):
-            x = torch.tanh(x @ self.a.T + self.z)
-        return x
-
-
-@pytest.fixture
-def problem() -> Problem:
-    a = torch.randn(D, D, dtype=F64)
-    a = 0.5 * a / torch.linalg.matrix_norm(a, 2)
-    return Problem(torch.randn(B, D, dtype=F64).requires_grad_(), a.requires_grad_())
 
 
 def test_inputs_of_any_shape_and_dtype() -> None:

@@ -8,19 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from ways import bent as g
+from ways import zeros
 
 import fpi_cuda as fpi
 
 B, D = 3, 4
-
-
-def g(x: Tensor, z: Tensor) -> Tensor:
-    return 0.6 * torch.sin(x) + z
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(*(shape or (B, D)))
 
 
 # --- options and states -----------------------------------------------------------------------
@@ -106,6 +99,7 @@ BAD_STATES: list[tuple[Any, str]] = [
     ([zeros()], "x0 must be a floating tensor or a tuple of them, got list; use a tuple"),
     (0.0, "got float; convert it with torch.as_tensor"),
     (None, "got NoneType"),
+    (zeros().numpy(), "got ndarray; convert it with torch.as_tensor"),
     ((), "x0 must hold at least one tensor, got an empty tuple"),
     (torch.zeros(()), "dim 0 of x0 is the batch, got a scalar"),
     (zeros().to_sparse(), "x0 must be dense, got torch.sparse_coo; use x0.to_dense()"),

@@ -27,6 +27,11 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_way = pytest.mark.parametrize("way", WAYS)
 
 
+def zeros(*shape: int) -> Tensor:
+    """Of three samples of four numbers, or of this shape."""
+    return torch.zeros(*(shape or (3, 4)))
+
+
 def halved(x: Tensor, z: Tensor) -> Tensor:
     """Its fixed point is 2z, its derivative 2."""
     return 0.5 * x + z

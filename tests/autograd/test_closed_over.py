@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from small_layers import F64, TIGHT, B, D, K, closed_form, derivatives, linear_layer, tanh_layer
+from small_layers import (
+    F64,
+    TIGHT,
+    B,
+    D,
+    K,
+    Problem,
+    closed_form,
+    derivatives,
+    linear_layer,
+    tanh_layer,
+)
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -142,26 +153,6 @@ def test_hypergradient_through_functional_call() -> None:
     fast = [v * 0.9 for v in values]  # as after an inner step of MAML
     (grad,) = torch.autograd.grad((solve(*fast) ** 2).sum(), fast[0], create_graph=True)
     assert torch.autograd.grad(grad.sum(), inputs[0])[0].abs().max() > 0
-
-
-class Problem(NamedTuple):
-    """tanh(A x + z): its inputs and what a loop of 100 steps makes of them."""
-
-    z: Tensor
-    a: Tensor
-
-    def looped(self) -> Tensor:
-        x = torch.zeros_like(self.z)
-        for _ in range(100):
-            x = torch.tanh(x @ self.a.T + self.z)
-        return x
-
-
-@pytest.fixture
-def problem() -> Problem:
-    a = torch.randn(D, D, dtype=F64)
-    a = 0.5 * a / torch.linalg.matrix_norm(a, 2)
-    return Problem(torch.randn(B, D, dtype=F64).requires_grad_(), a.requires_grad_())
 
 
 # --- where and how derivatives are asked for ---------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_layers import F64, TIGHT, B, D, K, closed_form, derivatives, linear_layer
+from small_layers import F64, TIGHT, B, D, Detached, K, Sine, closed_form, derivatives, linear_layer
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -109,26 +109,6 @@ def test_a_layer_on_top_of_a_layer(weights: Any) -> None:
         strict=True,
     ):
         torch.testing.assert_close(grad, oracle, rtol=1e-7, atol=1e-8)
-
-
-class Sine(torch.autograd.Function):
-    """sin, with a backward that autograd may or may not follow."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, v: Tensor) -> Tensor:
-        return v * ctx.saved_tensors[0].cos()
-
-
-class Detached(Sine):
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> Tensor:
-        return v.detach() * ctx.saved_tensors[0].detach().cos()
 
 
 @pytest.mark.parametrize("sine", [Sine, Detached])

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from small_layers import Detached
 from torch import Tensor
 
 from fpi_cuda.autograd.linearization import Linearization
 
 Map = Callable[[Tensor], Tensor]
-
-
-class DetachedSine(torch.autograd.Function):
-    """sin, with a backward that autograd does not follow, and no mark of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor) -> Tensor:
-        return v.detach() * ctx.saved_tensors[0].detach().cos()
 
 
 def inside(dtype: torch.dtype, g: Map) -> Map:
@@ -70,7 +57,7 @@ def test_a_missing_derivative_is_found_in_every_arithmetic(
     share: float, dtype: torch.dtype
 ) -> None:
     def g(x: Tensor) -> Tensor:
-        return 0.6 * (share * DetachedSine.apply(x) + (1 - share) * x.sin())
+        return 0.6 * (share * Detached.apply(x) + (1 - share) * x.sin())
 
     for seed in range(10):
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))

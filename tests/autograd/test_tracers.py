@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tanh_maps import (
-    F64,
-    TIGHT,
-    A,
-    B,
-    D,
-    Z,
-    solved,
-    with_matrix,
-)
+from tanh_maps import F64, TIGHT, A, B, D, Z, solved, with_matrix
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -7,20 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tanh_maps import (
-    AA,
-    F64,
-    TIGHT,
-    ZZ,
-    A,
-    B,
-    D,
-    Layer,
-    Z,
-    double,
-    looped,
-    solved,
-)
+from tanh_maps import AA, F64, TIGHT, ZZ, A, B, D, Layer, Z, double, looped, solved
 from torch import Tensor
 from torch.func import grad, hessian, jacrev, vmap
 

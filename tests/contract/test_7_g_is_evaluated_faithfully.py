@@ -15,23 +15,8 @@ import pytest
 import torch
 from coupled_maps import orthogonal
 from dropping import Dropping, Watching, leaves, with_mask
-from hooked_maps import (
-    CELLS,
-    CLOSE,
-    F64,
-    TIGHT,
-    B,
-    D,
-    Plain,
-    by_hand,
-    dense,
-    inputs,
-    parts,
-    start,
-)
-from hung import (
-    HUNG,
-)
+from hooked_maps import CELLS, CLOSE, F64, TIGHT, B, D, Plain, by_hand, dense, inputs, parts, start
+from hung import HUNG
 from torch import Tensor, nn
 
 import fpi_cuda as fpi

@@ -6,12 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tape import TapeGraphs
 from torch import Tensor
 
 import fpi_cuda as fpi
-from fpi_cuda import device_loop
-from fpi_cuda.device_loop.cache import PlanCache
 from fpi_cuda.testing import backends_available
 
 F64 = torch.float64
@@ -88,14 +85,11 @@ def test_on_every_backend(solver: Any, backend: str, weights: Any) -> None:
     assert not torch.isfinite(grad_a).all()
 
 
+@pytest.mark.usefixtures("tape")
 @pytest.mark.parametrize("rows", [[ROW], list(range(B))], ids=["one row", "all rows"])
 @pytest.mark.parametrize("solver", [fpi.Picard(), fpi.Anderson(), fpi.Broyden()], ids=str)
-def test_on_the_device_route(
-    solver: Any, rows: list[int], weights: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_the_device_route(solver: Any, rows: list[int], weights: Any) -> None:
     """On a stand-in for CUDA graphs."""
-    monkeypatch.setitem(device_loop.GRAPHS, "cpu", TapeGraphs())
-    monkeypatch.setattr(device_loop, "plans", PlanCache())
     z, a = weights
     sol = layer(z, a, solver=solver, route="device")
     assert sol.adjoint_record.adjoint_route.name == "device"

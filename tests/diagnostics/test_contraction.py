@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils import parametrize
 
-from fpi_cuda.diagnostics import (
-    contract_,
-    operator_norm_bound,
-)
+from fpi_cuda.diagnostics import contract_, operator_norm_bound
 from fpi_cuda.diagnostics.contraction import SpectralBound
 
 

@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from fpi_cuda.diagnostics import (
-    jacobian_penalty,
-    spectral_radius,
-)
+from fpi_cuda.diagnostics import jacobian_penalty, spectral_radius
 
 
 def linear(matrix: Tensor) -> Callable[..., Tensor]:

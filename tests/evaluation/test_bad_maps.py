@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import pytest
 import torch
+from small_layers import Problem
 from torch import Tensor, nn
+from ways import BACKENDS, zeros
+from ways import bent as g
 
 import fpi_cuda as fpi
 
 F64 = torch.float64
 B, D = 3, 4
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "max_steps": 300}
-BACKENDS = ["reference", "native"]
-
-
-def g(x: Tensor, z: Tensor) -> Tensor:
-    return 0.6 * torch.sin(x) + z
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(*(shape or (B, D)))
-
-
-class Problem(NamedTuple):
-    """tanh(A x + z): its inputs and what a loop of 100 steps makes of them."""
-
-    z: Tensor
-    a: Tensor
-
-    def looped(self) -> Tensor:
-        x = torch.zeros_like(self.z)
-        for _ in range(100):
-            x = torch.tanh(x @ self.a.T + self.z)
-        return x
-
-
-@pytest.fixture
-def problem() -> Problem:
-    a = torch.randn(D, D, dtype=F64)
-    a = 0.5 * a / torch.linalg.matrix_norm(a, 2)
-    return Problem(torch.randn(B, D, dtype=F64).requires_grad_(), a.requires_grad_())
 
 
 # --- a g that misbehaves ------------------------------------------------------------------------
@@ -62,10 +36,9 @@ BAD_VALUES: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("when", [0, 2])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("when", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", BAD_VALUES)
-def test_a_g_that_returns_something_else(name: str, backend: str, when: int) -> None:
+def test_a_g_that_returns_something_else(name: str, when: int) -> None:
     change, message = BAD_VALUES[name]
     calls = [0]
 
@@ -75,7 +48,7 @@ def test_a_g_that_returns_something_else(name: str, backend: str, when: int) -> 
         return change(gx) if calls[0] > when else gx
 
     with pytest.raises((TypeError, ValueError), match="fixed_point: g .*" + message):
-        fpi.fixed_point(wrong, zeros(), torch.randn(B, D), backend=backend)
+        fpi.fixed_point(wrong, zeros(), torch.randn(B, D))
     assert calls[0] == when + 1
 
 

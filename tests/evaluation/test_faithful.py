@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -227,35 +226,3 @@ def test_a_g_that_works_in_place_on_x(rowwise: bool, weights: Any) -> None:
     with torch.inference_mode():
         again = fpi.fixed_point(g, x0, z, rowwise=rowwise, **TIGHT)
     torch.testing.assert_close(again.value.clone(), expected.value.detach())
-
-
-def test_a_g_that_changes_z_in_place_is_refused(weights: Any) -> None:
-    z, _ = weights
-    z = z.detach()
-    with pytest.raises(ValueError, match="must not change z in place"):
-        fpi.fixed_point(lambda x, z: 0.5 * x + z.mul_(0.9), torch.zeros_like(z), z)
-
-
-def test_two_threads_with_their_own_layers(weights: Any) -> None:
-    z, a = weights
-    expected = torch.autograd.grad(
-        fpi.fixed_point(lambda x, z: torch.tanh(x @ a.T + z), torch.zeros_like(z), z, **TIGHT)
-        .value.square()
-        .sum(),
-        a,
-    )[0]
-    found: list[Tensor] = []
-
-    def work() -> None:
-        for _ in range(5):
-            layer = fpi.FPILayer(lambda x, z: torch.tanh(x @ a.T + z), **TIGHT)
-            found.append(torch.autograd.grad(layer(z).square().sum(), a)[0])
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 15
-    for grad in found:
-        torch.testing.assert_close(grad, expected)

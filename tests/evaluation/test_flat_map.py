@@ -60,13 +60,6 @@ WRONG: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Any], type[Exception],
     "x in place": (
         lambda x, z, gx: in_place(x), ValueError, "change x in place in some evaluations",
     ),
-    "shape": (lambda x, z, gx: gx[:, :-1], ValueError, "must return the shape of x"),
-    "batch": (lambda x, z, gx: gx[:-1], ValueError, "must return the shape of x"),
-    "dtype": (lambda x, z, gx: gx.float(), ValueError, "must return the dtype of x"),
-    "device": (lambda x, z, gx: gx.to("meta"), ValueError, "must return on the device of x"),
-    "sparse": (lambda x, z, gx: gx.to_sparse(), ValueError, "must return dense tensors"),
-    "number": (lambda x, z, gx: 1.0, TypeError, "must return a tensor like x"),
-    "tuple": (lambda x, z, gx: (gx,), TypeError, "must return a tensor like x"),
 }  # fmt: skip
 
 

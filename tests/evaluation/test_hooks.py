@@ -27,10 +27,7 @@ from hooked_maps import (
     parts,
     start,
 )
-from hung import (
-    HUNG,
-    forward_hook,
-)
+from hung import HUNG, forward_hook
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune

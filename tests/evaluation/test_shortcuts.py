@@ -7,14 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hooked_maps import (
-    CLOSE,
-    TIGHT,
-    D,
-    by_hand,
-    inputs,
-    start,
-)
+from hooked_maps import CLOSE, TIGHT, D, by_hand, inputs, start
 from torch import Tensor, nn
 
 import fpi_cuda as fpi

@@ -219,23 +219,6 @@ def test_dense_tensors_of_any_make_are_served(make: Callable[[], Tensor]) -> Non
     assert torch.equal(x0.detach(), before)
 
 
-@pytest.mark.parametrize(
-    ("x0", "words"),
-    [
-        (base().to(torch.complex64), "view_as_real"),
-        (base().int(), r"got torch.int32; .*float\(\)"),
-        (base() > 0, "got torch.bool"),
-        (base().to(torch.float8_e4m3fn), "got torch.float8_e4m3fn"),
-        (base().numpy(), "got ndarray; .*as_tensor"),
-        (None, "got NoneType"),
-    ],
-    ids=["complex", "int", "bool", "float8", "numpy", "none"],
-)
-def test_numbers_that_are_no_state_are_refused_by_name(x0: Any, words: str) -> None:
-    with pytest.raises(TypeError, match=f"fixed_point: x0 must be .*{words}"):
-        fpi.fixed_point(half, x0)
-
-
 @pytest.mark.skipif(not hasattr(torch.Tensor, "rename"), reason="torch without names")
 def test_named_tensors_are_refused_by_name() -> None:
     with warnings.catch_warnings():

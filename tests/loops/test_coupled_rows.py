@@ -10,16 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from coupled_maps import (
-    COUPLED,
-    F64,
-    SOLVERS,
-    Map,
-    graph,
-    orthogonal,
-    same_as_told,
-    true_residual,
-)
+from coupled_maps import COUPLED, F64, SOLVERS, Map, graph, orthogonal, same_as_told, true_residual
 from torch import Tensor, nn
 
 import fpi_cuda as fpi

@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from growing_maps import (
-    F16,
-    F32,
-    F64,
-    GROWING,
-    SOLVERS,
-    Map,
-    Solver,
-    ricker,
-    short,
-    size,
-)
+from growing_maps import F16, F32, F64, GROWING, SOLVERS, Map, Solver, ricker, short, size
 from torch import Tensor
 
 import fpi_cuda as fpi

@@ -6,16 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from growing_maps import (
-    BF16,
-    F16,
-    F32,
-    Map,
-    Solver,
-    each_solver,
-    orthogonal,
-    short,
-)
+from growing_maps import BF16, F16, F32, Map, Solver, each_solver, orthogonal, short
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
