@@ -56,7 +56,7 @@ __all__ = [
 
 # Pickles of an earlier layout name these modules.
 sys.modules["fpi_cuda.request"] = options
-sys.modules["fpi_cuda.result"] = solution
+sys.modules["fpi_cuda.solution"] = solution
 
 warn_if_missing()
 del version, warn_if_missing

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from small_layers import Problem
+    from tape import TapeGraphs
 
 NO_GPU = "no CUDA device"
 
@@ -30,6 +37,56 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def seed() -> None:
     """Make each test draw the same numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known() -> None:
+    """Begin each test without verdicts on maps that it may share code with."""
+    from fpi_cuda import coupling  # not before TRITON_INTERPRET is set
+
+    for verdicts in (coupling.independent_maps, coupling.coupled_maps, coupling.kept_promises):
+        verdicts.clear()
+
+
+@pytest.fixture
+def weights() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """z, A (norm 0.5) and C of the layers in small_layers, leaves that require grad."""
+    a = torch.randn(4, 4, dtype=torch.float64)
+    a = 0.5 * a / torch.linalg.matrix_norm(a, 2)
+    z, c = (torch.randn(n, 2, dtype=torch.float64) for n in (3, 4))
+    return z.requires_grad_(), a.requires_grad_(), c.requires_grad_()
+
+
+@pytest.fixture
+def problem() -> Problem:
+    """The inputs of tanh(A x + z), leaves that require grad."""
+    from small_layers import Problem
+
+    a = torch.randn(4, 4, dtype=torch.float64)
+    a = 0.5 * a / torch.linalg.matrix_norm(a, 2)
+    return Problem(torch.randn(3, 4, dtype=torch.float64).requires_grad_(), a.requires_grad_())
+
+
+@pytest.fixture
+def heard() -> Iterator[list[warnings.WarningMessage]]:
+    """Every warning of the test, under the filter that repeats all of them."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield seen
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> TapeGraphs:
+    """Let states on the CPU be captured, on a stand-in for CUDA graphs."""
+    from tape import TapeGraphs  # not before TRITON_INTERPRET is set
+
+    from fpi_cuda.loops import device as device_loop
+    from fpi_cuda.loops.device.cache import PlanCache
+
+    graphs = TapeGraphs()
+    monkeypatch.setitem(device_loop.GRAPHS, "cpu", graphs)
+    monkeypatch.setattr(device_loop, "plans", PlanCache())
+    return graphs
 
 
 # What torch itself says on a device, of this process or of a tool that a test asks for.

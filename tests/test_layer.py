@@ -266,22 +266,6 @@ def in_threads(work: Callable[[int], Any], count: int = 4) -> list[Any]:
     return results
 
 
-def test_one_layer_used_from_several_threads() -> None:
-    layer = a_layer()
-    inputs = [
-        torch.randn(B, K, dtype=F64, generator=torch.Generator().manual_seed(i)) for i in range(4)
-    ]
-    expected = [gradients(layer, looped(layer.g, z)) for z in inputs]
-
-    def work(i: int) -> list[list[Tensor]]:
-        return [gradients(layer, layer(inputs[i])) for _ in range(5)]
-
-    for rounds, oracle in zip(in_threads(work), expected, strict=True):
-        assert isinstance(rounds, list), rounds
-        for found in rounds:
-            torch.testing.assert_close(found, oracle)
-
-
 def test_replicas_in_threads_and_their_summed_gradient(z: Tensor) -> None:
     """What DataParallel does: a replica and a part of the batch for each thread."""
     layer = a_layer()
@@ -335,41 +319,6 @@ def test_data_loader_workers(start: str) -> None:
     found = [torch.cat(parts) for parts in zip(*batches, strict=True)]
     expected = [torch.stack(parts) for parts in zip(*(data[i] for i in range(6)), strict=True)]
     torch.testing.assert_close(found, expected)
-
-
-def test_a_layer_inside_of_the_g_of_another(z: Tensor) -> None:
-    """The inner solve is entered again in every step of the outer one, and in its adjoint."""
-    outer_cell = Cell()
-    inner = fpi.FPILayer(lambda y, x: 0.4 * torch.sin(y) + 0.3 * x, **TIGHT)
-
-    def sine(x: Tensor) -> Tensor:
-        y = torch.zeros_like(x)
-        for _ in range(100):
-            y = 0.4 * torch.sin(y) + 0.3 * x
-        return y
-
-    class Nested(nn.Module):
-        def __init__(self, solve: Callable[[Tensor], Tensor]) -> None:
-            super().__init__()
-            self.cell = outer_cell
-            self.solve = solve
-
-        def forward(self, x: Tensor, z: Tensor) -> Tensor:
-            return self.cell(self.solve(x), z)
-
-    outer = fpi.FPILayer(Nested(inner), state_shape=D, **TIGHT)
-    value, expected = outer(z), looped(Nested(sine), z)
-    torch.testing.assert_close(value, expected)
-    parameters = list(outer_cell.parameters())
-    found = torch.autograd.grad((value**2).sum(), parameters, create_graph=True)
-    oracle = torch.autograd.grad((expected**2).sum(), parameters, create_graph=True)
-    torch.testing.assert_close(found, oracle, rtol=1e-7, atol=1e-8)
-    torch.testing.assert_close(
-        torch.autograd.grad((found[0] ** 2).sum(), parameters),
-        torch.autograd.grad((oracle[0] ** 2).sum(), parameters),
-        rtol=1e-6,
-        atol=1e-7,
-    )
 
 
 def test_a_layer_inside_of_its_own_g(z: Tensor) -> None:
