@@ -31,7 +31,13 @@ from bench.record import Record
 from bench.report import piped
 
 PACKAGE = Path(fpi.__file__).parent
-DERIVATIVE_CODE = ("autograd/*.py", "transforms.py", "adjoint.py")
+DERIVATIVE_CODE = (
+    "autograd/*.py",
+    "evaluation/bound_map.py",
+    "evaluation/same_value.py",
+    "evaluation/transforms.py",
+    "loops/adjoint.py",
+)
 """Of fpi_cuda: what stands between g and its gradient."""
 
 BATCH, FEATURES, STEPS, REPEATS = 8, 16, 3, 9

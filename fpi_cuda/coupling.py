@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from fpi_cuda.evaluation.bound_map import BoundMap
 from fpi_cuda.evaluation.tensor_version import version_of
+from fpi_cuda.options import Options, Picard
 
 MOST_VERDICTS = 1024
 
@@ -122,3 +124,21 @@ def site_of(g: Any) -> Hashable:
     if isinstance(g, nn.Module):
         return ("module", weakref.ref(g), getattr(g, "training", None))
     return ("object", type(g))
+
+
+def coupling_of(bound_map: BoundMap, options: Options, rowwise: bool) -> Coupling | None:
+    """What is known of whether rows depend on one another; None where they cannot."""
+    if rowwise:
+        return None
+    layout = bound_map.layout
+    # Those of a vmap g does not couple.
+    rows = layout.batch if layout.together is None else layout.together
+    return None if rows < 2 else Coupling(key_of(bound_map, options), rows)
+
+
+def key_of(bound_map: BoundMap, options: Options) -> tuple[Hashable, ...]:
+    """Equal for solves of the same map with states of the same shape, by solvers that probe it."""
+    layout = bound_map.layout
+    shapes = (layout.batch, layout.shapes, *[None if t.is_nested else t.shape for t in bound_map.z])
+    probed = not isinstance(options.solver, Picard)
+    return site_of(bound_map.g), shapes, layout.dtype, layout.device, probed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from fpi_cuda.autograd import (
     BoundMap,
     attach,
     attach_unrolled,
-    residual_in,
     sequence_number,
     watching,
 )
@@ -24,7 +23,7 @@ from fpi_cuda.autograd.lifted import LiftedEquation
 from fpi_cuda.autograd.solution_check import SolutionCheck
 from fpi_cuda.autograd.strategy import Strategy
 from fpi_cuda.autograd.vmap import BATCHED, by_samples_of_vmap
-from fpi_cuda.coupling import Coupling, exactly, kept_promises, site_of
+from fpi_cuda.coupling import Coupling, coupling_of, exactly, kept_promises, key_of
 from fpi_cuda.declined import Declined
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.context import UNDER_GRAD, being_captured
@@ -66,7 +65,6 @@ from fpi_cuda.options import (
     FixedPointSolver,
     Implicit,
     Options,
-    Picard,
     Unroll,
 )
 from fpi_cuda.solution import (
@@ -293,26 +291,10 @@ def solve_flat(
         buffers.over()
     record.joint = coupling is not None and coupling.joint
     _, status, num_steps, residual = result
-    residual = residual_in(layout.dtype, residual)
+    residual = residual.to(torch.promote_types(layout.dtype, torch.float32))
     if not layout.batch_dims:
         status, num_steps, residual = status[0], num_steps[0], residual[0]
     return Solution(value, status, num_steps, residual, record)
-
-
-def coupling_of(bound_map: BoundMap, options: Options, rowwise: bool) -> Coupling | None:
-    """What is known of whether rows depend on one another; None where they cannot."""
-    if rowwise:
-        return None
-    rows = bound_map.layout.rows_together
-    return None if rows < 2 else Coupling(key_of(bound_map, options), rows)
-
-
-def key_of(bound_map: BoundMap, options: Options) -> tuple[Hashable, ...]:
-    """Equal for solves of the same map with states of the same shape, by solvers that probe it."""
-    layout = bound_map.layout
-    shapes = (layout.batch, layout.shapes, *[None if t.is_nested else t.shape for t in bound_map.z])
-    probed = not isinstance(options.solver, Picard)
-    return site_of(bound_map.g), shapes, layout.dtype, layout.device, probed
 
 
 def reported(

@@ -12,7 +12,6 @@ from fpi_cuda.autograd.strategy import (
     DeviceSolve,
     LinearSystem,
     Strategy,
-    residual_in,
 )
 from fpi_cuda.autograd.unrolled import attach_unrolled
 from fpi_cuda.evaluation.bound_map import BoundMap
@@ -28,7 +27,6 @@ __all__ = [
     "Strategy",
     "attach",
     "attach_unrolled",
-    "residual_in",
     "sequence_number",
     "watching",
 ]

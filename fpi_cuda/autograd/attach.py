@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fpi_cuda.autograd.cut_graph import notice_cut, notice_cut_in_step
 from fpi_cuda.autograd.equation import Evaluate
-from fpi_cuda.autograd.graph import ANCHOR
+from fpi_cuda.autograd.graph import ANCHOR, frontier_of
 from fpi_cuda.autograd.reattach import MaybeTensor, follows, has_tangent
 from fpi_cuda.autograd.solved import SolvedEquation
 from fpi_cuda.autograd.strategy import Strategy
@@ -154,7 +154,9 @@ def attach(
         gx = (evaluate or evaluated)(x)
     if check is not None and once:
         check(x, gx, hopeless)
-    equation = SolvedEquation(bound_map, x_star, x, gx, strategy, born_after)
+    equation = SolvedEquation(
+        bound_map, x_star, x, gx, strategy, frontier_of(gx, bound_map.z, born_after)
+    )
     for t in equation.originals:
         if t.is_nested and t.layout == torch.strided:
             raise TypeError(STRIDED_NESTED)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fpi_cuda.evaluation.weight_cache import laid_aside
+from fpi_cuda.evaluation.context import laid_aside
 
 
 class Here(threading.local):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +36,15 @@ def edge_of(t: Tensor) -> Edge | None:
     return None if t.grad_fn is None else (t.grad_fn, t.output_nr)
 
 
-def frontier_of(out: Tensor, known: Set[Edge], born_after: int) -> Frontier:
+def frontier_of(out: Tensor, known: Iterable[Tensor], born_after: int) -> Frontier:
     """Walk the graph of `out` back to what was there before it.
 
     Args:
-        known: edges to stop at.
+        known: tensors to stop at.
         born_after: autograd's sequence number when the evaluation began; older nodes of this
             thread belong to captured tensors.
     """
+    stops = {(t.grad_fn, t.output_nr) for t in known if t.requires_grad}
     leaves, edges, anchors, visited = found = Frontier({}, set(), set(), set())
     pending: list[Edge] = [(out.grad_fn, out.output_nr)]
     ends = [out] if out.requires_grad and out.grad_fn is None else []
@@ -53,7 +54,7 @@ def frontier_of(out: Tensor, known: Set[Edge], born_after: int) -> Frontier:
         if node is None or edge in visited:
             continue
         visited.add(edge)
-        if edge in known:
+        if edge in stops:
             edges.add(edge)
         elif type(node).__name__ == LEAF:
             ends.append(node.variable)
@@ -71,7 +72,7 @@ def frontier_of(out: Tensor, known: Set[Edge], born_after: int) -> Frontier:
 
 def leaves_of(out: Tensor) -> dict[int, Tensor]:
     """The leaves that require grad behind `out`, anchors apart, by id."""
-    return frontier_of(out, set(), -1).leaves
+    return frontier_of(out, (), -1).leaves
 
 
 def edges_of(out: Tensor) -> Iterator[Edge]:

@@ -83,7 +83,7 @@ class LiftedEquation(Equation):
         if not stochastic:
             given = (at, *aside)
             depends |= transforms.num_batches(gx, *given) > transforms.num_batches(*given)
-        leaves, edges = frontier_of(transforms.numbers(gx), set(), born_after)[:2]
+        leaves, edges = frontier_of(transforms.numbers(gx), (), born_after)[:2]
         del gx  # By now what was made inside is gone.
         more = self._inputs_among(watch.captured())
         numbers = {id(t): i for i, (t, _) in enumerate(more, len(self._originals))}

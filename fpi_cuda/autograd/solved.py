@@ -15,7 +15,7 @@ from fpi_cuda.autograd.closed_over import Watch, exchanging, here
 from fpi_cuda.autograd.cut_graph import unreached
 from fpi_cuda.autograd.equation import Common, Equation, Evaluate
 from fpi_cuda.autograd.fixed_point import FixedPoint
-from fpi_cuda.autograd.graph import edge_of, frontier_of, leaves_of, mark_as_anchor
+from fpi_cuda.autograd.graph import Frontier, edge_of, leaves_of, mark_as_anchor
 from fpi_cuda.autograd.linear import Opened, Point
 from fpi_cuda.autograd.linearization import Jacobian, Linearization, OpenLinearization
 from fpi_cuda.autograd.reattach import MaybeTensor, has_tangent, stand_in
@@ -48,7 +48,7 @@ class SolvedEquation(Equation):
         leaf: the same numbers, where g was evaluated.
         gx: (B, D) g there, with its graph.
         strategy: how linear systems are solved.
-        born_after: autograd's sequence number before bound_map was made.
+        frontier: of the graph of gx.
     Attributes:
         x, gx: as given.
         originals: the tensors with a derivative that g was found to depend on besides x.
@@ -59,7 +59,7 @@ class SolvedEquation(Equation):
 
     def __init__(
         self, bound_map: BoundMap, x: Tensor, leaf: Tensor, gx: Tensor, strategy: Strategy,
-        born_after: int,
+        frontier: Frontier,
     ) -> None:  # fmt: skip
         self.x = x
         self.gx = self._there = gx
@@ -68,8 +68,7 @@ class SolvedEquation(Equation):
         self._strategy = strategy
         self._z = bound_map.z
         self._around = here.substitution
-        known = {(t.grad_fn, t.output_nr) for t in self._z if t.requires_grad}
-        leaves, edges, anchors, visited = frontier_of(gx, known, born_after)
+        leaves, edges, anchors, visited = frontier
 
         def matters(t: Tensor) -> bool:
             there = id(t) in leaves or (t.grad_fn, t.output_nr) in edges
@@ -81,7 +80,7 @@ class SolvedEquation(Equation):
         # Where modules hold some of them: functional_call has put others there by backward.
         self._places: list[tuple[Tensor, nn.Module, str]] = []
         exchanged = captured or any(type(t) is not nn.Parameter for t in leaves.values())
-        if exchanged or isinstance(bound_map.g, nn.Module):
+        if bound_map.modules and (exchanged or isinstance(bound_map.g, nn.Module)):
             for module, name, t in held_by(bound_map.modules):
                 edge = edge_of(t) if captured else None
                 if id(t) in leaves or edge in captured:

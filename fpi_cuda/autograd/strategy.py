@@ -119,7 +119,8 @@ class Account:
                 is_news = is_news or self.late
             num_zeroed = int((failing & finite).sum())
             bad = failing if is_news else None
-        record.stats = Stats(status, num_steps, residual_in(b.dtype, residual), num_zeroed)
+        told = residual.to(torch.promote_types(b.dtype, torch.float32))
+        record.stats = Stats(status, num_steps, told, num_zeroed)
         unfinished = worst > Status.CONVERGED and truncation is None
         if record.look is not None and not record.warned and (num_zeroed or unfinished):
             record.warned = record.look(b, status, residual, num_zeroed)
@@ -257,8 +258,3 @@ def dropped(b: Tensor, rows: Tensor) -> Tensor:
     An overflow of the user's loss is theirs to see, whatever became of the sample.
     """
     return b.masked_fill((rows & finite_rows(b))[:, None], 0.0)
-
-
-def residual_in(state: torch.dtype, residual: Tensor) -> Tensor:
-    """A residual as it is reported: in the state's dtype, but at least float32."""
-    return residual.to(torch.promote_types(state, torch.float32))

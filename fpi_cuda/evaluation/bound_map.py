@@ -12,11 +12,10 @@ from torch.nn.utils import parametrize
 
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.buffers import keeping, modules_of, moving_buffers
-from fpi_cuda.evaluation.context import Replay
+from fpi_cuda.evaluation.context import Replay, WeightCache
 from fpi_cuda.evaluation.same_value import same_value
 from fpi_cuda.evaluation.state import Layout, why_not_dense
 from fpi_cuda.evaluation.tensor_version import counted_version
-from fpi_cuda.evaluation.weight_cache import WeightCache
 
 Watch = Callable[[int, Tensor, Tensor], None]
 """watch(step, x, gx): looks at one of the steps that a call has made."""
