@@ -9,15 +9,13 @@ from fpi_cuda.autograd import Account
 from fpi_cuda.declined import Declined
 from fpi_cuda.evaluation.shortcuts import why_not_hoisted
 from fpi_cuda.evaluation.state import Layout
-from fpi_cuda.loops import host
-from fpi_cuda.loops.device import loop as device_loop
-from fpi_cuda.loops.fused import loop as fused_loop
+from fpi_cuda.loops import device, fused, host
 from fpi_cuda.loops.plan import Loop, LoopAdjoint, Plan, Prepare, Solved
 from fpi_cuda.options import Implicit
 from fpi_cuda.request import Options
 from fpi_cuda.solution import AdjointRecord, Route
 
-LOOPS: tuple[Loop, ...] = (fused_loop, device_loop, host)
+LOOPS: tuple[Loop, ...] = (fused, device, host)
 """In the order in which they are tried."""
 
 IN_TRANSFORM = "the call is inside torch.func transforms"

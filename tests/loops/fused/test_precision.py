@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import cells, precision
-from fpi_cuda.loops.fused.solve import StopTest, solve_fused
+from fpi_cuda.loops.fused.cell_loop import StopTest, solve_fused
 from fpi_cuda.loops.fused.verify_rounded import judged
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import native, reference_loop
