@@ -92,10 +92,10 @@ def environment() -> Any:
 @check
 def extension_loads() -> Any:
     from fpi_cuda import _extension
-    from fpi_cuda.loops.device import native
+    from fpi_cuda.loops.device.cuda_graphs import CudaGraphs
 
     info = _extension.build_info()
-    return f"{info}; device loop: {native.why_not() or 'ready'}"
+    return f"{info}; device loop: {CudaGraphs().why_not() or 'ready'}"
 
 
 # One step, by launch shape and dtype.
@@ -374,7 +374,7 @@ def looped(body: Callable[[Any], Any], batch: int, most: int) -> Any:
     """`body(status)` in a WHILE graph: the capture, the loop, status and rounds."""
     import torch
 
-    from fpi_cuda.loops.device import native
+    from fpi_cuda import _C
 
     status = torch.zeros(batch, dtype=torch.int8, device="cuda")
     rounds = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -382,9 +382,7 @@ def looped(body: Callable[[Any], Any], batch: int, most: int) -> Any:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         body(status)
-    loop = native.DeviceLoop(
-        graph.raw_cuda_graph(), status.data_ptr(), batch, rounds.data_ptr(), most
-    )
+    loop = _C.DeviceLoop(graph.raw_cuda_graph(), status.data_ptr(), batch, rounds.data_ptr(), most)
     return graph, loop, status, rounds
 
 

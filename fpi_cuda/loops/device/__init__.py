@@ -10,12 +10,10 @@ from fpi_cuda.autograd import Account, BoundMap
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.evaluation.shortcuts import why_not_captured
 from fpi_cuda.loops.coupled import feels, retold
-from fpi_cuda.loops.device import planner
 from fpi_cuda.loops.device.adjoint_solve import DeviceAdjoint
 from fpi_cuda.loops.device.cache import PlanCache
-from fpi_cuda.loops.device.cuda_graphs import CudaGraphs
-from fpi_cuda.loops.device.graphs import Graphs, Refused
-from fpi_cuda.loops.device.method import Method
+from fpi_cuda.loops.device.cuda_graphs import CudaGraphs, Refused
+from fpi_cuda.loops.device.plan import Method, SolvePlan, key_of
 from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.options import GMRES, ConjugateGradient
 from fpi_cuda.request import Options
@@ -28,9 +26,10 @@ sees_all_rows = False
 plans = PlanCache()
 """The captured solves of this process: plans.memory() is what they hold, plans.clear() frees it."""
 
-GRAPHS: dict[str, Graphs] = {"cuda": CudaGraphs()}
+GRAPHS = {"cuda": CudaGraphs()}
 """What can capture, by device type."""
 
+FIRST_SIGHT = "it is the first of its kind; it is captured when it comes again"
 COUPLED = (
     "its rows depend on one another, and the host solves them as one sample (batch_dims=0 makes "
     "them one from the start)"
@@ -48,24 +47,32 @@ def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
 
 def solve(
     plan: Plan, bound_map: BoundMap, x0: Tensor, coupling: Coupling | None
-) -> tuple[SolveResult, Graphs]:
-    """See Loop."""
-    options = plan.options
+) -> tuple[SolveResult, CudaGraphs]:
+    """See Loop.
+
+    A plan's first solve is checked against the host loop; every later one against the trace of
+    one evaluation of g, which is its first step.
+    """
+    options, graphs = plan.options, GRAPHS[x0.device.type]
     if coupling is not None and coupling.suspected:
         raise Refused(COUPLED)
-    reason = why_not_captured(bound_map.g)
+    empty = None if len(x0) else "the batch is empty"
+    reason = why_not_captured(bound_map.g) or empty or graphs.why_not()
+    if reason is None:
+        method = Method(options.solver, options.rtol, options.max_steps, plan.engine)
+        key = key_of("solve", bound_map, method)
+        reason = plans.refusal(key)
     if reason is not None:
         raise Refused(reason)
-    graphs = GRAPHS[x0.device.type]
-    result = planner.solve(
-        bound_map,
-        x0,
-        Method(options.solver, options.rtol, options.max_steps, plan.engine),
-        atol=options.atol,
-        graphs=graphs,
-        cache=plans,
-        at_once=options.route == name,
-    )
+    given = (bound_map, x0, options.atol)
+    result = plans.solve(key, *given)
+    if result is None:
+        if plans.first_sight(key) and options.route != name:
+            raise Refused(FIRST_SIGHT)
+        captured = SolvePlan(key, bound_map, x0, method, graphs)
+        captured.warm_up(*given)
+        with plans.made(captured):
+            result = captured.build(*given)
     if coupling is not None:
         result = true_of_all_rows(result, bound_map, options, coupling)
     return result, graphs

@@ -26,8 +26,8 @@ import fpi_cuda as fpi
 from fpi_cuda import ops
 from fpi_cuda.loops import device as device_loop
 from fpi_cuda.loops.device.cache import PlanCache
-from fpi_cuda.loops.device.graphs import Refused
-from fpi_cuda.loops.device.method import numeric_flags
+from fpi_cuda.loops.device.cuda_graphs import Refused
+from fpi_cuda.loops.device.plan import numeric_flags
 
 
 def test_later_solves_capture_nothing(tape: TapeGraphs) -> None:
