@@ -254,8 +254,8 @@ def products_agree(
 ) -> Any:
     """x W^T by the loop's kernel, against its twin and float64; one-hot rows show a swap."""
     import torch
-    from fpi_cuda.solvers import fused
 
+    from fpi_cuda.loops.fused import cell_loop as fused
     from fpi_cuda.lowered import Layer, Lowered
     from fpi_cuda.ops import reference_loop
     from fpi_cuda.options import Picard
@@ -586,9 +586,9 @@ def one_step(case: Any, rate: float) -> str:
 def round_of_the_loop(precision: str, solver: str) -> str:
     """Microseconds of a round: the slope from solves of 20 rounds to 60, in which nobody stops."""
     import torch
-    from fpi_cuda.solvers import fused
 
     import fpi_cuda as fpi
+    from fpi_cuda.loops.fused import cell_loop as fused
 
     torch.manual_seed(0)
     cell = fpi.cells.MLP(20, 159, 600, activation="tanh", out_activation="tanh").to(here())

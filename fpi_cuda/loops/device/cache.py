@@ -93,7 +93,10 @@ class PlanCache:
             else:
                 self._idle.append(plan)
                 self._watch(plan.key)
-            while self._too_much():
+            while len(self._idle) > self._most_plans or (
+                len(self._idle) > LEAST_PLANS
+                and sum(idle.memory for idle in self._idle) > self._most_bytes
+            ):
                 closing.append(self._idle.pop(0))
         close(closing)
 
@@ -206,11 +209,6 @@ class PlanCache:
         if len(self._records) > MOST_KEYS:
             self._records.popitem(last=False)
         return record
-
-    def _too_much(self) -> bool:
-        count = len(self._idle)
-        held = sum(plan.memory for plan in self._idle)
-        return count > self._most_plans or (count > LEAST_PLANS and held > self._most_bytes)
 
     def _watch(self, key: Key) -> None:
         for reference in references_in(key):
