@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -50,13 +50,10 @@ def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
     reason = why_not_lowerable(g, plan.whole, rows_known=rows_known)
     if reason is None and not plan.rowwise:
         reason = why_rows_unknown(g) or "rowwise is not True"
-    if reason is None:
-        reason = why_not_served(options.solver, layout.dtype, plan.engine)
+    reason = reason or why_not_served(options.solver, layout.dtype, plan.engine)
     if reason is None and (layout.is_tuple or len(layout.shapes[0]) != 1):
         reason = "the state is not one tensor (B, features)"
-    if reason is None and rehearse:
-        reason = why_declined(g, layout.device)
-    return reason
+    return reason or (why_declined(g, layout.device) if rehearse else None)
 
 
 def why_not_served(
@@ -90,11 +87,10 @@ def solve(
     plan: Plan, bound_map: BoundMap, x0: Tensor, coupling: Coupling | None
 ) -> tuple[SolveResult, FusedMap]:
     """See Loop."""
-    options, engine = plan.options, plan.engine
+    options = plan.options
     fused = fused_map(bound_map)
-    reason = why_not_worth(fused, plan) if options.route is None else None
-    if reason is not None:
-        raise NotLowered(reason)
+    if options.route is None:
+        require_worth(fused, plan)
     result = solve_fused(
         fused.lowered,
         x0,
@@ -102,7 +98,7 @@ def solve(
         rtol=options.rtol,
         atol=options.atol,
         max_steps=options.max_steps,
-        backend=engine,
+        backend=plan.engine,
         precision=options.precision,
     )
     if not fused.ours:
@@ -120,33 +116,22 @@ def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
     plan, bound_map, fused = solved.plan, solved.bound_map, solved.kept
     options, solver = plan.options, plan.adjoint_solver
     assert isinstance(options.adjoint, Implicit)
-    reason = None
-    if options.adjoint.solver is None:
-        solver = no_deeper(solver, plan.engine)  # it is of the forward's kind, which is served
-    else:
-        reason = why_not_served(solver, plan.layout.dtype, plan.engine)
-    if reason is None:
-        reason = why_no_adjoint(bound_map, fused, solved.result.x)
+    reason, engine = None, cast("Any", plan.engine)
+    if options.adjoint.solver is not None:
+        reason = why_not_served(solver, plan.layout.dtype, engine)
+    elif isinstance(solver, Anderson):  # as the forward's is, but it may go deeper
+        solver = dataclasses.replace(solver, m=min(solver.m, engine.CELL_LOOP_MAX_DEPTH))
+    reason = reason or why_no_adjoint(bound_map, fused, solved.result.x)
     if reason is not None:
         raise NotLowered(reason)
     evaluate = None
-    if fused.ours and hasattr(plan.engine, "cell_layer_") and not transforms.in_dual_level():
-        evaluate = fused_evaluation(fused.described, plan.engine)
+    if fused.ours and hasattr(engine, "cell_layer_") and not transforms.in_dual_level():
+        evaluate = fused_evaluation(fused.described, engine)
     return FusedAdjoint(plan, fused, solver, account.hopeless, evaluate)
 
 
-def no_deeper(
-    solver: FixedPointSolver | LinearSolver, backend: Any
-) -> FixedPointSolver | LinearSolver:
-    """`solver` with as much of its history as the loop of this backend keeps."""
-    if isinstance(solver, Anderson) and solver.m > backend.CELL_LOOP_MAX_DEPTH:
-        return dataclasses.replace(solver, m=backend.CELL_LOOP_MAX_DEPTH)
-    return solver
-
-
-@dataclass(frozen=True)
-class FusedMap:
-    """A lowered map, and whether it still is what it was made from.
+class FusedMap(NamedTuple):
+    """A lowered map, and what it was made from.
 
     Attributes:
         described: the map, with its graph.
@@ -160,10 +145,6 @@ class FusedMap:
     ours: bool
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-
-    def unchanged(self) -> bool:
-        """Whether nobody has written to the sources since."""
-        return self.versions == tuple(map(version_of, self.sources))
 
 
 def fused_map(bound_map: BoundMap) -> FusedMap:
@@ -192,23 +173,23 @@ def fused_map(bound_map: BoundMap) -> FusedMap:
     return FusedMap(result, plain, ours, sources, tuple(map(version_of, sources)))
 
 
-def why_not_worth(fused: FusedMap, plan: Plan) -> str | None:
-    """Why another loop is expected to be faster for so many samples, or None if none is."""
+def require_worth(fused: FusedMap, plan: Plan) -> None:
+    """Raise NotLowered where another loop is expected to be faster for so many samples."""
     layout, options, engine = plan.layout, plan.options, cast("Any", plan.engine)
     if layout.batch == 0 or not hasattr(engine, "cell_loop_plan"):
-        return None
+        return
     first, *rest = fused.lowered.layers
-    precision = NAMES.index(options.precision) if layout.dtype == torch.float32 else 0
     _, reason = engine.cell_loop_plan(
         layout.batch,
         layout.dim,
         first.weight.shape[0] if rest else 0,
         depth_of(options.solver, layout.dim),
         layout.dtype,
-        precision,
+        NAMES.index(options.precision) if layout.dtype == torch.float32 else 0,
         layout.device,
     )
-    return reason
+    if reason is not None:
+        raise NotLowered(reason)
 
 
 def value_of_step(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> Tensor:
@@ -242,10 +223,9 @@ def why_no_adjoint(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> str | Non
         leaf = x.detach().requires_grad_()
         gx = bound_map(leaf)
         v = torch.arange(1, x.numel() + 1, device=x.device).sin().to(x.dtype).reshape(x.shape)
-        found = None
+        expected = torch.zeros_like(x)
         if gx.requires_grad:
-            (found,) = torch.autograd.grad(gx, leaf, v, allow_unused=True)
-    expected = torch.zeros_like(x) if found is None else found
+            (expected,) = torch.autograd.grad(gx, leaf, v, materialize_grads=True)
     with torch.no_grad():
         adjoint = fused.lowered.adjoint(x, torch.zeros_like(x))
         if not bool(difference(adjoint, v, expected)[1].any()):
@@ -278,11 +258,13 @@ class FusedAdjoint:
         The host's are a J that is not the linearization at the fixed point but one that is itself
         differentiated, and weights that were written to: autograd then has to complain.
         """
-        if type(matrix) is not Linearization or not self.fused.unchanged():
+        fused = self.fused
+        unchanged = fused.versions == tuple(map(version_of, fused.sources))
+        if type(matrix) is not Linearization or not unchanged:
             return None
         known = None if self.evaluate is None else self.evaluate.slopes
         return solve_fused(
-            self.fused.lowered.adjoint(matrix.x.detach(), b, self.hopeless, known),
+            fused.lowered.adjoint(matrix.x.detach(), b, self.hopeless, known),
             b,
             self.solver,
             rtol=0.0,
