@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from fpi_cuda.autograd import Account, BoundMap
+from fpi_cuda.autograd import Account, BoundMap, Jacobian, Linearization
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.evaluation.shortcuts import why_not_captured
 from fpi_cuda.loops.coupled import feels, retold
-from fpi_cuda.loops.device.adjoint_solve import DeviceAdjoint
 from fpi_cuda.loops.device.cache import PlanCache
 from fpi_cuda.loops.device.cuda_graphs import CudaGraphs, Refused
-from fpi_cuda.loops.device.plan import Method, SolvePlan, key_of
+from fpi_cuda.loops.device.plan import (
+    AdjointPlan,
+    Key,
+    Method,
+    SolvePlan,
+    key_of,
+    read_on_device,
+)
+from fpi_cuda.loops.device.trace import Recorder, difference, require_repeatable
 from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.options import GMRES, ConjugateGradient
 from fpi_cuda.request import Options
@@ -29,6 +41,7 @@ plans = PlanCache()
 GRAPHS = {"cuda": CudaGraphs()}
 """What can capture, by device type."""
 
+FAILED_SAMPLES = "some samples of the latest solve failed, and their part of g was left out"
 FIRST_SIGHT = "it is the first of its kind; it is captured when it comes again"
 COUPLED = (
     "its rows depend on one another, and the host solves them as one sample (batch_dims=0 makes "
@@ -106,3 +119,99 @@ def adjoint(solved: Solved, account: Account) -> DeviceAdjoint:
         raise Refused(f"{solver} runs on the host")
     method = Method(solver, 0.0, plan.options.adjoint_steps, plan.engine)
     return DeviceAdjoint(solved.bound_map, method, solved.kept, plans)
+
+
+@dataclass(eq=False)
+class DeviceAdjoint:
+    """Solves c = J^T c + b at the solution of one call, where that can be done on the device.
+
+    The plan is made in the forward pass: autograd's threads must not capture. Every backward pass
+    tests it by the trace of what the forward pass evaluated, and of the first product J^T b.
+
+    Attributes:
+        bound_map: g, plain.
+        method: of the adjoint solve.
+        recorder: of the evaluation that is differentiated, once that was made.
+    """
+
+    bound_map: BoundMap
+    method: Method
+    graphs: CudaGraphs
+    cache: PlanCache
+    recorder: Recorder | None = None
+
+    @property
+    def evaluate(self) -> BoundMap:
+        """g, written down where it is evaluated with a graph."""
+        return self.bound_map.recorded(self._record)
+
+    def _record(self, evaluate: Callable[[Any], Any], state: Any) -> Any:
+        """evaluate(state), written down where it is the one that will be differentiated."""
+        differentiated = torch.is_grad_enabled() and any(
+            t.requires_grad for t in pytree.tree_leaves(state)
+        )
+        if self.recorder is not None or not differentiated:
+            return evaluate(state)
+        recorder = Recorder(self.bound_map.layout.device, read_on_device(self.bound_map))
+        result = recorder.record(evaluate, state)
+        self.recorder = recorder
+        return result
+
+    def prepare(self, x_star: Tensor, account: Account) -> str | None:
+        """See to it that there is a plan, made now if need be.
+
+        Returns:
+            Why it is left to the host this once; None: it is not.
+        Raises:
+            Refused: there can be no plan.
+        """
+        if not account.late and account.hopeless is not None:
+            self.recorder = None
+            return FAILED_SAMPLES
+        if self.recorder is None:
+            raise Refused("g was not evaluated with a graph")
+        with torch.no_grad(), self.bound_map.replay.solving():
+            self._require_plan(x_star, self.recorder)
+        return None
+
+    def _require_plan(self, x_star: Tensor, recorder: Recorder) -> None:
+        require_repeatable(recorder, self.bound_map)
+        key, cache = self._key(), self.cache
+        known = cache.refusal(key)
+        if known is not None:
+            raise Refused(known)
+        idle = cast("AdjointPlan | None", cache.take(key))
+        if idle is not None:
+            found = difference(recorder.calls, idle.calls_at_point)
+            if found is None:
+                cache.give_back(idle)
+                return
+            said = f"g is another computation than when it was captured: {found}"
+            if not cache.outgrown(idle, Refused(said)):
+                raise Refused(said)
+        elif cache.has(key):
+            return
+        plan = AdjointPlan(key, self.bound_map, x_star, self.method, self.graphs)
+        with cache.made(plan):
+            plan.build(self.bound_map, x_star)
+            found = difference(recorder.calls, plan.calls_at_point)
+            if found is not None:
+                raise Refused(f"g at the solution is another computation than on copies: {found}")
+
+    def solve(self, matrix: Jacobian, b: Tensor, atol: Tensor) -> SolveResult | None:
+        """c (B, D) with ||J^T c + b - c|| <= atol (B,); None where the host has to do it."""
+        recorder = self.recorder
+        if (
+            recorder is None
+            or type(matrix) is not Linearization
+            or not recorder.knows(matrix.x)
+            or recorder.changed()
+            or self.graphs.why_not() is not None
+        ):
+            return None
+        with contextlib.suppress(Refused):
+            return self.cache.solve(self._key(), self.bound_map, recorder, matrix, b, atol)
+        return None
+
+    def _key(self) -> Key:
+        return key_of("adjoint", self.bound_map, self.method)

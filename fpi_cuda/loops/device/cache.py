@@ -52,9 +52,8 @@ class PlanCache:
         self._most_plans = most_plans
         self._most_bytes = most_bytes
         self._idle: list[Plan] = []
-        self._lent: set[Plan] = set()
-        # Lent ones to close when they come back.
-        self._orphaned: set[Plan] = set()
+        # And whether to keep them when they come back.
+        self._lent: dict[Plan, bool] = {}
         self._records: OrderedDict[Key, KeyRecord] = OrderedDict()
         # By id, the modules and functions of keys. The garbage collector calls _died at any time
         # and on any thread.
@@ -64,35 +63,26 @@ class PlanCache:
     def take(self, key: Key) -> Plan | None:
         """An idle plan of this key, the caller's until it is given back; None: there is none."""
         with self._lock:
-            closing = self._without_dead()
             found = next((plan for plan in reversed(self._idle) if plan.key == key), None)
             if found is not None:
                 self._idle.remove(found)
-                self._lent.add(found)
-        close(closing)
-        return found
+                self._lent[found] = True
+            return found
 
     def has(self, key: Key) -> bool:
         """Whether a plan of this key is idle or lent."""
         with self._lock:
             return any(plan.key == key for plan in (*self._idle, *self._lent))
 
-    def lend(self, plan: Plan) -> None:
-        """Count a plan that was just made as the caller's."""
-        with self._lock:
-            self._lent.add(plan)
-
     def give_back(self, plan: Plan) -> None:
         """Keep a plan that served its call for the next one."""
         with self._lock:
             closing = self._without_dead()
-            self._lent.discard(plan)
-            if plan in self._orphaned:
-                self._orphaned.discard(plan)
-                closing.append(plan)
-            else:
+            if self._lent.pop(plan):
                 self._idle.append(plan)
                 self._watch(plan.key)
+            else:
+                closing.append(plan)
             while len(self._idle) > self._most_plans or (
                 len(self._idle) > LEAST_PLANS
                 and sum(idle.memory for idle in self._idle) > self._most_bytes
@@ -103,8 +93,7 @@ class PlanCache:
     def discard(self, plan: Plan) -> None:
         """Drop a lent plan that is of no use any more."""
         with self._lock:
-            self._lent.discard(plan)
-            self._orphaned.discard(plan)
+            del self._lent[plan]
         plan.close()
 
     def solve(self, key: Key, *arguments: Any) -> SolveResult | None:
@@ -140,7 +129,8 @@ class PlanCache:
             Refused: for any error. g works, so it comes of its being recorded and captured; if not,
                 the host loop will meet it too.
         """
-        self.lend(plan)
+        with self._lock:
+            self._lent[plan] = True
         try:
             with errors_refused("g fails while it is captured: ", Exception):
                 yield
@@ -189,7 +179,7 @@ class PlanCache:
         """Drop every plan and every refusal; plans at work are dropped when they are done."""
         with self._lock:
             closing, self._idle = self._idle, []
-            self._orphaned.update(self._lent)
+            self._lent = dict.fromkeys(self._lent, False)
             self._records.clear()
         close(closing)
 
@@ -232,7 +222,7 @@ class PlanCache:
             return []
         self._any_died = False
         self._watched = {n: ref for n, ref in self._watched.items() if ref() is not None}
-        self._orphaned.update(plan for plan in self._lent if holds_dead(plan.key))
+        self._lent = {p: keep and not holds_dead(p.key) for p, keep in self._lent.items()}
         gone = [plan for plan in self._idle if holds_dead(plan.key)]
         self._idle = [plan for plan in self._idle if plan not in gone]
         return gone

@@ -174,10 +174,9 @@ class OnePlan:
 def test_a_lent_plan_is_nobody_elses() -> None:
     plans = PlanCache()
     plan = OnePlan(("a",))
-    plans.lend(plan)
-    assert plans.take(("a",)) is None
-    assert plans.has(("a",))
-    plans.give_back(plan)
+    with plans.made(plan):
+        assert plans.take(("a",)) is None
+        assert plans.has(("a",))
     assert plans.take(("b",)) is None
     assert plans.take(("a",)) is plan
     assert plans.take(("a",)) is None
@@ -187,10 +186,9 @@ def test_a_lent_plan_is_nobody_elses() -> None:
 def test_a_plan_at_work_is_closed_when_it_is_done() -> None:
     plans = PlanCache()
     plan = OnePlan(("a",))
-    plans.lend(plan)
-    plans.clear()
-    assert plan.closed == 0
-    plans.give_back(plan)
+    with plans.made(plan):
+        plans.clear()
+        assert plan.closed == 0
     assert plan.closed == 1
     assert plans.take(("a",)) is None
 
@@ -199,8 +197,8 @@ def test_large_plans_make_room_for_each_other() -> None:
     plans = PlanCache(most_bytes=100)
     made = [OnePlan((name,), 60) for name in "abc"]
     for plan in made:
-        plans.lend(plan)
-        plans.give_back(plan)
+        with plans.made(plan):
+            pass
     assert [plan.closed for plan in made] == [1, 0, 0]
     assert plans.memory() == 120
 
