@@ -19,16 +19,14 @@ from fpi_cuda.loops.device.cache import PlanCache
 from fpi_cuda.loops.device.cuda_graphs import CudaGraphs, Refused
 from fpi_cuda.loops.device.plan import (
     AdjointPlan,
-    Key,
     Method,
     SolvePlan,
     key_of,
     read_on_device,
 )
-from fpi_cuda.loops.device.trace import Recorder, difference, require_repeatable
+from fpi_cuda.loops.device.trace import Recorder, difference, require_repeatable, require_same
 from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.options import GMRES, ConjugateGradient
-from fpi_cuda.request import Options
 from fpi_cuda.solution import SolveResult
 
 name = "device"
@@ -41,8 +39,6 @@ plans = PlanCache()
 GRAPHS = {"cuda": CudaGraphs()}
 """What can capture, by device type."""
 
-FAILED_SAMPLES = "some samples of the latest solve failed, and their part of g was left out"
-FIRST_SIGHT = "it is the first of its kind; it is captured when it comes again"
 COUPLED = (
     "its rows depend on one another, and the host solves them as one sample (batch_dims=0 makes "
     "them one from the start)"
@@ -81,35 +77,22 @@ def solve(
     result = plans.solve(key, *given)
     if result is None:
         if plans.first_sight(key) and options.route != name:
-            raise Refused(FIRST_SIGHT)
+            raise Refused("it is the first of its kind; it is captured when it comes again")
         captured = SolvePlan(key, bound_map, x0, method, graphs)
         captured.warm_up(*given)
         with plans.made(captured):
             result = captured.build(*given)
     if coupling is not None:
-        result = true_of_all_rows(result, bound_map, options, coupling)
+        # Told by g of all rows together. The host waits only where nothing is known of them.
+        gx = bound_map.evaluate(result.x, None)
+        alone = result
+        result = retold(alone, gx, options.atol, options.rtol, by_other_code=True)
+        if not coupling.independent:
+            if feels(result, alone, gx):
+                coupling.depends()
+                raise Refused(COUPLED, passing=True)
+            coupling.is_independent()
     return result, graphs
-
-
-def true_of_all_rows(
-    result: SolveResult, bound_map: BoundMap, options: Options, coupling: Coupling
-) -> SolveResult:
-    """`result` of rows on their own, told by g of all of them together.
-
-    The host waits for it only where nothing is known of the rows.
-
-    Raises:
-        Refused: they depend on one another.
-    """
-    gx = bound_map.evaluate(result.x, None)
-    told = retold(result, gx, options.atol, options.rtol, by_other_code=True)
-    if coupling.independent:
-        return told
-    if feels(told, result, gx):
-        coupling.depends()
-        raise Refused(COUPLED, passing=True)
-    coupling.is_independent()
-    return told
 
 
 def adjoint(solved: Solved, account: Account) -> DeviceAdjoint:
@@ -118,7 +101,7 @@ def adjoint(solved: Solved, account: Account) -> DeviceAdjoint:
     if isinstance(solver, (GMRES, ConjugateGradient)):
         raise Refused(f"{solver} runs on the host")
     method = Method(solver, 0.0, plan.options.adjoint_steps, plan.engine)
-    return DeviceAdjoint(solved.bound_map, method, solved.kept, plans)
+    return DeviceAdjoint(solved.bound_map, method, solved.kept)
 
 
 @dataclass(eq=False)
@@ -137,7 +120,6 @@ class DeviceAdjoint:
     bound_map: BoundMap
     method: Method
     graphs: CudaGraphs
-    cache: PlanCache
     recorder: Recorder | None = None
 
     @property
@@ -167,7 +149,7 @@ class DeviceAdjoint:
         """
         if not account.late and account.hopeless is not None:
             self.recorder = None
-            return FAILED_SAMPLES
+            return "some samples of the latest solve failed, and their part of g was left out"
         if self.recorder is None:
             raise Refused("g was not evaluated with a graph")
         with torch.no_grad(), self.bound_map.replay.solving():
@@ -176,23 +158,24 @@ class DeviceAdjoint:
 
     def _require_plan(self, x_star: Tensor, recorder: Recorder) -> None:
         require_repeatable(recorder, self.bound_map)
-        key, cache = self._key(), self.cache
-        known = cache.refusal(key)
+        key = key_of("adjoint", self.bound_map, self.method)
+        known = plans.refusal(key)
         if known is not None:
             raise Refused(known)
-        idle = cast("AdjointPlan | None", cache.take(key))
-        if idle is not None:
-            found = difference(recorder.calls, idle.calls_at_point)
-            if found is None:
-                cache.give_back(idle)
-                return
-            said = f"g is another computation than when it was captured: {found}"
-            if not cache.outgrown(idle, Refused(said)):
-                raise Refused(said)
-        elif cache.has(key):
+        idle = cast("AdjointPlan | None", plans.take(key))
+        if idle is None and plans.has(key):
             return
+        if idle is not None:
+            try:
+                require_same(recorder, idle.calls_at_point)
+            except Refused as reason:
+                if not plans.outgrown(idle, reason):
+                    raise
+            else:
+                plans.give_back(idle)
+                return
         plan = AdjointPlan(key, self.bound_map, x_star, self.method, self.graphs)
-        with cache.made(plan):
+        with plans.made(plan):
             plan.build(self.bound_map, x_star)
             found = difference(recorder.calls, plan.calls_at_point)
             if found is not None:
@@ -209,9 +192,7 @@ class DeviceAdjoint:
             or self.graphs.why_not() is not None
         ):
             return None
+        key = key_of("adjoint", self.bound_map, self.method)
         with contextlib.suppress(Refused):
-            return self.cache.solve(self._key(), self.bound_map, recorder, matrix, b, atol)
+            return plans.solve(key, self.bound_map, recorder, matrix, b, atol)
         return None
-
-    def _key(self) -> Key:
-        return key_of("adjoint", self.bound_map, self.method)

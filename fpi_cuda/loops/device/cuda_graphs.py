@@ -50,8 +50,14 @@ class CudaGraphs:
         """Captures of one plan; other threads' captures wait."""
         with CAPTURES, torch.cuda.device(device):
             torch.cuda.synchronize()
-            with collector_off():
+            # What the collector would free on the device cannot be freed in a capture.
+            collecting = gc.isenabled()
+            gc.disable()
+            try:
                 yield CudaSession(device)
+            finally:
+                if collecting:
+                    gc.enable()
 
     def launches(self) -> int:
         """Nodes in the graph that the current stream is captured into; -1 where there is none."""
@@ -206,18 +212,6 @@ class CudaFence:
         if self._stream is not None:
             for t in tensors:
                 t.record_stream(self._stream)
-
-
-@contextlib.contextmanager
-def collector_off() -> Iterator[None]:
-    """No garbage is collected: what it would free on the device cannot be freed in a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -122,19 +122,21 @@ class Plan:
                 empty_with_strides(t.detach()).requires_grad_(t.requires_grad)
                 for t in read_on_device(bound_map)
             ]
+        arrays = [array for array in vars(self._work).values() if array is not None]
+        self._tensors = [self._x, self._rounds, *arrays, *self._static_inputs]
         self._fence = graphs.fence(x.device)
         self._captured: list[CapturedGraph] = []
 
     @property
     def memory(self) -> int:
         """Bytes that it holds, each storage once."""
-        storages = [t.untyped_storage() for t in self._tensors()]
+        storages = [t.untyped_storage() for t in self._tensors]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(sizes.values()) + sum(graph.memory for graph in self._captured)
 
     def close(self) -> None:
         """Give the memory back."""
-        self._fence.retire(self._tensors())
+        self._fence.retire(self._tensors)
         while self._captured:
             self._captured.pop().close()
 
@@ -167,25 +169,41 @@ class Plan:
         op, arrays, numbers = step_of(backend, solver, self._work, rtol, max_steps)
         op(self._x, apart_from(self._x, gx), None, *arrays, **numbers)
 
+    def _captured_solve(
+        self,
+        recorder: Recorder,
+        bodies: Sequence[Callable[[], None]],
+        evaluate: Callable[[Tensor, Tensor | None], Tensor],
+        x0: Tensor,
+        atol: float | Tensor,
+    ) -> SolveResult:
+        """Capture the bodies, the last of which is repeated, and solve.
+
+        Args:
+            recorder: of what the bodies compute.
+            evaluate: the map, for the host loop, with which this solve from x0 has to agree.
+        """
+        *once, body = bodies
+        with self._graphs.session(self._device) as session:
+            self._captured += map(session.capture, once)
+            self._captured.append(
+                session.capture_loop(body, self._work.status, self._rounds, self._method.max_steps)
+            )
+        require_same(recorder, self.calls)
+        result = self._finish()
+        expected = iteration.solve(evaluate, x0, atol=atol, **self._method._asdict())
+        require_agreement(result, expected)
+        return result
+
     def _finish(self) -> SolveResult:
-        """Run the loop, which was captured last, and copy what it came to."""
-        self._captured[-1].replay()
+        """Run what was captured, the loop last, and copy what it came to."""
+        for graph in self._captured:
+            graph.replay()
         work = self._work
         found = (work.best, work.status, work.num_steps, work.residual)
         result = SolveResult(*map(torch.clone, found))
         self._fence.mark()
         return result
-
-    def _require_agreement(
-        self, result: SolveResult, evaluate: Callable[..., Tensor], x0: Tensor, atol: float | Tensor
-    ) -> None:
-        """Raise Refused unless the host loop ends where the captured one did."""
-        how = self._method._asdict()
-        require_agreement(result, iteration.solve(evaluate, x0, atol=atol, **how))
-
-    def _tensors(self) -> list[Tensor]:
-        arrays = [array for array in vars(self._work).values() if array is not None]
-        return [self._x, self._rounds, *arrays, *self._static_inputs]
 
 
 class SolvePlan(Plan):
@@ -211,14 +229,7 @@ class SolvePlan(Plan):
         def body() -> None:
             self._step(on_copies.recorded(again.record).evaluate(self._x, None))
 
-        with self._graphs.session(self._device) as session:
-            self._captured.append(
-                session.capture_loop(body, self._work.status, self._rounds, self._method.max_steps)
-            )
-        require_same(again, self.calls)
-        result = self._finish()
-        self._require_agreement(result, bound_map.evaluate, x0, atol)
-        return result
+        return self._captured_solve(again, (body,), bound_map.evaluate, x0, atol)
 
     def solve(self, bound_map: BoundMap, x0: Tensor, atol: float | Tensor) -> SolveResult:
         """See Plan; the first step is the test of whether g is the same."""
@@ -252,6 +263,7 @@ class AdjointPlan(Plan):
         with torch.inference_mode(False), torch.no_grad():
             self._point = torch.empty_like(self._x)
             self._b = torch.empty_like(self._x)
+        self._tensors += [self._point, self._b]
 
     def build(self, bound_map: BoundMap, point: Tensor) -> None:
         """Capture g and its derivative at a point (B, D), and compare with the host loop.
@@ -281,15 +293,9 @@ class AdjointPlan(Plan):
             self._step(again.record(captured[0].transposed, self._x) + self._b)
 
         self._step(product + self._b)
-        with self._graphs.session(self._device) as session:
-            self._captured.append(session.capture(at_point))
-            self._captured.append(
-                session.capture_loop(body, self._work.status, self._rounds, self._method.max_steps)
-            )
-        require_same(again, self.calls)
-        self._captured[0].replay()
-        result = self._finish()
-        self._require_agreement(result, lambda c, rows: eager.transposed(c) + b, b, atol)
+        self._captured_solve(
+            again, (at_point, body), lambda c, rows: eager.transposed(c) + b, b, atol
+        )
 
     def solve(
         self,
@@ -306,7 +312,6 @@ class AdjointPlan(Plan):
         product = onward.record(matrix.transposed, self._x)
         require_same(onward, self.calls)
         self._step(product + self._b)
-        self._captured[0].replay()
         return self._finish()
 
     def _begin_at(self, bound_map: BoundMap, point: Tensor, b: Tensor, atol: Tensor) -> BoundMap:
@@ -322,9 +327,6 @@ class AdjointPlan(Plan):
         x = self._point.detach().requires_grad_()
         with torch.enable_grad():
             return Linearization(x, on_copies(x))
-
-    def _tensors(self) -> list[Tensor]:
-        return [*super()._tensors(), self._point, self._b]
 
 
 def is_on(device: torch.device, value: Any) -> bool:

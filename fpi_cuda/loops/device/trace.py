@@ -72,8 +72,6 @@ class Recorder(EagerMode):
         self._known: dict[int, tuple[tuple[str, int], int]] = {}
         # A weak reference keeps the number of a storage from being given to another one.
         self._storages: list[StorageWeakRef] = []
-        self._made = 0
-        self._states = 0
         for index, t in enumerate(inputs):
             self._know(t, ("input", index))
             self.externals.append((t, version_of(t)))
@@ -85,8 +83,7 @@ class Recorder(EagerMode):
             state: tensors, or tuples of them, whose numbers change from evaluation to evaluation.
         """
         for t in pytree.tree_leaves(state):
-            self._know(t, ("state", self._states))
-            self._states += 1
+            self._know(t, ("state", len(self._storages)))
         if self._launches is not None:
             self._launched = self._launches()
         with casts_repeated(), self:
@@ -151,8 +148,7 @@ class Recorder(EagerMode):
         """Number a tensor that a call returned, unless its memory is known."""
         try:
             if not self.knows(t):
-                self._know(t, ("made", self._made))
-                self._made += 1
+                self._know(t, ("made", len(self._storages)))
         except (NotImplementedError, RuntimeError):
             self._refuse(f"g computes with {described(t)}")
 
@@ -177,7 +173,6 @@ class Recorder(EagerMode):
             self._refuse(f"g computes with {described(t)}")
             return None
         storage = t.untyped_storage()
-        offset = t.storage_offset()
         form = (t.dtype, tuple(t.shape), t.stride(), t.is_conj(), t.is_neg())
         known = self._known.get(storage._cdata)
         if known is not None:
@@ -185,7 +180,7 @@ class Recorder(EagerMode):
             # Where an op puts what it makes follows from the op. The seeds of attention, which it
             # ignores without dropout, lie on the host but for a capture.
             place = () if name[0] == "made" else (t.device,)
-            return (*name, offset - begin, *place, *form)
+            return (*name, t.storage_offset() - begin, *place, *form)
         if t.device.type == self._device.type:
             self.externals.append((t, version_of(t)))
             return ("external", t.data_ptr(), t.device, *form)
@@ -238,10 +233,9 @@ def difference(calls: list[Call], expected: list[Call]) -> str | None:
 
 def require_repeatable(recorder: Recorder, bound_map: BoundMap) -> None:
     """Raise Refused if what was recorded of this map cannot be repeated by a graph."""
-    if bound_map.replay.stochastic:
-        raise Refused("g draws random numbers")
-    if recorder.refusal is not None:
-        raise Refused(recorder.refusal)
+    reason = "g draws random numbers" if bound_map.replay.stochastic else recorder.refusal
+    if reason is not None:
+        raise Refused(reason)
 
 
 def require_same(recorder: Recorder, calls: list[Call]) -> None:

@@ -40,7 +40,6 @@ is_late = False
 sees_all_rows = True
 
 DRAWN = "its weights are drawn at random"
-UNCONFIRMED = "step() is not within the tolerance where lower() was"
 
 
 def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
@@ -106,7 +105,7 @@ def solve(
         # Terms that cancel may hide a difference in their rounding.
         told = retold(result, gx, options.atol, options.rtol, by_other_code=True)
         if bool((told.status != result.status).any()):
-            raise NotLowered(UNCONFIRMED)
+            raise NotLowered("step() is not within the tolerance where lower() was")
         result = told
     return result, fused
 
@@ -158,9 +157,10 @@ def fused_map(bound_map: BoundMap) -> FusedMap:
     if bound_map.replay.autocast_dtype is not None:
         raise NotLowered("autocast is on")
     # Not by the replay: the first evaluation of g is yet to come.
-    lower = functools.partial(described, g, bound_map.read)
     with torch.enable_grad():
-        (result, ours), random = rehearsed(lower, layout.device, g, "lower")
+        (result, ours), random = rehearsed(
+            functools.partial(described, g, bound_map.read), layout.device, g, "lower"
+        )
     if random:
         raise NotLowered(DRAWN)
     for layer in result.layers:
