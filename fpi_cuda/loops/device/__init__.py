@@ -47,11 +47,10 @@ COUPLED = (
 
 def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
     """See Loop."""
-    device = plan.layout.device
-    graphs = GRAPHS.get(device.type)
-    if graphs is None:
-        return f"the state is on {device.type}, which has no CUDA graphs"
-    return graphs.why_not() or why_not_captured(g) if rehearse else None
+    kind = plan.layout.device.type
+    if kind not in GRAPHS:
+        return f"the state is on {kind}, which has no CUDA graphs"
+    return GRAPHS[kind].why_not() or why_not_captured(g) if rehearse else None
 
 
 def solve(

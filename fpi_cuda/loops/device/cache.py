@@ -57,7 +57,7 @@ class PlanCache:
         self._records: OrderedDict[Key, KeyRecord] = OrderedDict()
         # By id, the modules and functions of keys. The garbage collector calls _died at any time
         # and on any thread.
-        self._watched: dict[int, weakref.ref[Any]] = {}
+        self._watched: dict[int, weakref.finalize] = {}  # type: ignore[type-arg]
         self._any_died = False
 
     def take(self, key: Key) -> Plan | None:
@@ -204,9 +204,10 @@ class PlanCache:
         for reference in references_in(key):
             module = reference()
             if module is not None and id(module) not in self._watched:
-                self._watched[id(module)] = weakref.ref(module, self._died)
+                self._watched[id(module)] = weakref.finalize(module, self._died)
+                self._watched[id(module)].atexit = False
 
-    def _died(self, _: weakref.ref[Any]) -> None:
+    def _died(self) -> None:
         self._any_died = True
         # The collector may run while this very thread holds the lock.
         if self._lock.acquire(blocking=False):
@@ -221,7 +222,7 @@ class PlanCache:
         if not self._any_died:
             return []
         self._any_died = False
-        self._watched = {n: ref for n, ref in self._watched.items() if ref() is not None}
+        self._watched = {n: watch for n, watch in self._watched.items() if watch.alive}
         self._lent = {p: keep and not holds_dead(p.key) for p, keep in self._lent.items()}
         gone = [plan for plan in self._idle if holds_dead(plan.key)]
         self._idle = [plan for plan in self._idle if plan not in gone]

@@ -66,8 +66,8 @@ def form_of(value: Any, with_graph: bool) -> Hashable:
     if not isinstance(value, Tensor):
         return type(value).__qualname__
     strides = value.stride() if value.layout == torch.strided else None
-    needs_grad = with_graph and value.requires_grad
-    return type(value), value.device, value.dtype, tuple(value.shape), strides, needs_grad
+    form = (type(value), value.device, value.dtype, tuple(value.shape), strides)
+    return (*form, with_graph and value.requires_grad)
 
 
 def numeric_flags() -> Hashable:
@@ -75,9 +75,8 @@ def numeric_flags() -> Hashable:
     backends: Any = torch.backends
     cuda, cudnn, mkldnn = backends.cuda, backends.cudnn, backends.mkldnn
     # Asked one by one: the switches over all of them raise where a user has set single ones.
-    precisions = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul)
     return (
-        *(op.fp32_precision for op in precisions),
+        *(op.fp32_precision for op in (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul)),
         cuda.matmul.allow_fp16_reduced_precision_reduction,
         cuda.matmul.allow_bf16_reduced_precision_reduction,
         cuda.flash_sdp_enabled(),
@@ -380,10 +379,9 @@ def require_agreement(result: SolveResult, expected: SolveResult) -> None:
         raise Refused(DISAGREES.format("another status"))
     good = expected.status == Status.CONVERGED
     gap = row_norm(result.x - expected.x)
-    known_to = result.residual + expected.residual
-    eps = torch.finfo(result.x.dtype).eps
-    size = row_norm(expected.x)
-    if bool((good & ~(gap <= 100 * known_to + 100 * eps * size)).any()):
+    rounding = torch.finfo(result.x.dtype).eps * row_norm(expected.x)
+    known_to = result.residual + expected.residual + rounding
+    if bool((good & ~(gap <= 100 * known_to)).any()):
         raise Refused(DISAGREES.format("another point"))
     if not bool(good.any()):
         raise Refused(DISAGREES.format("no sample converged, and their points differ"))

@@ -94,8 +94,8 @@ class Recorder(EagerMode):
 
     def fork(self) -> Recorder:
         """A recorder that goes on from here, leaving this one as it is."""
-        other = copy.copy(self)
-        for name in ("calls", "externals", "_known", "_storages"):
+        other = Recorder(self._device, (), self._launches)
+        for name in ("calls", "refusal", "externals", "_known", "_storages"):
             setattr(other, name, copy.copy(getattr(self, name)))
         return other
 
@@ -129,7 +129,6 @@ class Recorder(EagerMode):
                 "g launches kernels that torch does not see; wrap them with "
                 "torch.library.custom_op or triton_op"
             )
-            self._launched = self._launches()
 
     def knows(self, t: Tensor) -> bool:
         """Whether t is an input or state, or was computed by what is recorded."""

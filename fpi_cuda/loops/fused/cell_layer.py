@@ -40,8 +40,7 @@ class FusedEvaluation:
             )
             slopes.append(slope)
         self.slopes = tuple(slopes)
-        carry = self.described.carry
-        return h + carry * x if carry else h
+        return h + self.described.carry * x if self.described.carry else h
 
 
 def fused_evaluation(described: Lowered, engine: Any) -> FusedEvaluation | None:
