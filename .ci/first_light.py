@@ -92,10 +92,10 @@ def environment() -> Any:
 @check
 def extension_loads() -> Any:
     from fpi_cuda import _extension
-    from fpi_cuda.loops.device import native
+    from fpi_cuda.loops.device.cuda_graphs import CudaGraphs
 
     info = _extension.build_info()
-    return f"{info}; device loop: {native.why_not() or 'ready'}"
+    return f"{info}; device loop: {CudaGraphs().why_not() or 'ready'}"
 
 
 # One step, by launch shape and dtype.
@@ -253,8 +253,8 @@ def products_agree(
 ) -> Any:
     """x W^T by the loop's kernel, against its twin and float64; one-hot rows show a swap."""
     import torch
-    from fpi_cuda.solvers import fused
 
+    from fpi_cuda.loops.fused import cell_loop as fused
     from fpi_cuda.lowered import Layer, Lowered
     from fpi_cuda.ops import reference_loop
     from fpi_cuda.options import Picard
@@ -373,7 +373,7 @@ def looped(body: Callable[[Any], Any], batch: int, most: int) -> Any:
     """`body(status)` in a WHILE graph: the capture, the loop, status and rounds."""
     import torch
 
-    from fpi_cuda.loops.device import native
+    from fpi_cuda import _C
 
     status = torch.zeros(batch, dtype=torch.int8, device="cuda")
     rounds = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -381,9 +381,7 @@ def looped(body: Callable[[Any], Any], batch: int, most: int) -> Any:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         body(status)
-    loop = native.DeviceLoop(
-        graph.raw_cuda_graph(), status.data_ptr(), batch, rounds.data_ptr(), most
-    )
+    loop = _C.DeviceLoop(graph.raw_cuda_graph(), status.data_ptr(), batch, rounds.data_ptr(), most)
     return graph, loop, status, rounds
 
 
@@ -587,9 +585,9 @@ def one_step(case: Any, rate: float) -> str:
 def round_of_the_loop(precision: str, solver: str) -> str:
     """Microseconds of a round: the slope from solves of 20 rounds to 60, in which nobody stops."""
     import torch
-    from fpi_cuda.solvers import fused
 
     import fpi_cuda as fpi
+    from fpi_cuda.loops.fused import cell_loop as fused
 
     torch.manual_seed(0)
     cell = fpi.cells.MLP(20, 159, 600, activation="tanh", out_activation="tanh").to(here())

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fpi_cuda.loops.device.graphs import Refused
+from fpi_cuda.loops.device.cuda_graphs import Refused
 
 
 class Tape(TorchDispatchMode):

@@ -8,13 +8,11 @@ from fpi_cuda import ops
 from fpi_cuda.declined import Declined
 from fpi_cuda.evaluation.shortcuts import why_not_hoisted, why_rows_unknown
 from fpi_cuda.evaluation.state import Layout
-from fpi_cuda.loops import host
-from fpi_cuda.loops.device import loop as device_loop
-from fpi_cuda.loops.fused import loop as fused_loop
+from fpi_cuda.loops import device, fused, host
 from fpi_cuda.loops.plan import Loop, Plan, Solved, Unavailable
 from fpi_cuda.options import Options
 
-LOOPS: tuple[Loop, ...] = (fused_loop, device_loop, host)
+LOOPS: tuple[Loop, ...] = (fused, device, host)
 """In the order in which they are tried."""
 
 IN_TRANSFORM = "the call is inside torch.func transforms"

@@ -43,7 +43,7 @@ class Laid:
 
 
 class EmulatedLoop(Pipe):
-    """A backend for fpi_cuda.loops.fused.solve.solve_fused.
+    """A backend for fpi_cuda.loops.fused.cell_loop.solve_fused.
 
     Args:
         driver: from compile_loop.

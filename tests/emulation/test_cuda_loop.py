@@ -19,7 +19,7 @@ from torch import Tensor
 import fpi_cuda as fpi
 from fpi_cuda import ops
 from fpi_cuda.activations import FUNCTIONS
-from fpi_cuda.loops.fused import solve as fused
+from fpi_cuda.loops.fused import cell_loop as fused
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import reference_loop
 from fpi_cuda.options import PRECISIONS, Anderson, Picard

@@ -13,7 +13,8 @@ from gpu.device_solves import BATCH, MAPS, assert_close, input_of, made, run
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
-from fpi_cuda.loops.device import PlanCache, native
+from fpi_cuda import _C
+from fpi_cuda.loops.device import PlanCache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_plans")]
 
@@ -92,7 +93,7 @@ def captured(body: Callable[[], Any]) -> torch.cuda.CUDAGraph:
 
 
 def looped(graph: torch.cuda.CUDAGraph, status: Tensor, rounds: Tensor, most: int) -> Any:
-    return native.DeviceLoop(
+    return _C.DeviceLoop(
         graph.raw_cuda_graph(), status.data_ptr(), status.numel(), rounds.data_ptr(), most
     )
 

@@ -142,9 +142,9 @@ def test_all_but_the_device_loop_works_without_the_module(copy_without_library: 
     shutil.copy(_extension.LIBRARY, package)
     (package / "_C.cpython-39-other.so").touch()  # of another Python
     code = MISSING + (
-        "import torch; from fpi_cuda.loops.device import native\n"
+        "import torch; from fpi_cuda.loops.device.cuda_graphs import CudaGraphs\n"
         "x = fpi_cuda.fixed_point(torch.cos, torch.ones(1, 1), backend='native').value\n"
-        "print(x.item() > 0.7, native.why_not(), sep=chr(10))\n"
+        "print(x.item() > 0.7, CudaGraphs().why_not(), sep=chr(10))\n"
     )
     done = run(code.format(folder=str(copy_without_library)))
     assert done.returncode == 0, done.stderr

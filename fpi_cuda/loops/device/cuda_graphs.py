@@ -11,11 +11,26 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from fpi_cuda.loops.device import native
-from fpi_cuda.loops.device.graphs import Refused, first_line
+from fpi_cuda import _extension
+from fpi_cuda.declined import Declined
+
+if _extension.module_error is None:  # else there is none to be asked for: why_not() says so
+    from fpi_cuda import _C
 
 # One capture at a time: cuBLAS workspaces, which a capture must not share, are per process.
 CAPTURES = threading.Lock()
+
+
+class Refused(Declined):
+    """This solve cannot run on the device; the text says why.
+
+    Args:
+        passing: the next solve may fare better.
+    """
+
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 class CudaGraphs:
@@ -25,21 +40,28 @@ class CudaGraphs:
         """Why nothing can be captured now, or None."""
         if torch.version.hip is not None:
             return "ROCm has no conditional graph nodes"
-        if torch.cuda.is_current_stream_capturing():
-            return "the call is itself being captured into a CUDA graph"
-        return native.why_not()
+        reason = _extension.module_error or _C.why_not()
+        if reason is None and torch.cuda.is_current_stream_capturing():
+            reason = "the call is itself being captured into a CUDA graph"
+        return reason
 
     @contextlib.contextmanager
     def session(self, device: torch.device) -> Iterator[CudaSession]:
-        """Captures on a stream of their own, which waits for the current one."""
+        """Captures of one plan; other threads' captures wait."""
         with CAPTURES, torch.cuda.device(device):
             torch.cuda.synchronize()
-            with collector_off():
+            # What the collector would free on the device cannot be freed in a capture.
+            collecting = gc.isenabled()
+            gc.disable()
+            try:
                 yield CudaSession(device)
+            finally:
+                if collecting:
+                    gc.enable()
 
     def launches(self) -> int:
-        """Nodes in the graph that the current stream is captured into."""
-        return native.captured_nodes(torch.cuda.current_stream().cuda_stream)
+        """Nodes in the graph that the current stream is captured into; -1 where there is none."""
+        return _C.captured_nodes(torch.cuda.current_stream().cuda_stream)
 
     def fence(self, device: torch.device) -> CudaFence:
         """A new one."""
@@ -47,7 +69,7 @@ class CudaGraphs:
 
 
 class CudaSession:
-    """See Session."""
+    """Captures that share a stream and a memory pool, so that one may read what another made."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -55,14 +77,33 @@ class CudaSession:
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, body: Callable[[], None]) -> CapturedGraph:
-        """See Session."""
-        return CapturedGraph(*self._captured(body))
+        """Capture what body computes, without running it.
+
+        Raises:
+            Refused: there is something in it that a graph cannot hold.
+        """
+        graph, memory = self._captured(body)
+        with errors_refused("g cannot be captured: "):
+            graph.instantiate()
+        return CapturedGraph(graph, memory, self._device)
 
     def capture_loop(
         self, body: Callable[[], None], status: Tensor, rounds: Tensor, max_steps: int
-    ) -> CapturedLoop:
-        """See Session."""
-        return CapturedLoop(*self._captured(body), status, rounds, max_steps)
+    ) -> CapturedGraph:
+        """The same, repeated while any of status (B,) int8 is 0, max_steps times at most.
+
+        rounds (1,) int32 counts the repetitions of the latest replay.
+        """
+        graph, memory = self._captured(body)
+        with errors_refused():
+            loop = _C.DeviceLoop(
+                graph.raw_cuda_graph(),
+                status.data_ptr(),
+                status.numel(),
+                rounds.data_ptr(),
+                max_steps,
+            )
+        return CapturedGraph(graph, memory, self._device, loop)
 
     def _captured(self, body: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph, int]:
         """The graph of body, and the bytes that its pool took."""
@@ -71,22 +112,18 @@ class CudaSession:
         torch._C._cuda_clearCublasWorkspaces()
         before = torch.cuda.memory_reserved(self._device)
         try:
-            with torch.cuda.stream(self._stream):
+            with errors_refused("g cannot be captured: "), torch.cuda.stream(self._stream):
                 # Only this thread is held to what capturing allows; others may load data.
                 with self._pool_ended():
                     graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     body()
-                    if native.captured_nodes(self._stream.cuda_stream) < 0:
+                    if _C.captured_nodes(self._stream.cuda_stream) < 0:
                         raise Refused("g cannot be captured: it does what a capture forbids")
                     graph.capture_end()
                 except BaseException:
                     self._abandon(graph)
                     raise
-        except Refused:
-            raise
-        except RuntimeError as error:
-            raise Refused(f"g cannot be captured: {first_line(error)}") from error
         finally:
             torch._C._cuda_clearCublasWorkspaces()
         return graph, max(0, torch.cuda.memory_reserved(self._device) - before)
@@ -98,7 +135,7 @@ class CudaSession:
         """
         with contextlib.suppress(RuntimeError), self._pool_ended(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The CUDA Graph is empty", UserWarning)
-            native.restart_capture(self._stream.cuda_stream)
+            _C.restart_capture(self._stream.cuda_stream)
             graph.capture_end()
 
     @contextlib.contextmanager
@@ -114,65 +151,45 @@ class CudaSession:
 
 
 class CapturedGraph:
-    """A graph that runs once per replay."""
+    """A captured computation.
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, memory: int) -> None:
-        self.memory = memory
-        self._graph: torch.cuda.CUDAGraph | None = graph
-        try:
-            graph.instantiate()
-        except RuntimeError as error:
-            raise Refused(f"g cannot be captured: {first_line(error)}") from error
-
-    def replay(self) -> None:
-        """See Replayable."""
-        assert self._graph is not None
-        self._graph.replay()
-
-    def close(self) -> None:
-        """See Replayable."""
-        self._graph = None
-
-
-class CapturedLoop:
-    """A graph that repeats the captured one until no status is 0."""
+    Args:
+        loop: repeats the graph; None: it runs once per replay.
+    Attributes:
+        memory: bytes that it holds besides the tensors it was given.
+    """
 
     def __init__(
         self,
         graph: torch.cuda.CUDAGraph,
         memory: int,
-        status: Tensor,
-        rounds: Tensor,
-        max_steps: int,
+        device: torch.device,
+        loop: _C.DeviceLoop | None = None,
     ) -> None:
         self.memory = memory
-        self._device = status.device
-        # It owns the memory pool that the loop works in.
+        # It owns the memory pool that a loop works in too.
         self._graph: torch.cuda.CUDAGraph | None = graph
-        try:
-            self._loop = native.DeviceLoop(
-                graph.raw_cuda_graph(),
-                status.data_ptr(),
-                status.numel(),
-                rounds.data_ptr(),
-                max_steps,
-            )
-        except RuntimeError as error:
-            raise Refused(first_line(error)) from error
+        self._device = device
+        self._loop = loop
 
     def replay(self) -> None:
-        """See Replayable."""
-        with torch.cuda.device(self._device):
-            self._loop.launch(torch.cuda.current_stream().cuda_stream)
+        """Enqueue it on the current stream, on what its tensors hold then."""
+        if self._loop is not None:
+            with torch.cuda.device(self._device):
+                self._loop.launch(torch.cuda.current_stream().cuda_stream)
+        else:
+            assert self._graph is not None
+            self._graph.replay()
 
     def close(self) -> None:
-        """See Replayable."""
-        self._loop.close()
+        """Give its memory back; a replay under way ends as it should."""
+        if self._loop is not None:
+            self._loop.close()
         self._graph = None
 
 
 class CudaFence:
-    """See Fence."""
+    """The order of the replays of one plan, whichever streams they run on."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -180,31 +197,32 @@ class CudaFence:
         self._stream: torch.cuda.Stream | None = None
 
     def wait(self) -> None:
-        """See Fence."""
+        """Let the current stream wait for the latest replay."""
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None and self._stream != stream:
             stream.wait_event(self._event)
 
     def mark(self) -> None:
-        """See Fence."""
+        """Remember what the current stream has been given."""
         self._stream = torch.cuda.current_stream(self._device)
         self._event.record(self._stream)
 
     def retire(self, tensors: Iterable[Tensor]) -> None:
-        """See Fence."""
+        """Let the memory of these tensors be reused only after the latest replay."""
         if self._stream is not None:
             for t in tensors:
                 t.record_stream(self._stream)
 
 
 @contextlib.contextmanager
-def collector_off() -> Iterator[None]:
-    """No garbage is collected: what it would free on the device cannot be freed in a capture."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
+def errors_refused(what: str = "", kind: type[Exception] = RuntimeError) -> Iterator[None]:
+    """Raise Refused where a body raises an error of this kind."""
     try:
         yield
-    finally:
-        gc.enable()
+    except Refused:
+        raise
+    except kind as error:
+        # What CUDA errors say goes on with a traceback.
+        said = str(error).strip().split("\n", 1)[0]
+        # A warning that the user has made an error: torch gives some of its own only once.
+        raise Refused(what + said, passing=isinstance(error, Warning)) from error

@@ -9,6 +9,7 @@ ops, on the same memory, with the same numbers.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils import _pytree as pytree
 from fpi_cuda.autograd import BoundMap
 from fpi_cuda.evaluation.dispatch_modes import EagerMode
 from fpi_cuda.evaluation.tensor_version import version_of
-from fpi_cuda.loops.device.graphs import Refused
+from fpi_cuda.loops.device.cuda_graphs import Refused
 
 Call = tuple[Any, ...]
 """(op, tokens of its arguments): equal for two calls that compute the same from the same."""
@@ -32,7 +33,13 @@ PLAIN_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 VALUES = (type(None), bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 # Their schemas do not say that training changes the running statistics.
-BATCH_NORMS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+BATCH_NORMS = tuple(f"aten::{kind}_batch_norm" for kind in ("native", "cudnn", "miopen"))
+
+UNREPEATABLE = {
+    torch.Tag.data_dependent_output: "g reads numbers on the host ({})",
+    torch.Tag.dynamic_output_shape: "g makes tensors whose shape depends on numbers ({})",
+    torch.Tag.cudagraph_unsafe: "g calls an op that cannot be captured ({})",
+}
 
 
 class Recorder(EagerMode):
@@ -41,7 +48,7 @@ class Recorder(EagerMode):
     Args:
         device: where the state is; numbers elsewhere are the host's.
         inputs: tensors that stand for the same in every evaluation, wherever they lie.
-        launches: how many kernels were launched up to now; given while they are counted.
+        launches: how many kernels were captured up to now; None: they are not counted.
     Attributes:
         calls: what was computed.
         refusal: why this cannot be repeated by a graph, or None.
@@ -60,13 +67,11 @@ class Recorder(EagerMode):
         self.externals: list[tuple[Tensor, int]] = []
         self._device = device
         self._launches = launches
-        self._launched = 0 if launches is None else launches()
+        self._launched = 0
         # By storage: what it stands for, and where in it that begins.
         self._known: dict[int, tuple[tuple[str, int], int]] = {}
         # A weak reference keeps the number of a storage from being given to another one.
         self._storages: list[StorageWeakRef] = []
-        self._made = 0
-        self._states = 0
         for index, t in enumerate(inputs):
             self._know(t, ("input", index))
             self.externals.append((t, version_of(t)))
@@ -78,8 +83,7 @@ class Recorder(EagerMode):
             state: tensors, or tuples of them, whose numbers change from evaluation to evaluation.
         """
         for t in pytree.tree_leaves(state):
-            self._know(t, ("state", self._states))
-            self._states += 1
+            self._know(t, ("state", len(self._storages)))
         if self._launches is not None:
             self._launched = self._launches()
         with casts_repeated(), self:
@@ -91,13 +95,8 @@ class Recorder(EagerMode):
     def fork(self) -> Recorder:
         """A recorder that goes on from here, leaving this one as it is."""
         other = Recorder(self._device, (), self._launches)
-        other.calls = list(self.calls)
-        other.refusal = self.refusal
-        other.externals = list(self.externals)
-        other._known = dict(self._known)
-        other._storages = list(self._storages)
-        other._made = self._made
-        other._states = self._states
+        for name in ("calls", "refusal", "externals", "_known", "_storages"):
+            setattr(other, name, copy.copy(getattr(self, name)))
         return other
 
     def changed(self) -> bool:
@@ -130,7 +129,6 @@ class Recorder(EagerMode):
                 "g launches kernels that torch does not see; wrap them with "
                 "torch.library.custom_op or triton_op"
             )
-            self._launched = self._launches()
 
     def knows(self, t: Tensor) -> bool:
         """Whether t is an input or state, or was computed by what is recorded."""
@@ -149,8 +147,7 @@ class Recorder(EagerMode):
         """Number a tensor that a call returned, unless its memory is known."""
         try:
             if not self.knows(t):
-                self._know(t, ("made", self._made))
-                self._made += 1
+                self._know(t, ("made", len(self._storages)))
         except (NotImplementedError, RuntimeError):
             self._refuse(f"g computes with {described(t)}")
 
@@ -159,17 +156,15 @@ class Recorder(EagerMode):
             return self._tensor_token(value)
         if isinstance(value, (list, tuple)):
             return (type(value).__name__, *map(self._token, value))
-        if isinstance(value, float):
+        kind = type(value).__name__
+        if isinstance(value, (float, complex)):
             # hex tells -0.0 from 0.0; the type tells 1.0 from 1, for these promote differently.
-            return ("float", value.hex())
+            return (kind, value.real.hex(), value.imag.hex())
         if isinstance(value, VALUES):
-            return (type(value).__name__, value)
-        if isinstance(value, torch.Generator):
-            self._refuse("g draws random numbers")
-            return None
-        if isinstance(value, complex):
-            return ("complex", value.real.hex(), value.imag.hex())
-        self._refuse(f"g calls an op with an argument of type {type(value).__name__}")
+            return (kind, value)
+        drawn = isinstance(value, torch.Generator)
+        unknown = f"g calls an op with an argument of type {kind}"
+        self._refuse("g draws random numbers" if drawn else unknown)
         return None
 
     def _tensor_token(self, t: Tensor) -> Any:
@@ -177,7 +172,6 @@ class Recorder(EagerMode):
             self._refuse(f"g computes with {described(t)}")
             return None
         storage = t.untyped_storage()
-        offset = t.storage_offset()
         form = (t.dtype, tuple(t.shape), t.stride(), t.is_conj(), t.is_neg())
         known = self._known.get(storage._cdata)
         if known is not None:
@@ -185,38 +179,29 @@ class Recorder(EagerMode):
             # Where an op puts what it makes follows from the op. The seeds of attention, which it
             # ignores without dropout, lie on the host but for a capture.
             place = () if name[0] == "made" else (t.device,)
-            return (*name, offset - begin, *place, *form)
-        if t.device.type != self._device.type:
-            return ("host", t.device, *form, self._host_numbers(t))
-        self.externals.append((t, version_of(t)))
-        return ("external", t.data_ptr(), t.device, *form)
-
-    def _host_numbers(self, t: Tensor) -> Any:
-        if t.device.type != "cpu" or t.numel() > MOST_HOST_NUMBERS:
-            self._refuse(f"g reads {described(t)} while the state is on {self._device}")
-            return None
-        return repr(t.tolist())
+            return (*name, t.storage_offset() - begin, *place, *form)
+        if t.device.type == self._device.type:
+            self.externals.append((t, version_of(t)))
+            return ("external", t.data_ptr(), t.device, *form)
+        if t.device.type == "cpu" and t.numel() <= MOST_HOST_NUMBERS:
+            return ("host", t.device, *form, repr(t.tolist()))
+        self._refuse(f"g reads {described(t)} while the state is on {self._device}")
+        return None
 
     def _judge(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tags = func.tags
         name = func.name() if hasattr(func, "name") else str(func)
-        if torch.Tag.data_dependent_output in tags:
-            self._refuse(f"g reads numbers on the host ({name})")
-        if torch.Tag.dynamic_output_shape in tags:
-            self._refuse(f"g makes tensors whose shape depends on numbers ({name})")
-        if torch.Tag.cudagraph_unsafe in tags:
-            self._refuse(f"g calls an op that cannot be captured ({name})")
+        for tag in func.tags:
+            if tag in UNREPEATABLE:
+                self._refuse(UNREPEATABLE[tag].format(name))
         if name == "aten::lift_fresh" and self._device.type != "cpu":
             self._refuse("g makes a tensor of Python numbers in each evaluation; make it once")
-        if any(name == f"aten::{norm}" for norm in BATCH_NORMS):
+        if name in BATCH_NORMS:
             named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
             if named.get("training") and isinstance(named.get("running_mean"), Tensor):
                 self._refuse("g changes running statistics; use eval()")
-        if func._schema.is_mutable:
-            self._judge_changes(func, args, kwargs)
-
-    def _judge_changes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse changes to tensors that outlive the evaluation."""
+        if not func._schema.is_mutable:
+            return
+        # Changes to tensors that outlive the evaluation.
         for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
@@ -237,20 +222,19 @@ def described(t: Tensor) -> str:
 
 def difference(calls: list[Call], expected: list[Call]) -> str | None:
     """Where two evaluations part, in words; None if they do not."""
+    if calls == expected:
+        return None
     for index, (call, other) in enumerate(zip(calls, expected, strict=False)):
         if call != other:
             return f"op {index + 1} is {spelled(call)}, was {spelled(other)}"
-    if len(calls) != len(expected):
-        return f"{len(calls)} ops, were {len(expected)}"
-    return None
+    return f"{len(calls)} ops, were {len(expected)}"
 
 
 def require_repeatable(recorder: Recorder, bound_map: BoundMap) -> None:
     """Raise Refused if what was recorded of this map cannot be repeated by a graph."""
-    if bound_map.replay.stochastic:
-        raise Refused("g draws random numbers")
-    if recorder.refusal is not None:
-        raise Refused(recorder.refusal)
+    reason = "g draws random numbers" if bound_map.replay.stochastic else recorder.refusal
+    if reason is not None:
+        raise Refused(reason)
 
 
 def require_same(recorder: Recorder, calls: list[Call]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fpi_cuda import _C, _extension
-from fpi_cuda.loops.device import native
+from fpi_cuda.loops.device.cuda_graphs import CudaGraphs
 
 ROOT = Path(__file__).parents[3]
 KERNEL, MEMCPY, MEMSET, HOST, GRAPH, EMPTY, WAIT, RECORD = range(8)
@@ -25,7 +25,7 @@ MEM_ALLOC, MEM_FREE, CONDITIONAL = 10, 11, 13
 
 @pytest.mark.parametrize("node", [KERNEL, MEMCPY, MEMSET, GRAPH, EMPTY])
 def test_what_a_loop_may_repeat(node: int) -> None:
-    assert native.node_refusal(node) is None
+    assert _C.node_refusal(node) is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_what_a_loop_may_repeat(node: int) -> None:
     ],
 )
 def test_what_a_loop_may_not_repeat(node: int, reason: str) -> None:
-    refusal = native.node_refusal(node)
+    refusal = _C.node_refusal(node)
     assert refusal is not None
     assert reason in refusal
 
@@ -59,12 +59,12 @@ def test_the_stub_names_what_there_is() -> None:
 
 def test_no_loop_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_extension, "module_error", "switched off")
-    assert native.why_not() == "switched off"
+    assert CudaGraphs().why_not() == "switched off"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_no_loop_without_a_device_says_why() -> None:
-    reason = native.why_not()
+    reason = CudaGraphs().why_not()
     built_without = _extension.build_info().get("no_cuda")
     if built_without is None:
         assert reason is not None

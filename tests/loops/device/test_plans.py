@@ -27,8 +27,8 @@ import fpi_cuda as fpi
 from fpi_cuda import ops
 from fpi_cuda.loops import device as device_loop
 from fpi_cuda.loops.device.cache import PlanCache
-from fpi_cuda.loops.device.graphs import Refused
-from fpi_cuda.loops.device.method import numeric_flags
+from fpi_cuda.loops.device.cuda_graphs import Refused
+from fpi_cuda.loops.device.plan import numeric_flags
 
 
 def test_later_solves_capture_nothing(tape: TapeGraphs) -> None:
@@ -173,10 +173,9 @@ class OnePlan:
 def test_a_lent_plan_is_nobody_elses() -> None:
     plans = PlanCache()
     plan = OnePlan(("a",))
-    plans.lend(plan)
-    assert plans.take(("a",)) is None
-    assert plans.has(("a",))
-    plans.give_back(plan)
+    with plans.made(plan):
+        assert plans.take(("a",)) is None
+        assert plans.has(("a",))
     assert plans.take(("b",)) is None
     assert plans.take(("a",)) is plan
     assert plans.take(("a",)) is None
@@ -186,10 +185,9 @@ def test_a_lent_plan_is_nobody_elses() -> None:
 def test_a_plan_at_work_is_closed_when_it_is_done() -> None:
     plans = PlanCache()
     plan = OnePlan(("a",))
-    plans.lend(plan)
-    plans.clear()
-    assert plan.closed == 0
-    plans.give_back(plan)
+    with plans.made(plan):
+        plans.clear()
+        assert plan.closed == 0
     assert plan.closed == 1
     assert plans.take(("a",)) is None
 
@@ -198,8 +196,8 @@ def test_large_plans_make_room_for_each_other() -> None:
     plans = PlanCache(most_bytes=100)
     made = [OnePlan((name,), 60) for name in "abc"]
     for plan in made:
-        plans.lend(plan)
-        plans.give_back(plan)
+        with plans.made(plan):
+            pass
     assert [plan.closed for plan in made] == [1, 0, 0]
     assert plans.memory() == 120
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda.activations import FUNCTIONS
-from fpi_cuda.loops.fused import solve as fused
-from fpi_cuda.loops.fused.solve import solve_fused
+from fpi_cuda.loops.fused import cell_loop as fused
+from fpi_cuda.loops.fused.cell_loop import solve_fused
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import native, reference_loop
 from fpi_cuda.options import FLOORS, Anderson, Picard

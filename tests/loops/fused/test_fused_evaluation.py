@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda.activations import CODES, DERIVATIVES
-from fpi_cuda.loops.fused.evaluation import CellLayer
+from fpi_cuda.loops.fused.cell_layer import CellLayer
 from fpi_cuda.ops import native, reference_loop
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")

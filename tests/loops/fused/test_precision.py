@@ -10,8 +10,7 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import cells
-from fpi_cuda.loops.fused.solve import StopTest, solve_fused
-from fpi_cuda.loops.fused.verify_rounded import judged
+from fpi_cuda.loops.fused.cell_loop import solve_fused, verify_rounded
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import native, reference_loop
 from fpi_cuda.ops.rounding import round_bf16, round_tf32, tf32_parts
@@ -160,7 +159,7 @@ def test_a_point_at_which_g_overflows_has_not_converged() -> None:
         torch.zeros(1, dtype=torch.float64),
     )
     x0 = torch.full((1, 1), 10.0)
-    result = judged(StopTest(lowered, native), x0, found, rtol=1e-2, atol=0.0)
+    result = verify_rounded(lowered, x0, found, rtol=1e-2, atol=0.0, backend=native)
     assert result.status.tolist() == [Status.STALLED]
     assert not bool(result.residual.isfinite().any())
 

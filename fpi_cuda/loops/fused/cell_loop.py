@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fpi_cuda.activations import CODES
-from fpi_cuda.loops.fused.verify_rounded import SHARE, evaluations_to_judge, judged
 from fpi_cuda.loops.stepping import depth_of, empty_result
 from fpi_cuda.lowered import Lowered
+from fpi_cuda.norms import row_norm
+from fpi_cuda.ops.rules import CAP
 from fpi_cuda.options import PRECISIONS, Anderson, FixedPointSolver, LinearSolver, Picard
-from fpi_cuda.solution import SolveResult
+from fpi_cuda.solution import SolveResult, Status
+
+SHARE = 0.5
+"""Of the tolerance, what a solve with rounded products may use up; the rest is for what rounding
+moves."""
 
 NO_LAYER = (None, None, None, None)
 
@@ -40,35 +44,59 @@ def solve_fused(
         atol: one number, or (B,) float64.
         backend: that has cell_loop_, in the schema of csrc/cell_ops.cpp.
         precision: of the products with the weights, one of fpi_cuda.PRECISIONS. A float64
-            state, and a cap that leaves no step besides those that judge, are for "ieee".
+            state, and a cap that leaves no step besides those that verify, are for "ieee".
     """
-    if precision != "ieee" and x0.dtype == torch.float32 and len(x0):
-        room = max_steps - evaluations_to_judge(rtol)
-        if room >= 1:
-            result = run(
-                lowered, x0, solver, rtol=SHARE * rtol, atol=SHARE * atol, max_steps=room,
-                backend=backend, precision=precision,
-            )  # fmt: skip
-            return judged(StopTest(lowered, backend), x0, result, rtol=rtol, atol=atol)
-    return run(
-        lowered, x0, solver, rtol=rtol, atol=atol, max_steps=max_steps, backend=backend,
-        precision="ieee",
+    room = max_steps - evaluations_to_verify(rtol)
+    if precision == "ieee" or x0.dtype != torch.float32 or room < 1:
+        return run(lowered, x0, solver, rtol=rtol, atol=atol, max_steps=max_steps, backend=backend)
+    result = run(
+        lowered, x0, solver, rtol=SHARE * rtol, atol=SHARE * atol, max_steps=room,
+        backend=backend, precision=precision,
     )  # fmt: skip
+    return verify_rounded(lowered, x0, result, rtol=rtol, atol=atol, backend=backend)
 
 
-@dataclass(frozen=True)
-class StopTest:
-    """One evaluation of the map at x (B, D) in its own precision; see verify_rounded."""
+def evaluations_to_verify(rtol: float) -> int:
+    """How often `verify_rounded` evaluates the map."""
+    return 2 if rtol else 1
 
-    lowered: Lowered
-    backend: Any
 
-    def __call__(self, x: Tensor, rtol: float, atol: float | Tensor) -> SolveResult:
-        """Of x itself: residual, and whether it is within rtol and atol."""
-        return run(
-            self.lowered, x, Picard(), rtol=rtol, atol=atol, max_steps=1, backend=self.backend,
-            precision="ieee",
-        )  # fmt: skip
+def verify_rounded(
+    lowered: Lowered,
+    x0: Tensor,
+    result: SolveResult,
+    *,
+    rtol: float,
+    atol: float | Tensor,
+    backend: Any,
+) -> SolveResult:
+    """`result` with the residual of the unrounded map, and what follows from that.
+
+    A sample within the tolerance has converged, unless its solve gave it up as lost; one that is
+    not, and whose solve thought it was, is STALLED. The evaluations count as steps. They are by
+    the kernels, in which no sample depends on the others.
+
+    Args:
+        x0: (B, D) where the solve began.
+        rtol, atol: of the stop test; atol a number or (B,) float64.
+    """
+    first_step: dict[str, Any] = {"max_steps": 1, "backend": backend}
+    at = run(lowered, result.x, Picard(), rtol=rtol, atol=atol, **first_step)
+    passes = at.status == Status.CONVERGED
+    if rtol:
+        size = row_norm(x0)
+        # At most the norm of g(x0), and that itself from x0 = 0.
+        value = run(lowered, x0, Picard(), rtol=0.0, atol=0.0, **first_step).residual - size
+        cap = CAP * torch.maximum(size, value) + atol
+        # Or the solve saw it settle elsewhere, and rounding did not hide the residual.
+        settled = (result.status == Status.CONVERGED) & (SHARE * at.residual <= result.residual)
+        passes &= (at.residual <= cap) | settled
+    status = result.status
+    lost = (status == Status.NONFINITE) | (status == Status.DIVERGED)
+    failed = torch.where(status == Status.CONVERGED, int(Status.STALLED), status)
+    status = torch.where(passes & ~lost, int(Status.CONVERGED), failed).to(torch.int8)
+    steps = result.num_steps + evaluations_to_verify(rtol)
+    return SolveResult(result.x, status, steps, at.residual)
 
 
 def run(
@@ -80,7 +108,7 @@ def run(
     atol: float | Tensor,
     max_steps: int,
     backend: Any,
-    precision: str,
+    precision: str = "ieee",
 ) -> SolveResult:
     """One call of the op; arguments as in solve_fused."""
     assert isinstance(solver, (Picard, Anderson))

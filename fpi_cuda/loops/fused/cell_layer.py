@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,35 +14,33 @@ from fpi_cuda.evaluation import transforms
 from fpi_cuda.lowered import Layer, Lowered
 
 
+@dataclass(eq=False)
 class FusedEvaluation:
     """Evaluates g at the fixed point, and keeps the slopes that the adjoint needs there.
 
-    Args:
+    Attributes:
         described: g, with its graph.
         derivatives: names of those of its activations.
         engine: that has cell_layer_, in the schema of csrc/layer_ops.cpp.
-    Attributes:
         slopes: derivative of each layer in its sums (B, outputs) at the point that was evaluated
             last, None for ones; None as a whole before that.
     """
 
-    def __init__(self, described: Lowered, derivatives: Sequence[str], engine: Any) -> None:
-        self._described = described
-        self._derivatives = derivatives
-        self._engine = engine
-        self.slopes: tuple[Tensor | None, ...] | None = None
+    described: Lowered
+    derivatives: Sequence[str]
+    engine: Any
+    slopes: tuple[Tensor | None, ...] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """g(x), x (B, D) and that with its graph."""
         h, slopes = x, []
-        for layer, derivative in zip(self._described.layers, self._derivatives, strict=True):
+        for layer, derivative in zip(self.described.layers, self.derivatives, strict=True):
             h, slope = CellLayer.apply(
-                self._engine, layer.activation, derivative, h, layer.weight, layer.bias, layer.shift
+                self.engine, layer.activation, derivative, h, layer.weight, layer.bias, layer.shift
             )
             slopes.append(slope)
         self.slopes = tuple(slopes)
-        carry = self._described.carry
-        return h + carry * x if carry else h
+        return h + self.described.carry * x if self.described.carry else h
 
 
 def fused_evaluation(described: Lowered, engine: Any) -> FusedEvaluation | None:
@@ -49,15 +48,11 @@ def fused_evaluation(described: Lowered, engine: Any) -> FusedEvaluation | None:
 
     That lower() of another cell has step()'s derivatives too is not known.
     """
-    if described.x_factor is not None:
+    layers = described.layers
+    known = all(layer.factor is None and layer.activation in DERIVATIVES for layer in layers)
+    if described.x_factor is not None or not known:
         return None
-    derivatives = []
-    for layer in described.layers:
-        derivative = DERIVATIVES.get(layer.activation)
-        if layer.factor is not None or derivative is None:
-            return None
-        derivatives.append(derivative)
-    return FusedEvaluation(described, derivatives, engine)
+    return FusedEvaluation(described, [DERIVATIVES[layer.activation] for layer in layers], engine)
 
 
 class CellLayer(torch.autograd.Function):
@@ -98,7 +93,10 @@ class CellLayer(torch.autograd.Function):
         else:
             delta = delta.contiguous()
             by_h = product(ctx.engine, delta, weight.mT) if needed[0] else None
-            by_weight = weight_gradient(ctx.engine, delta, h) if needed[1] else None
+            by_weight = None
+            if needed[1]:
+                by_weight = h.new_empty(delta.shape[1], h.shape[1])
+                ctx.engine.weight_gradient_(by_weight, delta, h.contiguous())
         by_bias = delta.sum(0) if needed[2] else None
         return (*nothing, by_h, by_weight, by_bias, delta if needed[3] else None)
 
@@ -129,13 +127,6 @@ def product(
     return out
 
 
-def weight_gradient(engine: Any, delta: Tensor, h: Tensor) -> Tensor:
-    """The sum over samples of delta h^T: (B, outputs), (B, inputs) -> (outputs, inputs)."""
-    out = h.new_empty(delta.shape[1], h.shape[1])
-    engine.weight_gradient_(out, delta, h.contiguous())
-    return out
-
-
 def differentiated(
     activation: str,
     inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
@@ -148,10 +139,7 @@ def differentiated(
     bias, shift = (None if t is None else t.view_as(t) for t in inputs[2:])
     layer = Layer(weight, activation, bias, shift)
     value = layer.finished(layer.sums(h))
-    wanted = [
-        t
-        for t, asked in zip((h, weight, bias, shift), needed, strict=True)
-        if asked and t is not None
-    ]
+    pairs = zip((h, weight, bias, shift), needed, strict=True)
+    wanted = [t for t, asked in pairs if asked and t is not None]
     found = iter(torch.autograd.grad(value, wanted, v, create_graph=True))
     return [next(found) if asked else None for asked in needed]
