@@ -359,7 +359,7 @@ def test_the_interpreter_asked_for_too_late() -> None:
     pytest.importorskip("triton")
     code = (
         "import os, triton.language, torch\nos.environ['TRITON_INTERPRET'] = '1'\n"
-        "from fpi_cuda import backends\n"
+        "from fpi_cuda import ops\n"
         "try: ops.resolve('triton', torch.device('cpu'), torch.float32)\n"
         "except ValueError as e: print(e)"
     )

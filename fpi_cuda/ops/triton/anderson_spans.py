@@ -4,11 +4,12 @@ import triton
 import triton.language as tl
 
 from fpi_cuda.ops.triton.anderson import advance, judge, measure
-from fpi_cuda.ops.triton.decide import ACTIVE, CONTROL_STRIDE
-from fpi_cuda.ops.triton.row import IDLE, total, totals
+from fpi_cuda.ops.triton.row import totals
+from fpi_cuda.ops.triton.rules import ACTIVE, CONTROL_STRIDE
 
 # Of the plan that judge leaves for advance: move, improved, anchors, mixing, slot, then gamma.
 PLAN_GAMMA = tl.constexpr(5)
+IDLE = tl.constexpr(-1.0)  # in its place for a move, of a sample that had stopped before
 
 
 @triton.jit
@@ -97,10 +98,9 @@ def anderson_judge_kernel(
         tl.store(plan, IDLE)
         return
     partial += row * (3 + 2 * M) * spans
-    zero = tl.zeros([1], tl.float64)
-    ff = zero + total(partial, spans, 256)
-    gg = zero + total(partial + spans, spans, 256)
-    xx = zero + total(partial + 2 * spans, spans, 256)
+    ff = totals(partial, spans, 1, 256)
+    gg = totals(partial + spans, spans, 1, 256)
+    xx = totals(partial + 2 * spans, spans, 1, 256)
     with_df = totals(partial + 3 * spans, spans, M, 256)[:, None]
     with_f = totals(partial + (3 + M) * spans, spans, M, 256)[:, None]
     one = tl.zeros([1], tl.int64)

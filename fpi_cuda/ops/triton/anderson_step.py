@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fpi_cuda.ops.triton.anderson import advance, judge, measure
-from fpi_cuda.ops.triton.decide import ACTIVE, CONTROL_STRIDE
+from fpi_cuda.ops.triton.rules import ACTIVE, CONTROL_STRIDE
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from fpi_cuda.ops.triton.anderson import advance, judge, measure
 from fpi_cuda.ops.triton.cell_product import apply_layer
-from fpi_cuda.ops.triton.decide import (
+from fpi_cuda.ops.triton.rules import (
     COLUMNS,
     CONTROL_STRIDE,
     FLOATS,
