@@ -20,7 +20,7 @@ from fpi_cuda.loops.fused.solve import run
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import reference_loop
 from fpi_cuda.ops import triton as engine
-from fpi_cuda.ops.triton.cell_shape import MAX_DEPTH, SLOTS, cell_shape, programs_for
+from fpi_cuda.ops.triton.shape import MAX_DEPTH, SLOTS, cell_shape, programs_for
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.precision import NAMES
 from fpi_cuda.solution import SolveResult, Status

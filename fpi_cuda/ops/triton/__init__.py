@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.norms import num_moved as num_moved
-from fpi_cuda.ops.triton.cell_shape import MAX_DEPTH, SLOTS
+from fpi_cuda.ops.triton.shape import MAX_DEPTH, SLOTS
 
 name = "triton"
 

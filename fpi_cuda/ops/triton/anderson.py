@@ -133,7 +133,7 @@ def measure(
     COMPUTE: tl.constexpr,
     IN_SLOT: tl.constexpr,
 ):
-    """Sums of a span, taken again in float64 where a float32 sum left its range."""
+    """Sums of a split, taken again in float64 where a float32 sum left its range."""
     counters = control.to(FLOATS, bitcast=True)
     columns = tl.load(counters + COLUMNS).to(tl.int32)
     head = tl.load(counters + HEAD).to(tl.int32)

@@ -123,11 +123,11 @@ def go(
 
 
 @triton.jit
-def totals(partial, spans, M: tl.constexpr, BLOCK: tl.constexpr):
-    """(M,) sums over a sample, of M quantities whose partial sums by span follow each other."""
-    rows = tl.arange(0, M)[:, None] * spans
+def totals(partial, splits, M: tl.constexpr, BLOCK: tl.constexpr):
+    """(M,) sums over a sample, of M quantities whose partial sums by split follow each other."""
+    rows = tl.arange(0, M)[:, None] * splits
     summed = tl.zeros([M, BLOCK], tl.float64)
-    for at in range(0, spans, BLOCK):
+    for at in range(0, splits, BLOCK):
         s = at + tl.arange(0, BLOCK)[None, :]
-        summed += tl.load(partial + rows + s, mask=(rows >= 0) & (s < spans), other=0.0)
+        summed += tl.load(partial + rows + s, mask=(rows >= 0) & (s < splits), other=0.0)
     return tl.sum(summed, axis=1)
