@@ -32,7 +32,7 @@ BUDGETS = Path(__file__).with_name("triton_budgets.json")
 # the tests run under, has none.
 SELF_DIFFERENCE = re.compile(r"arith\.subf (%[\w#]+), \1[ ,]")
 
-# (state, history, m, dim): what is compiled. dim is in one program up to 8192, else in spans.
+# (state, history, m, dim): what is compiled. dim is in one program up to 8192, else in splits.
 ANDERSON = [
     ("fp32", "fp32", 0, 1024),
     ("fp32", "fp32", 5, 128),
@@ -65,7 +65,7 @@ CELL_LOOP = [
     (80, "fp64", "ieee", 5, 2),
 ]
 
-INTEGERS = {"dim", "spans", "max_steps", "batch", "width"}
+INTEGERS = {"dim", "splits", "max_steps", "batch", "width"}
 ARRAYS = {"status": "*i8", "num_steps": "*i32", "queue": "*i64"}
 DOUBLES = {"gram", "control", "atol", "residual", "partial", "plan"}
 OPTIONS = {"rtol", "beta", "ridge", "carry"}
@@ -88,18 +88,18 @@ def type_of(name, state, history):
 
 
 def variants():
-    """(module, kernel, state, history, m, dim) of everything to compile."""
+    """(kernel, state, history, m, dim) of everything to compile."""
     for state, history, m, dim in ANDERSON:
         if dim <= 8192:
-            yield "anderson_step", "anderson_step_kernel", state, history, m, dim
+            yield "anderson_step_kernel", state, history, m, dim
             continue
         for stage in ("measure", "judge", "advance"):
-            yield "anderson_spans", f"anderson_{stage}_kernel", state, history, m, dim
+            yield f"anderson_{stage}_kernel", state, history, m, dim
 
 
 def name_of(variant):
     """Such as "anderson_step_kernel fp32/bf16 m=5 d=1024"."""
-    _, kernel, state, history, m, dim = variant
+    kernel, state, history, m, dim = variant
     return f"{kernel} {state}/{history} m={m} d={dim}"
 
 
@@ -113,15 +113,16 @@ def compile_step(variant):
     """(capability, registers, spill bytes) of one kernel."""
     import triton.language as tl
 
-    from fpi_cuda.ops.triton.shape import SPAN, shape_of
+    from fpi_cuda.ops.triton import anderson_step
+    from fpi_cuda.ops.triton.shape import SPLIT, shape_of
 
-    module, kernel_name, state, history, m, dim = variant
-    kernel = getattr(importlib.import_module(f"fpi_cuda.ops.triton.{module}"), kernel_name)
+    name, state, history, m, dim = variant
+    kernel = getattr(anderson_step, name)
     compute = "fp64" if state == "fp64" else "fp32"
     shape = shape_of(dim, m, 8 if compute == "fp64" else 4)
     constants = {
         "sample_of": None,
-        "SPAN": SPAN,
+        "SPLIT": SPLIT,
         "DEPTH": m,
         "M": shape.tile_rows,
         "BLOCK": shape.block,
@@ -139,8 +140,8 @@ def compile_loop(variant):
     """(capability, registers, spill bytes) of one fused loop, with every term that may be there."""
     import triton.language as tl
 
-    from fpi_cuda.ops.triton.cell_shape import cell_shape
     from fpi_cuda.ops.triton.cell_tile import cell_loop_kernel
+    from fpi_cuda.ops.triton.shape import cell_shape
     from fpi_cuda.options import PRECISIONS
 
     capability, state, precision, m, layers = variant

@@ -8,6 +8,7 @@ csrc/step_ops.cpp.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,12 @@ from fpi_cuda.norms import num_moved as num_moved
 from fpi_cuda.norms import row_norm
 from fpi_cuda.ops.rules import (
     ANCHOR,
+    DECIDED,
     MIX,
     PICARD,
     REJECT,
     RETURN,
     STOP,
-    Decision,
-    Measured,
     Rules,
     decide,
     lower_triangle,
@@ -81,35 +81,35 @@ def with_column(columns: Tensor, slot: Tensor, column: Tensor, where: Tensor) ->
     return torch.where(chosen[:, :, None], column[:, None, :].to(columns.dtype), columns)
 
 
-def judge(s: StepState, gx: Tensor, rules: Rules) -> tuple[StepState, Decision, Tensor]:
-    """Count the evaluation, decide, and write the account; also f = g(x) - x, (n, D)."""
+def judge(s: StepState, gx: Tensor, rules: Rules) -> tuple[StepState, Tensor, Tensor]:
+    """Count the evaluation, decide, and write the account; also the move, and g(x) - x (n, D)."""
     wide = torch.float64 if gx.dtype == torch.float64 else torch.float32
     f = gx.to(wide) - s.x.to(wide)
     x, at_x = s.x.detach(), gx.detach()
-    at = Measured(row_norm(at_x.double() - x.double()), row_norm(at_x), row_norm(x))
-    step = s.num_steps + 1
-    control, decision = decide(read_control(s.control), at, rules, step)
-    returns_x = (decision.move != STOP) | decision.improved
+    norms = (row_norm(at_x.double() - x.double()), row_norm(at_x), row_norm(x))
+    c, step = read_control(s.control), s.num_steps + 1
+    row: list[Any] = [*(c[name] for name in DECIDED), *norms, step, *rules]
+    move, status, improved, anchors, *now = decide(*row)
+    c.update(zip(DECIDED, (*now[0], *now[1]), strict=True))
     judged = replace(
         s,
-        control=write_control(control),
+        control=write_control(c),
         num_steps=step,
-        status=decision.status.to(torch.int8),
-        residual=torch.where(returns_x, at.residual, control["best"]),
-        best=unless(~decision.improved, s.x, s.best),
-        anchor=unless(~decision.anchors, s.x, s.anchor),
+        status=status.to(torch.int8),
+        residual=torch.where((move != STOP) | improved, norms[0], c["best"]),
+        best=unless(~improved, s.x, s.best),
+        anchor=unless(~anchors, s.x, s.anchor),
     )
-    return judged, decision, f
+    return judged, move, f
 
 
-def where_to_go(s: StepState, decision: Decision, stepped: Tensor) -> Tensor:
+def where_to_go(s: StepState, move: Tensor, stepped: Tensor) -> Tensor:
     """The next x: `stepped`, halfway back to the best point, or a point that was kept."""
     middle = s.best + (s.x - s.best) / 2
     back = torch.where(torch.isfinite(middle), middle, s.best)
-    x = unless(decision.move == REJECT, stepped.to(s.x.dtype), back)
-    if len(s.anchor):
-        x = unless(decision.move == ANCHOR, x, s.anchor)
-    return unless((decision.move == STOP) | (decision.move == RETURN), x, s.best)
+    x = unless(move == REJECT, stepped.to(s.x.dtype), back)
+    x = unless(move == ANCHOR, x, s.anchor) if len(s.anchor) else x
+    return unless((move == STOP) | (move == RETURN), x, s.best)
 
 
 def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: float) -> StepState:
@@ -121,14 +121,14 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     depth = s.columns_f.shape[1]
     before = read_control(s.control)
     differs = (before["has_previous"] > 0) & (s.num_steps > 0)
-    s, decision, f = judge(s, gx, rules)
+    s, move, f = judge(s, gx, rules)
     c = read_control(s.control)
     mixing = (beta * c["mixing_scale"])[:, None].to(f.dtype)
     g = gx.to(f.dtype)
     if depth == 0:
-        return replace(s, x=where_to_go(s, decision, g - (1 - mixing) * f))
+        return replace(s, x=where_to_go(s, move, g - (1 - mixing) * f))
 
-    goes_on = (decision.move == MIX) | (decision.move == PICARD)
+    goes_on = (move == MIX) | (move == PICARD)
     others = torch.where(differs, c["columns"].clamp(max=depth - 1), c["columns"])
     fresh = next_slot(depth, before["columns"], before["head"])
     f_previous, g_previous = previous(s, fresh)
@@ -143,24 +143,29 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     columns_g = with_column(s.columns_g, fresh, dg, admits)
 
     row = dot(columns_f, df[:, None, :])
-    at_fresh = torch.arange(depth, device=gx.device) == fresh[:, None]
+    slots = torch.arange(depth, device=gx.device)
+    at_fresh = slots == fresh[:, None]
     gram = whole_gram(s.gram, depth)
     gram = torch.where((at_fresh & admits[:, None])[:, :, None], row[:, None, :], gram)
     gram = torch.where((at_fresh & admits[:, None])[:, None, :], row[:, :, None], gram)
     count = torch.where(admits, others + 1, others)
     head = torch.where(admits, fresh, before["head"])
-    valid = slot_is_valid(depth, count, head)
+    age = (head[:, None] - slots) % depth
+    valid = age < count[:, None]
     rhs = torch.where(valid, dot(torch.where(valid[:, :, None], columns_f, 0.0), f[:, None]), 0.0)
-    gamma = solve_small(torch.where(valid[:, :, None] & valid[:, None, :], gram, 0.0), rhs,
-                        count.clamp(max=f.shape[1]), head, ridge)  # fmt: skip
-    mixes = (decision.move == MIX) & worth_mixing(gamma, rhs, row_norm(f.detach()).square())
+    gram_of_valid = torch.where(valid[:, :, None] & valid[:, None, :], gram, 0.0)
+    taking_part = count.clamp(max=f.shape[1])
+    gamma = solve_small(gram_of_valid.movedim(0, 2), rhs.mT, age.mT, taking_part, ridge, depth)
+    ff = row_norm(f.detach()).square()
+    mixes = (move == MIX) & worth_mixing(gamma, rhs.mT, ff)
+    gamma = gamma.mT
     gamma = torch.where(valid & mixes[:, None], gamma, 0.0).to(f.dtype)
     taken = gamma[:, :, None]
     g_mixed = g - torch.where(taken != 0, taken * columns_g.to(f.dtype), 0.0).sum(1)
     f_mixed = f - torch.where(taken != 0, taken * columns_f.to(f.dtype), 0.0).sum(1)
     stepped = replace(
         s,
-        x=where_to_go(s, decision, g_mixed - (1 - mixing) * f_mixed),
+        x=where_to_go(s, move, g_mixed - (1 - mixing) * f_mixed),
         columns_f=columns_f,
         columns_g=columns_g,
         gram=lower_triangle(gram),
@@ -197,12 +202,6 @@ def with_previous(s: StepState, f: Tensor, g: Tensor, slot: Tensor, goes_on: Ten
     )
 
 
-def slot_is_valid(depth: int, count: Tensor, head: Tensor) -> Tensor:
-    """(n, m) bool: the slot holds one of the `count` newest differences."""
-    slots = torch.arange(depth, device=count.device)
-    return (head[:, None] - slots) % depth < count[:, None]
-
-
 def remember(control: Tensor, *, columns: Tensor, head: Tensor, goes_on: Tensor) -> Tensor:
     """`control` with the history's bookkeeping brought up to date."""
     c = read_control(control)
@@ -226,9 +225,9 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
     before = read_control(s.control)
     differs = (before["has_previous"] > 0) & (s.num_steps > 0)
     x = s.x.to(torch.float64 if gx.dtype == torch.float64 else torch.float32)
-    s, decision, f = judge(s, gx, rules)
+    s, move, f = judge(s, gx, rules)
     c = read_control(s.control)
-    goes_on = (decision.move == MIX) | (decision.move == PICARD)
+    goes_on = (move == MIX) | (move == PICARD)
     mixing = (beta * c["mixing_scale"])[:, None].to(f.dtype)
     count = torch.where(before["columns"] >= depth, 0.0, before["columns"])
     valid = torch.arange(depth, device=gx.device) < count[:, None]
@@ -252,14 +251,14 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
     fresh_u = fresh_u.to(s.columns_f.dtype)
     fresh_vf = torch.where(updates, dot(fresh_v, f), 0.0)
 
-    mixes = (decision.move == MIX)[:, None]
+    mixes = (move == MIX)[:, None]
     h_f = (vf[:, :, None].to(f.dtype) * u).sum(1)
     h_f = h_f + torch.where(updates[:, None], fresh_vf[:, None].to(f.dtype) * fresh_u, 0.0)
     stepped = x + mixing * f - torch.where(mixes, h_f, 0.0)
     columns = torch.where(goes_on, count + updates, c["columns"])
     return replace(
         s,
-        x=where_to_go(s, decision, stepped),
+        x=where_to_go(s, move, stepped),
         f_previous=unless(~goes_on, f, s.f_previous),
         partner_previous=unless(~goes_on, x, s.partner_previous),
         columns_f=with_column(s.columns_f, count, fresh_u, updates),

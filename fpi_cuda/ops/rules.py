@@ -1,8 +1,13 @@
-"""The rules of csrc/common/decide.h and small_solve.h in plain torch, for a whole batch."""
+"""The rules of csrc/common/decide.h and small_solve.h, for any number of samples at once.
+
+`xp` is torch here. fpi_cuda.ops.triton.rules compiles the same source with xp = triton.language,
+so the functions that use it keep to what both know: `== 0` for not, axis for dim, arguments that
+are a Tensor, a float or an int; and nothing in place, for Unroll differentiates them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +15,10 @@ from torch import Tensor
 from fpi_cuda.ops.solver_state import CONTROL_FIELDS, COUNTERS, NORMS
 from fpi_cuda.solution import Status
 
-STOP, MIX, PICARD, REJECT, RETURN, ANCHOR = range(6)
+xp: Any = torch
+
+ACTIVE, CONVERGED, MAX_STEPS, STALLED, DIVERGED, NONFINITE = map(int, Status)
+MOVES = STOP, MIX, PICARD, REJECT, RETURN, ANCHOR = range(6)
 
 CAP = 0.1
 FALL = 0.01
@@ -43,39 +51,20 @@ Control = dict[str, Tensor]
 """The columns of the `control` tensor by name, each (B,) float64, counters too."""
 
 
-@dataclass(frozen=True)
-class Rules:
+DECIDED = CONTROL_FIELDS[: CONTROL_FIELDS.index("columns") + 1]
+"""Those that `decide` brings up to date; the rest is the history's."""
+
+
+class Rules(NamedTuple):
     """What the stop test is judged by; `atol` is (B,), the rest one number for the batch."""
 
     atol: Tensor
     rtol: float
+    max_steps: int
     epsilon: float
     largest: float
-    max_steps: int
     stall_steps: int
     safeguarded: bool
-
-
-@dataclass(frozen=True)
-class Measured:
-    """(B,) float64 norms of one evaluation."""
-
-    residual: Tensor
-    norm_gx: Tensor
-    norm_x: Tensor
-
-
-@dataclass(frozen=True)
-class Decision:
-    """(B,) move, status, whether x is the best point so far, and whether it becomes the anchor.
-
-    Moves: STOP, MIX, PICARD, REJECT, RETURN, ANCHOR; see csrc/common/decide.h.
-    """
-
-    move: Tensor
-    status: Tensor
-    improved: Tensor
-    anchors: Tensor
 
 
 def read_control(control: Tensor) -> Control:
@@ -92,171 +81,9 @@ def write_control(columns: Control) -> Tensor:
     return torch.cat([norms, counters.view(torch.float64)], dim=1)
 
 
-def relative(at: Measured) -> Tensor:
-    """The residual over ||g||, as it is kept: 1 where it is more."""
-    ratio = at.residual / at.norm_gx
-    return torch.where(ratio < 1, ratio, 1.0).float().double()
-
-
-def started(at: Measured, floor: Tensor) -> Control:
-    """What the rules remember at the first evaluation, beside the floor that was given."""
-    zero = torch.zeros_like(at.residual)
-    fresh = dict.fromkeys(CONTROL_FIELDS, zero)
-    fresh["floor"] = floor
-    fresh["scale0"] = torch.maximum(at.norm_x, at.norm_gx)
-    for name in ("first", "best", "gain_residual", "peak"):
-        fresh[name] = at.residual
-    fresh["peak_norm"] = at.norm_gx
-    fresh["best_relative"] = relative(at)
-    fresh["previous"] = FIRST_GROWTH * at.residual
-    for name in ("gain_step", "growth_step", "mixing_scale"):
-        fresh[name] = zero + 1
-    fresh["picard_left"] = zero + FIRST_PICARD
-    fresh["patience"] = zero + PATIENCE
-    fresh["picard_length"] = zero + PICARD_LENGTH
-    return fresh
-
-
-def chosen(where: Tensor, new: Control, old: Control) -> Control:
-    """`new` in the samples of `where`, `old` in the others."""
-    return {name: torch.where(where, new[name], old[name]) for name in CONTROL_FIELDS}
-
-
-def decide(c: Control, at: Measured, rules: Rules, step: Tensor) -> tuple[Control, Decision]:
-    """Judge evaluation number `step` (B,), from 1, of every sample; see csrc/common/decide.h."""
-    c = chosen(step == 1, started(at, c["floor"]), c)
-    finite = torch.isfinite(at.residual)
-    improved = finite & ((step == 1) | (at.residual < c["best"]))
-
-    starts_over = finite if rules.safeguarded else improved
-    rejections = torch.where(starts_over, 0.0, c["rejections"] + (~finite).double())
-    hopeless = ~finite & ((step == 1) | (rejections >= REJECTIONS))
-
-    plain = c["picard_left"] > 0 if rules.safeguarded else finite
-    rose = plain & (at.residual > RISE * c["peak"])
-    peaks = rose | (plain & (at.norm_gx > SETTLED * c["peak_norm"]))
-    best = torch.where(improved, at.residual, c["best"])
-    progressed = finite & ((step == 1) | (at.residual < PROGRESS * c["best"]))
-    since_best = torch.where(progressed, 0.0, c["since_best"] + 1)
-    mixing = torch.where(improved, (2 * c["mixing_scale"]).clamp(max=1.0), c["mixing_scale"])
-    gained = best <= GAIN * c["gain_residual"]
-    judged = {
-        **c,
-        "peak": torch.where(peaks, at.residual, c["peak"]),
-        "peak_norm": torch.where(peaks, at.norm_gx, c["peak_norm"]),
-        "growth_step": torch.where(rose, step.double(), c["growth_step"]),
-        "best": best,
-        "best_relative": torch.where(improved, relative(at), c["best_relative"]),
-        "since_best": since_best,
-        "mixing_scale": mixing,
-        "gain_residual": torch.where(gained, best, c["gain_residual"]),
-        "gain_step": torch.where(gained, step.double(), c["gain_step"]),
-        "rejections": rejections,
-    }
-    rejected = {**c, "rejections": rejections, "mixing_scale": c["mixing_scale"] * 0.5}
-    c = chosen(finite, judged, rejected)
-
-    rounding = rules.epsilon * at.norm_gx
-    cap, most_hidden = drift_limits(c["scale0"], c["peak"], c["peak_norm"], at.norm_gx, rounding)
-    passes = at.residual <= rules.atol + torch.minimum(rules.rtol * at.norm_gx, cap)
-    hidden = rounding > rules.atol + most_hidden
-    converged = passes & ~hidden
-    reference = torch.maximum(c["first"], FLOOR * rules.epsilon * c["scale0"])
-    grows = (c["peak"] > DIVERGENCE * reference) & ~(at.residual < NEAR_PEAK * c["peak"])
-    grows &= step - c["growth_step"] < rules.stall_steps
-    ran_away = grows & (at.residual > OVERFLOW * rules.largest) & (not rules.safeguarded)
-    least = least_floor(rules.epsilon)
-    waits = (c["floor"] <= least) & rules.safeguarded
-    phase = torch.where(waits, c["picard_length"], 0.0)
-    at_floor = step - c["gain_step"] >= phase.clamp(min=rules.stall_steps)
-    at_floor &= c["best_relative"] <= c["floor"].clamp(min=least)
-    status = torch.full_like(step, Status.ACTIVE)
-    for holds, name in (
-        (step >= rules.max_steps, Status.MAX_STEPS),
-        ((step >= rules.max_steps) & grows, Status.DIVERGED),
-        (finite & at_floor, Status.STALLED),
-        (finite & (ran_away | (passes & hidden)), Status.DIVERGED),
-        (finite & converged, Status.CONVERGED),
-        (hopeless, Status.NONFINITE),
-    ):
-        status = torch.where(holds, int(name), status)
-
-    move = torch.where(finite, PICARD, REJECT)
-    going = finite & (status == Status.ACTIVE)
-    if rules.safeguarded:
-        advanced, chosen_move, anchors = next_move(c, at)
-        c = chosen(going, advanced, c)
-        move = torch.where(going, chosen_move, move)
-        anchors = going & anchors
-    else:
-        anchors = torch.zeros_like(going)
-    move = torch.where(status == Status.ACTIVE, move, STOP)
-    improved = improved | (status == Status.CONVERGED) | (hopeless & (step == 1))
-    return c, Decision(move, status, improved, anchors)
-
-
-def drift_limits(
-    scale0: Tensor, peak: Tensor, peak_norm: Tensor, norm_gx: Tensor, rounding: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What a residual, and a rounding of g, may be at most: drifting off is no convergence.
-
-    Args:
-        scale0, peak, peak_norm: see fpi_cuda.ops.solver_state.
-        rounding: epsilon ||g||.
-    """
-    of_peak = torch.where(norm_gx <= SETTLED * peak_norm, peak, 0.0)
-    fallen = torch.minimum(HALF_FLOOR * rounding, LEAST_FALL * of_peak)
-    fallen = torch.where(rounding <= HIDDEN * of_peak, fallen, 0.0)
-    cap = torch.maximum(CAP * scale0, torch.maximum(FALL * of_peak, fallen))
-    return cap, HIDDEN * torch.maximum(scale0, of_peak)
-
-
 def least_floor(epsilon: float) -> float:
     """The part of ||g|| below which the state's rounding decides; see csrc/common/decide.h."""
     return epsilon * (HALF_FLOOR if epsilon > HALF_EPSILON else FLOOR)
-
-
-def next_move(c: Control, at: Measured) -> tuple[Control, Tensor, Tensor]:
-    """The move and whether x becomes the anchor; see csrc/common/decide.h."""
-    in_phase = c["picard_left"] > 0
-    picard_grew = at.residual > PICARD_GROWTH * c["previous"]
-    grew = at.residual > GROWTH * c["best"]
-
-    gained = (
-        (c["patience"] == PATIENCE)
-        & (c["picard_left"] <= FIRST_PICARD - (FIRST_LEAST - 1))
-        & (at.residual <= FIRST_GAIN * c["first"])
-    )
-    left = torch.where(picard_grew | gained, 0.0, c["picard_left"] - 1)
-    leaves = in_phase & (left <= 0)
-    returns = leaves & picard_grew & grew
-    anchors = leaves & ~returns
-    enters = ~in_phase & (grew | (c["since_best"] >= c["patience"]))
-    lets_go = ~in_phase & (c["best"] <= LET_GO * c["anchored"])
-    anchored = torch.where(lets_go, 0.0, c["anchored"])
-    to_anchor = enters & (anchored > 0)
-    anchored = torch.where(returns | to_anchor, 0.0, torch.where(anchors, c["best"], anchored))
-    length = c["picard_length"] + to_anchor
-    against = torch.where(to_anchor, torch.inf, at.residual)
-    advanced = {
-        **c,
-        "anchored": anchored,
-        "columns": torch.where(returns, 0.0, c["columns"]),
-        "previous": torch.where(enters, against, c["previous"]),
-        "picard_left": torch.where(enters, length, torch.where(in_phase, left, 0.0)),
-        "patience": torch.where(enters, 2 * c["patience"], c["patience"]),
-        "picard_length": torch.where(enters, 2 * c["picard_length"], c["picard_length"]),
-        "since_best": torch.where(enters | leaves, 0.0, c["since_best"]),
-    }
-    move = torch.where(enters | (in_phase & ~leaves), PICARD, MIX)
-    for holds, other in ((returns, RETURN), (to_anchor, ANCHOR)):
-        move = torch.where(holds, other, move)
-    return advanced, move, anchors
-
-
-def worth_mixing(gamma: Tensor, rhs: Tensor, ff: Tensor) -> Tensor:
-    """(B,) whether gamma (B, m) takes enough off ||f||^2 = ff; see csrc/common/small_solve.h."""
-    return torch.where(gamma != 0, gamma * rhs, 0.0).sum(1) >= LEAST_GAIN * ff
 
 
 def lower_triangle(gram: Tensor) -> Tensor:
@@ -273,53 +100,222 @@ def whole_gram(triangle: Tensor, depth: int) -> Tensor:
     return triangle[:, place]
 
 
-def solve_small(gram: Tensor, rhs: Tensor, columns: Tensor, head: Tensor, ridge: float) -> Tensor:
-    """gamma (B, m) by slot, of min ||f - dF gamma||^2 + ridge |D gamma|^2, D the column norms.
-
-    Columns are scaled to unit norm and factored newest first; one whose pivot is below
-    SMALLEST_PIVOT is skipped.
+def drift_limits(
+    scale0: Tensor, peak: Tensor, peak_norm: Tensor, norm_gx: Tensor, rounding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a residual, and a rounding of g, may be at most: drifting off is no convergence.
 
     Args:
-        gram: (B, m, m) float64 by slot. rhs: (B, m) float64. columns, head: (B,).
+        scale0, peak, peak_norm: see fpi_cuda.ops.solver_state.
+        rounding: epsilon ||g||.
+    """
+    of_peak = xp.where(norm_gx <= peak_norm * SETTLED, peak, 0.0)
+    fallen = xp.minimum(rounding * HALF_FLOOR, of_peak * LEAST_FALL)
+    fallen = xp.where(rounding <= of_peak * HIDDEN, fallen, 0.0)
+    cap = xp.maximum(scale0 * CAP, xp.maximum(of_peak * FALL, fallen))
+    return cap, xp.maximum(scale0, of_peak) * HIDDEN
+
+
+def decide(
+    scale0: Tensor,
+    first: Tensor,
+    best: Tensor,
+    previous: Tensor,
+    gain_residual: Tensor,
+    peak: Tensor,
+    peak_norm: Tensor,
+    anchored: Tensor,
+    best_relative: Tensor,
+    floor: Tensor,
+    gain_step: Tensor,
+    growth_step: Tensor,
+    since_best: Tensor,
+    patience: Tensor,
+    picard_length: Tensor,
+    picard_left: Tensor,
+    mixing_scale: Tensor,
+    rejections: Tensor,
+    columns: Tensor,
+    residual: Tensor,
+    norm_gx: Tensor,
+    norm_x: Tensor,
+    step: Tensor,
+    atol: Tensor,
+    rtol: float,
+    max_steps: int,
+    epsilon: float,
+    largest: float,
+    stall_steps: float,
+    safeguarded: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Judge evaluation number `step`, from 1, of every sample; see csrc/common/decide.h.
+
+    Args:
+        scale0 to columns: see fpi_cuda.ops.solver_state; columns, and what comes before it.
+        residual, norm_gx, norm_x: ||g(x) - x||, ||g(x)|| and ||x||, float64.
+        atol to safeguarded: see Rules.
+    Returns:
+        The move, the status, whether x is the best point so far, whether it becomes the anchor, and
+        the norms and the counters as they are now.
+    """
+    first_step = step == 1
+    relative = residual / norm_gx
+    relative = xp.where(relative < 1, relative, 1.0).to(xp.float32).to(xp.float64)
+    scale0 = xp.where(first_step, xp.maximum(norm_x, norm_gx), scale0)
+    first = xp.where(first_step, residual, first)
+    best = xp.where(first_step, residual, best)
+    previous = xp.where(first_step, residual * FIRST_GROWTH, previous)
+    gain_residual = xp.where(first_step, residual, gain_residual)
+    peak = xp.where(first_step, residual, peak)
+    peak_norm = xp.where(first_step, norm_gx, peak_norm)
+    anchored = xp.where(first_step, 0.0, anchored)
+    best_relative = xp.where(first_step, relative, best_relative.to(xp.float64))
+    floor = floor.to(xp.float64)
+    gain_step = xp.where(first_step, 1.0, gain_step.to(xp.float64))
+    growth_step = xp.where(first_step, 1.0, growth_step.to(xp.float64))
+    since_best = xp.where(first_step, 0.0, since_best.to(xp.float64))
+    patience = xp.where(first_step, PATIENCE, patience.to(xp.float64))
+    picard_length = xp.where(first_step, PICARD_LENGTH, picard_length.to(xp.float64))
+    picard_left = xp.where(first_step, FIRST_PICARD, picard_left.to(xp.float64))
+    mixing_scale = xp.where(first_step, 1.0, mixing_scale.to(xp.float64))
+    rejections = xp.where(first_step, 0.0, rejections.to(xp.float64))
+    columns = xp.where(first_step, 0.0, columns.to(xp.float64))
+
+    # Not residual - residual == 0: contracted on a device, that leaves a product's rounding.
+    finite = residual < float("inf")
+    improved = finite & (first_step | (residual < best))
+    starts_over = finite if safeguarded else improved
+    rejections = xp.where(starts_over, 0.0, rejections + xp.where(finite, 0.0, 1.0))
+    hopeless = (finite == 0) & (first_step | (rejections >= REJECTIONS))
+    plain = finite & (picard_left > 0) if safeguarded else finite
+    rose = plain & (residual > peak * RISE)
+    growth_step = xp.where(rose, step.to(xp.float64), growth_step)
+    peaks = rose | (plain & (norm_gx > peak_norm * SETTLED))
+    peak = xp.where(peaks, residual, peak)
+    peak_norm = xp.where(peaks, norm_gx, peak_norm)
+    progressed = finite & (first_step | (residual < best * PROGRESS))
+    since_best = xp.where(finite, xp.where(progressed, 0.0, since_best + 1), since_best)
+    best = xp.where(improved, residual, best)
+    best_relative = xp.where(improved, relative, best_relative)
+    doubled = xp.where(mixing_scale < 0.5, 2 * mixing_scale, 1.0)
+    mixing_scale = xp.where(improved, doubled, mixing_scale)
+    mixing_scale = xp.where(finite, mixing_scale, mixing_scale * 0.5)
+    gained = finite & (best <= gain_residual * GAIN)
+    gain_residual = xp.where(gained, best, gain_residual)
+    gain_step = xp.where(gained, step.to(xp.float64), gain_step)
+
+    rounding = norm_gx * epsilon
+    cap, most_hidden = drift_limits(scale0, peak, peak_norm, norm_gx, rounding)
+    passes = residual <= atol + xp.minimum(norm_gx * rtol, cap)
+    hidden = rounding > atol + most_hidden
+    reference = xp.maximum(first, scale0 * epsilon * FLOOR)
+    grows = (peak > reference * DIVERGENCE) & ((residual < peak * NEAR_PEAK) == 0)
+    grows = grows & (step - growth_step < stall_steps)
+    ran_away = grows & (residual > largest * OVERFLOW) & (safeguarded == 0)
+    least = epsilon * (HALF_FLOOR if epsilon > HALF_EPSILON else FLOOR)
+    idle = step - gain_step
+    at_floor = (idle >= stall_steps) & ((best_relative <= least) | (best_relative <= floor))
+    if safeguarded:
+        at_floor = at_floor & ((floor > least) | (idle >= picard_length))
+    status = xp.where(step >= max_steps, xp.where(grows, DIVERGED, MAX_STEPS), ACTIVE)
+    status = xp.where(finite & at_floor, STALLED, status)
+    status = xp.where(finite & (ran_away | (passes & hidden)), DIVERGED, status)
+    status = xp.where(finite & passes & (hidden == 0), CONVERGED, status)
+    status = xp.where(hopeless, NONFINITE, status)
+
+    move = xp.where(finite, PICARD, REJECT)
+    anchors = step < 0
+    if safeguarded:
+        going = finite & (status == ACTIVE)
+        in_phase = picard_left > 0
+        picard_grew = residual > previous * PICARD_GROWTH
+        grew = residual > best * GROWTH
+        clean = (patience == PATIENCE) & (picard_left <= FIRST_PICARD - (FIRST_LEAST - 1))
+        clean = clean & (residual <= first * FIRST_GAIN)
+        left = xp.where(picard_grew | clean, 0.0, picard_left - 1)
+        leaves = going & in_phase & (left <= 0)
+        returns = leaves & picard_grew & grew
+        anchors = leaves & (returns == 0)
+        enters = going & (in_phase == 0) & (grew | (since_best >= patience))
+        lets_go = going & (in_phase == 0) & (best <= anchored * LET_GO)
+        anchored = xp.where(lets_go, 0.0, anchored)
+        to_anchor = enters & (anchored > 0)
+        anchored = xp.where(anchors, best, anchored)
+        anchored = xp.where(returns | to_anchor, 0.0, anchored)
+        columns = xp.where(returns, 0.0, columns)
+        length = picard_length + xp.where(to_anchor, 1.0, 0.0)
+        left = xp.where(in_phase, left, 0.0)
+        picard_left = xp.where(going, xp.where(enters, length, left), picard_left)
+        previous = xp.where(enters, xp.where(to_anchor, float("inf"), residual), previous)
+        patience = xp.where(enters, 2 * patience, patience)
+        picard_length = xp.where(enters, 2 * picard_length, picard_length)
+        since_best = xp.where(enters | leaves, 0.0, since_best)
+        chosen = xp.where(enters | (in_phase & (leaves == 0)), PICARD, MIX)
+        chosen = xp.where(returns, RETURN, xp.where(to_anchor, ANCHOR, chosen))
+        move = xp.where(going, chosen, move)
+    move = xp.where(status == ACTIVE, move, STOP)
+    improved = improved | (status == CONVERGED) | (hopeless & first_step)
+    norms = (scale0, first, best, previous, gain_residual, peak, peak_norm, anchored)
+    counters = (
+        best_relative, floor, gain_step, growth_step, since_best, patience, picard_length,
+        picard_left, mixing_scale, rejections, columns,
+    )  # fmt: skip
+    return move, status, improved, anchors, norms, counters
+
+
+def solve_small(
+    gram: Tensor, rhs: Tensor, age: Tensor, columns: Tensor, ridge: float, most: int
+) -> Tensor:
+    """gamma (m, B) by slot, of min ||f - dF gamma||^2 + ridge |D gamma|^2, D the column norms.
+
+    Columns are scaled to unit norm and factored newest first, by outer products; one whose pivot
+    is below SMALLEST_PIVOT is skipped.
+
+    Args:
+        gram: (m, m, B) float64 by slot. rhs: (m, B) float64, <dF_slot, f>.
+        age: (m, B) of each slot, 0 for the newest; no less than `most` where it holds nothing.
+        columns: (B,) how many take part, at most `most` of them.
     Source:
         Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, section 4 (on conditioning).
     """
-    depth = gram.shape[1]
-    ages = torch.arange(depth, device=gram.device)
-    slot_of = (head[:, None].long() - ages) % depth
-    square = torch.gather(gram.diagonal(dim1=1, dim2=2), 1, slot_of)
-    exists = (ages < columns[:, None]) & (square > 0)
-    inverse_norm = torch.where(exists, torch.where(exists, square, 1.0).rsqrt(), 0.0)
-    by_age = gram.gather(1, slot_of[:, :, None].expand_as(gram))
-    by_age = by_age.gather(2, slot_of[:, None, :].expand_as(gram))
-    scaled = by_age * inverse_norm[:, :, None] * inverse_norm[:, None, :]
-    target = torch.gather(rhs, 1, slot_of) * inverse_norm
+    diagonal = age[:, None, :] == age[None, :, :]
+    square = xp.sum(xp.where(diagonal, gram, 0.0), axis=1)
+    exists = (age < columns[None, :]) & (square > 0)
+    inverse_norm = xp.where(exists, 1.0 / xp.sqrt(xp.where(exists, square, 1.0)), 0.0)
+    both = exists[:, None, :] & exists[None, :, :]
+    rest = xp.where(both, gram * inverse_norm[:, None, :] * inverse_norm[None, :, :], 0.0)
+    rest = xp.where(both & diagonal, 1.0 + ridge, rest)
+    target = xp.where(exists, rhs * inverse_norm, 0.0)
 
-    factor: list[list[Tensor]] = []
-    inverse: list[Tensor] = []
-    kept: list[Tensor] = []
-    gamma: list[Tensor] = []
-    zero = torch.zeros_like(target[:, 0])
-    for a in range(depth):
-        row: list[Tensor] = []
-        pivot, value = zero + 1.0 + ridge, target[:, a]
-        for b in range(a):
-            entry = scaled[:, a, b]
-            for k in range(b):
-                entry = entry - row[k] * factor[b][k]
-            entry = torch.where(kept[b], entry * inverse[b], 0.0)
-            row.append(entry)
-            pivot = pivot - entry * entry
-            value = value - entry * gamma[b]
-        keeps = exists[:, a] & (pivot >= SMALLEST_PIVOT) & pivot.isfinite() & value.isfinite()
-        kept.append(keeps)
-        inverse.append(torch.where(keeps, pivot, 1.0).rsqrt())
-        factor.append([torch.where(keeps, entry, 0.0) for entry in row])
-        gamma.append(torch.where(keeps, value * inverse[a], 0.0))
-    for a in reversed(range(depth)):
-        value = gamma[a]
-        for b in range(a + 1, depth):
-            value = value - factor[b][a] * gamma[b]
-        gamma[a] = torch.where(kept[a], value * inverse[a], 0.0)
-    by_age_gamma = torch.stack(gamma, dim=1) * inverse_norm
-    return torch.zeros_like(rhs).scatter(1, slot_of, by_age_gamma)
+    factor = xp.zeros_like(rest)
+    roots = xp.zeros_like(target)  # 0 for a column that was skipped
+    solved = xp.zeros_like(target)
+    # Where a sample has fewer columns its pivots are 0, and nothing of it changes.
+    for a in range(most):
+        here = age == a
+        below = xp.sum(xp.where(here[None, :, :], rest, 0.0), axis=1)
+        pivot = xp.sum(xp.where(here, below, 0.0), axis=0)
+        value = xp.sum(xp.where(here, target, 0.0), axis=0)
+        keeps = (pivot >= SMALLEST_PIVOT) & (pivot < float("inf"))
+        keeps = keeps & (xp.abs(value) < float("inf"))
+        root = xp.sqrt(xp.where(keeps, pivot, 1.0))[None, :]
+        below = xp.where(keeps[None, :] & (age > a), below / root, 0.0)
+        value = xp.where(keeps[None, :], value[None, :] / root, 0.0)
+        rest = rest - below[:, None, :] * below[None, :, :]
+        target = target - below * value
+        factor = xp.where(here[None, :, :], below[:, None, :], factor)
+        roots = xp.where(keeps[None, :] & here, root, roots)
+        solved = xp.where(here, value, solved)
+
+    gamma = xp.zeros_like(target)
+    for younger in range(most):
+        here = age == most - 1 - younger
+        below = xp.sum(xp.where(here[None, :, :], factor, 0.0), axis=1)
+        value = solved - xp.sum(xp.where(roots > 0, below * gamma, 0.0), axis=0)[None, :]
+        gamma = xp.where(here & (roots > 0), value / xp.where(roots > 0, roots, 1.0), gamma)
+    return gamma * inverse_norm
+
+
+def worth_mixing(gamma: Tensor, rhs: Tensor, ff: Tensor) -> Tensor:
+    """(B,) whether gamma (m, B) takes enough off ||f||^2 = ff to be worth a step not Picard's."""
+    return xp.sum(xp.where(gamma != 0, gamma * rhs, 0.0), axis=0) >= ff * LEAST_GAIN

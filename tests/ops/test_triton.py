@@ -24,7 +24,7 @@ from fpi_cuda.loops.stepping import allocate, step
 from fpi_cuda.ops import reference
 from fpi_cuda.ops import triton as engine
 from fpi_cuda.ops.solver_state import column
-from fpi_cuda.ops.triton.shape import SPAN, shape_of
+from fpi_cuda.ops.triton.shape import SPLIT, shape_of
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solution import Status
 
@@ -110,8 +110,8 @@ def test_triton_takes_the_steps_of_the_reference(
     [Picard(), Anderson(m=2), Anderson(m=2, history_dtype=torch.bfloat16)],
     ids=short,
 )
-def test_large_samples_are_stepped_in_spans(solver: FixedPointSolver, device: str) -> None:
-    dim = SPAN + 700
+def test_large_samples_are_stepped_in_splits(solver: FixedPointSolver, device: str) -> None:
+    dim = SPLIT + 700
     start = torch.randn(3, dim)
     z = 0.3 * torch.randn(len(MAPS), dim)
 
@@ -190,14 +190,14 @@ def compare(
 @device
 @pytest.mark.parametrize(
     ("solver", "dim"),
-    [(Anderson(m=3), 33), (Anderson(m=2), SPAN + 1)],
+    [(Anderson(m=3), 33), (Anderson(m=2), SPLIT + 1)],
     ids=short,
 )
 def test_a_sample_gets_the_same_bits_in_any_batch(
     solver: FixedPointSolver, dim: int, device: str
 ) -> None:
     """Alone, permuted, repeated, or in a batch that shrinks as samples stop."""
-    maps = [0, 2, 4] if dim > SPAN else [0, 1, 2, 3, 4]
+    maps = [0, 2, 4] if dim > SPLIT else [0, 1, 2, 3, 4]
     z = (0.3 * torch.randn(5, dim)).to(device)
     start = torch.randn(5, dim).to(device)
 
@@ -358,14 +358,14 @@ def test_the_interpreter_asked_for_too_late() -> None:
     pytest.importorskip("triton")
     code = (
         "import os, triton.language, torch\nos.environ['TRITON_INTERPRET'] = '1'\n"
-        "from fpi_cuda import backends\n"
+        "from fpi_cuda import ops\n"
         "try: ops.resolve('triton', torch.device('cpu'), torch.float32)\n"
         "except ValueError as e: print(e)"
     )
     assert "was set after Triton had been imported" in run_python(code)
 
 
-@pytest.mark.parametrize("dim", [1, 31, 32, 33, 700, SPAN, SPAN + 1, 65536, 10**7])
+@pytest.mark.parametrize("dim", [1, 31, 32, 33, 700, SPLIT, SPLIT + 1, 65536, 10**7])
 @pytest.mark.parametrize("depth", [0, 1, 5, 16])
 @pytest.mark.parametrize("compute_bytes", [4, 8])
 def test_shapes(dim: int, depth: int, compute_bytes: int) -> None:
@@ -373,8 +373,8 @@ def test_shapes(dim: int, depth: int, compute_bytes: int) -> None:
     assert shape.block & (shape.block - 1) == 0
     assert max(depth, 1) <= shape.tile_rows <= 2 * max(depth, 1)
     assert shape.num_warps in (1, 2, 4, 8)
-    assert (shape.spans - 1) * SPAN < dim <= shape.spans * SPAN
-    assert SPAN % shape.block == 0
+    assert (shape.splits - 1) * SPLIT < dim <= shape.splits * SPLIT
+    assert SPLIT % shape.block == 0
     # Registers of a thread that hold the running sums by column.
     running = shape.block * shape.tile_rows * compute_bytes * 2 / 4
     assert running <= 96 * 32 * shape.num_warps

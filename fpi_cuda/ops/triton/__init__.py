@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.norms import num_moved as num_moved
-from fpi_cuda.ops.triton.cell_shape import MAX_DEPTH, SLOTS
+from fpi_cuda.ops.triton.shape import MAX_DEPTH, SLOTS
 
 name = "triton"
 
@@ -45,7 +45,7 @@ def cell_loop_(*args: Any, **kwargs: Any) -> None:
 def cell_loop_words(
     dim: int, hidden: int, depth: int, dtype: torch.dtype, precision: int, device: torch.device
 ) -> str:
-    """Who runs the loop of a large batch; see fpi_cuda.ops.native.cell_loop_words."""
+    """Who runs the loop of a large batch; see fpi_cuda.ops.compiled.Native.cell_loop_words."""
     return f"one Triton kernel evaluates g and steps, {SLOTS} samples at a time per program"
 
 

@@ -7,27 +7,28 @@ and sample it is (M, S), so that blocks (M, S, BLOCK) put samples on warps and e
 Source: Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, eq. (2.2), in difference form.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from fpi_cuda.ops.triton.decide import (
+from fpi_cuda.ops.triton.row import go, narrowed, next_slot, safe_norm, trustworthy
+from fpi_cuda.ops.triton.rules import (
     COLUMNS,
+    FIRST_COUNTER,
     FLOATS,
     HAS_PREVIOUS,
     HEAD,
     MIX,
+    NUM_NORMS,
     PICARD,
     STOP,
     decide,
+    solve_small,
+    worth_mixing,
 )
-from fpi_cuda.ops.triton.row import (
-    go,
-    measured,
-    narrowed,
-    next_slot,
-    trustworthy,
-)
-from fpi_cuda.ops.triton.small_solve import solve_small, worth_mixing
+
+LARGEST_SINGLE = tl.constexpr(torch.finfo(torch.float32).max)
+LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def measure(
     COMPUTE: tl.constexpr,
     IN_SLOT: tl.constexpr,
 ):
-    """Sums of a span, taken again in float64 where a float32 sum left its range."""
+    """Sums of a split, taken again in float64 where a float32 sum left its range."""
     counters = control.to(FLOATS, bitcast=True)
     columns = tl.load(counters + COLUMNS).to(tl.int32)
     head = tl.load(counters + HEAD).to(tl.int32)
@@ -207,11 +208,29 @@ def judge(
     counters = control.to(FLOATS, bitcast=True)
     has_previous = tl.load(counters + HAS_PREVIOUS) != 0
     head = tl.load(counters + HEAD)
-    norm_f, norm_gx, norm_x = measured(x, gx, ff, gg, xx, dim, alive, S, COMPUTE, BLOCK)
-    move, now, improved, anchors, mixing_scale, best, columns = decide(
-        control, norm_f, norm_gx, norm_x, tl.load(atol), rtol, max_steps, step,
-        EPSILON, STALL_STEPS, DEPTH > 0,
+    norm_f = safe_norm(x, gx, ff, dim, alive, "f", S, COMPUTE, BLOCK)
+    norm_gx = safe_norm(x, gx, gg, dim, alive, "gx", S, COMPUTE, BLOCK)
+    norm_x = safe_norm(x, gx, xx, dim, alive, "x", S, COMPUTE, BLOCK)
+    largest = LARGEST_DOUBLE if tl.float64 == COMPUTE else LARGEST_SINGLE
+    floats = counters + FIRST_COUNTER
+    # The row in the order of fpi_cuda.ops.solver_state, as decide takes and returns it.
+    move, now, improved, anchors, norms, counts = decide(
+        tl.load(control), tl.load(control + 1), tl.load(control + 2), tl.load(control + 3),
+        tl.load(control + 4), tl.load(control + 5), tl.load(control + 6), tl.load(control + 7),
+        tl.load(floats), tl.load(floats + 1), tl.load(floats + 2), tl.load(floats + 3),
+        tl.load(floats + 4), tl.load(floats + 5), tl.load(floats + 6), tl.load(floats + 7),
+        tl.load(floats + 8), tl.load(floats + 9), tl.load(floats + 10),
+        norm_f, norm_gx, norm_x, step, tl.load(atol), rtol, max_steps, EPSILON, largest,
+        STALL_STEPS, DEPTH > 0,
     )  # fmt: skip
+    best, mixing_scale, columns = norms[2], counts[8], counts[10]
+    # Every warp has read the whole row and the step count before any of it is overwritten.
+    tl.debug_barrier()
+    for i in tl.static_range(NUM_NORMS):
+        tl.store(control + i, norms[i])
+    # The columns left are not what is kept.
+    for i in tl.static_range(10):
+        tl.store(floats + i, counts[i].to(tl.float32))
     tl.store(num_steps, step, mask=alive)
     tl.store(status, now.to(tl.int8), mask=alive)
     tl.store(residual, tl.where((move != STOP) | improved, norm_f, best), mask=alive)
@@ -250,7 +269,7 @@ def judge(
         taking_part = tl.where(alive & (move == MIX), tl.minimum(columns, dim), 0)
         rhs = tl.where(valid, with_f, 0.0)
         matrix = tl.where(both, matrix, 0.0)
-        solved = solve_small(matrix, rhs, age, taking_part, ridge, S, M)
+        solved = solve_small(matrix, rhs, age, taking_part, ridge, tl.max(taking_part, axis=0))
         mixes = (move == MIX) & worth_mixing(solved, rhs, norm_f * norm_f)
         gamma = tl.where(mixes[None, :], solved, 0.0)
         slot = next_slot(columns, head, DEPTH)

@@ -8,10 +8,15 @@ from torch import Tensor
 
 from fpi_cuda.activations import CODES
 from fpi_cuda.ops.solver_state import CONTROL_SIZE
-from fpi_cuda.ops.triton.arguments import Expected, require_each
-from fpi_cuda.ops.triton.cell_shape import MAX_DEPTH, CellShape, cell_shape, programs_for
 from fpi_cuda.ops.triton.cell_tile import cell_loop_kernel
-from fpi_cuda.ops.triton.launch import INTERPRETED, on_device_of
+from fpi_cuda.ops.triton.launch import (
+    INTERPRETED,
+    account_of,
+    on_device_of,
+    require_each,
+    stall_steps_of,
+)
+from fpi_cuda.ops.triton.shape import MAX_DEPTH, CellShape, cell_shape, programs_for
 from fpi_cuda.options import PRECISIONS
 
 OP = "cell_loop_"
@@ -48,13 +53,17 @@ def cell_loop_(
     layer1 = (weight1, bias1, shift1, factor1)
     layer2 = (weight2, bias2, shift2, factor2)
     require_map(x, x_factor, layer1, layer2, (atol, status, num_steps, residual))
-    require_choices(
-        depth=(depth, 0, MAX_DEPTH),
-        activation1=(activation1, 0, len(CODES) - 1),
-        activation2=(activation2, 0, len(CODES) - 1),
-        precision=(precision, 0, len(PRECISIONS) - 1 if x.dtype == torch.float32 else 0),
-        max_steps=(max_steps, 1, None),
-    )
+    most_precision = len(PRECISIONS) - 1 if x.dtype == torch.float32 else 0
+    for name, value, least, most in (
+        ("depth", depth, 0, MAX_DEPTH),
+        ("activation1", activation1, 0, len(CODES) - 1),
+        ("activation2", activation2, 0, len(CODES) - 1),
+        ("precision", precision, 0, most_precision),
+        ("max_steps", max_steps, 1, None),
+    ):
+        if value < least or (most is not None and value > most):
+            bound = f"at least {least}" if most is None else f"from {least} to {most}"
+            raise RuntimeError(f"{OP}: {name} must be {bound}, got {value}")
     batch, dim = x.shape
     if batch == 0:
         return
@@ -76,8 +85,7 @@ def cell_loop_(
             PRECISION=precision,
             BF16_DOT=not INTERPRETED,
             EPSILON=torch.finfo(x.dtype).eps,
-            # See reference.rules_for.
-            STALL_STEPS=float(max(20, 3 * depth)),
+            STALL_STEPS=stall_steps_of(depth),
             S=shape.slots,
             PANEL=shape.panel,
             INNER=shape.inner,
@@ -116,7 +124,7 @@ def require_map(
     x_factor: Tensor | None,
     layer1: Layer,
     layer2: Layer,
-    account: tuple[Tensor, ...],
+    account: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     """Raise unless all arrays are of the shapes and dtypes of the schema.
 
@@ -131,12 +139,7 @@ def require_map(
     if layer2[0] is None and any(t is not None for t in layer2):
         raise RuntimeError(f"{OP}: bias2, shift2 and factor2 belong to weight2, which is missing")
     batch, inputs = x.shape
-    kinds = (torch.float64, torch.int8, torch.int32, torch.float64)
-    names = ("atol", "status", "num_steps", "residual")
-    expected: Expected = {
-        "x": (x, tuple(x.shape), x.dtype),
-        **{n: (t, (batch,), k) for n, t, k in zip(names, account, kinds, strict=True)},
-    }
+    expected = {"x": (x, tuple(x.shape), x.dtype), **account_of(batch, *account)}
     if x_factor is not None:
         expected["x_factor"] = (x_factor, tuple(x.shape), x.dtype)
     for place, layer in (("1", layer1), ("2", layer2)):
@@ -162,11 +165,3 @@ def require_map(
             f"{OP}: the last weight must have the {x.shape[1]} outputs of x, got {inputs}"
         )
     require_each(OP, expected, x.device)
-
-
-def require_choices(**choices: tuple[int, int, int | None]) -> None:
-    """Raise unless each value, given with its least and its most, lies between them."""
-    for name, (value, least, most) in choices.items():
-        if value < least or (most is not None and value > most):
-            bound = f"at least {least}" if most is None else f"from {least} to {most}"
-            raise RuntimeError(f"{OP}: {name} must be {bound}, got {value}")

@@ -12,15 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fpi_cuda.ops.triton.anderson_spans import (
+from fpi_cuda.ops.solver_state import CONTROL_SIZE
+from fpi_cuda.ops.triton.anderson_step import (
     PLAN_GAMMA,
     anderson_advance_kernel,
     anderson_judge_kernel,
     anderson_measure_kernel,
+    anderson_step_kernel,
 )
-from fpi_cuda.ops.triton.anderson_step import anderson_step_kernel
-from fpi_cuda.ops.triton.arguments import compute_dtype, require_arrays
-from fpi_cuda.ops.triton.shape import SPAN, shape_of
+from fpi_cuda.ops.triton.shape import SPLIT, shape_of
+from fpi_cuda.options import MAX_DEPTH
 
 # False too where Triton's own functions were made before the interpreter was asked for.
 INTERPRETED = not any(isinstance(f, triton.JITFunction) for f in (anderson_step_kernel, tl.sum))
@@ -41,32 +42,99 @@ def on_device_of(x: Tensor) -> Iterator[None]:
         yield
 
 
-class Step:
-    """One launch or several on the same rows: the grid, and what the kernels are compiled for."""
+Expected = dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]]
 
-    def __init__(self, x: Tensor, columns: Tensor) -> None:
-        depth = columns.shape[1]
-        compute = compute_dtype(x.dtype)
-        self.rows, self.dim = x.shape
-        self.shape = shape_of(self.dim, depth, compute.itemsize)
-        self.constants: dict[str, Any] = {
-            "DEPTH": depth,
-            "M": self.shape.tile_rows,
-            "BLOCK": self.shape.block,
-            "COMPUTE": tl.float64 if compute == torch.float64 else tl.float32,
-            "num_warps": self.shape.num_warps,
-        }
-        # See reference.rules_for.
-        stall_steps = float(max(20, 3 * depth))
-        self.rules = {"EPSILON": torch.finfo(x.dtype).eps, "STALL_STEPS": stall_steps}
-        self.in_slot = {"IN_SLOT": depth > 0 and columns.dtype == compute}
-        self.span = {"SPAN": SPAN}
-        self.by_row = (self.rows,)
-        self.by_span = (self.rows * self.shape.spans,)
 
-    def scratch(self, x: Tensor, *size: int) -> Tensor:
-        """Float64 room for (rows, *size) numbers."""
-        return x.new_empty((self.rows, *size), dtype=torch.float64)
+def stall_steps_of(depth: int) -> float:
+    """See reference.rules_for."""
+    return float(max(20, 3 * depth))
+
+
+def compute_dtype(state: torch.dtype) -> torch.dtype:
+    """What a step is computed in."""
+    return torch.float64 if state == torch.float64 else torch.float32
+
+
+def require_step(
+    x: Tensor,
+    gx: Tensor,
+    sample_of: Tensor | None,
+    best: Tensor,
+    anchor: Tensor,
+    f_previous: Tensor,
+    g_previous: Tensor,
+    columns_f: Tensor,
+    columns_g: Tensor,
+    gram: Tensor,
+    control: Tensor,
+    atol: Tensor,
+    status: Tensor,
+    num_steps: Tensor,
+    residual: Tensor,
+) -> None:
+    """Raise unless all arrays of a step are contiguous, and of the shapes and dtypes of its schema.
+
+    Raises:
+        RuntimeError: one is not, or the depth is beyond MAX_DEPTH.
+    """
+    op = "anderson_step_"
+    if x.dim() != 2 or best.dim() != 2 or columns_f.dim() != 3:
+        raise RuntimeError(
+            f"{op}: x and best must be matrices and columns_f (batch, depth, dim), got "
+            f"{tuple(x.shape)}, {tuple(best.shape)}, {tuple(columns_f.shape)}"
+        )
+    (rows, dim), batch, depth = x.shape, best.shape[0], columns_f.shape[1]
+    if depth > MAX_DEPTH:
+        raise RuntimeError(f"{op}: depth must be at most {MAX_DEPTH}, got {depth}")
+    state, compute = x.dtype, compute_dtype(x.dtype)
+    apart = batch if depth and columns_f.dtype != compute else 0
+    narrow = state == torch.float32 and columns_f.dtype == torch.bfloat16
+    stored = columns_f.dtype if narrow else state
+    expected: Expected = {
+        "x": (x, (rows, dim), state),
+        "gx": (gx, (rows, dim), state),
+        "best": (best, (batch, dim), state),
+        "anchor": (anchor, (batch if depth else 0, dim), state),
+        "f_previous": (f_previous, (apart, dim), compute),
+        "g_previous": (g_previous, (apart, dim), compute),
+        "columns_f": (columns_f, (batch, depth, dim), stored),
+        "columns_g": (columns_g, (batch, depth, dim), stored),
+        "gram": (gram, (batch, depth * (depth + 1) // 2), torch.float64),
+        "control": (control, (batch, CONTROL_SIZE), torch.float64),
+        **account_of(batch, atol, status, num_steps, residual),
+    }
+    if sample_of is not None:
+        expected["sample_of"] = (sample_of, (rows,), torch.int64)
+    elif rows != batch:
+        raise RuntimeError(
+            f"{op}: x must hold the whole batch of {batch}, got {rows} rows; pass sample_of to "
+            "name those it holds"
+        )
+    require_each(op, expected, x.device)
+
+
+def account_of(
+    batch: int, atol: Tensor, status: Tensor, num_steps: Tensor, residual: Tensor
+) -> Expected:
+    """What the account of a solve is expected to be."""
+    return {
+        "atol": (atol, (batch,), torch.float64),
+        "status": (status, (batch,), torch.int8),
+        "num_steps": (num_steps, (batch,), torch.int32),
+        "residual": (residual, (batch,), torch.float64),
+    }
+
+
+def require_each(op: str, expected: Expected, device: torch.device) -> None:
+    """Raise unless each array is contiguous, of its shape and dtype, and on the device."""
+    for name, (array, shape, dtype) in expected.items():
+        same = array.shape == shape and array.dtype == dtype and array.device == device
+        if not (same and array.is_contiguous()):
+            raise RuntimeError(
+                f"{op}: {name} must be contiguous, {shape} {dtype} on {device}, got "
+                f"{tuple(array.shape)} {array.dtype} on {array.device} with strides "
+                f"{array.stride()}"
+            )
 
 
 def anderson_step_(
@@ -93,34 +161,39 @@ def anderson_step_(
     scratch: Tensor | None = None,
 ) -> None:
     """See fpi_cuda.ops.reference.anderson_step_, its twin."""
+    points = (best, anchor, f_previous, g_previous, columns_f, columns_g)
     account = (control, atol, status, num_steps, residual)
-    previous = {"f_previous": f_previous, "g_previous": g_previous}
-    columns = {"columns_f": columns_f, "columns_g": columns_g}
-    kept = {"best": best, "anchor": anchor, **previous}
-    require_arrays("anderson_step_", x, gx, sample_of, kept, columns, gram, account)
+    require_step(x, gx, sample_of, *points, gram, *account)
     if x.shape[0] == 0:
         return
-    step = Step(x, columns_f)
-    c, dim, spans = step.constants, step.dim, step.shape.spans
-    points = (*kept.values(), *columns.values())
-    options = (rtol, max_steps, beta, ridge)
+    (rows, dim), depth = x.shape, columns_f.shape[1]
+    compute = compute_dtype(x.dtype)
+    shape = shape_of(dim, depth, compute.itemsize)
+    splits = shape.splits
+    size: dict[str, Any] = {
+        "DEPTH": depth,
+        "M": shape.tile_rows,
+        "BLOCK": shape.block,
+        "COMPUTE": tl.float64 if compute == torch.float64 else tl.float32,
+        "num_warps": shape.num_warps,
+    }
+    in_slot = depth > 0 and columns_f.dtype == compute
+    options = (rtol, max_steps, beta, ridge, torch.finfo(x.dtype).eps, stall_steps_of(depth))
     with on_device_of(x):
-        if spans == 1:
-            anderson_step_kernel[step.by_row](
-                x, gx, sample_of, *points, gram, *account, dim, *options,
-                **step.rules, **c, **step.in_slot,
-            )  # fmt: skip
+        if splits == 1:
+            anderson_step_kernel[(rows,)](
+                x, gx, sample_of, *points, gram, *account, dim, *options, **size, IN_SLOT=in_slot
+            )
             return
-        partial = step.scratch(x, 3 + 2 * c["M"], spans)
-        plan = step.scratch(x, PLAN_GAMMA.value + c["M"])
-        anderson_measure_kernel[step.by_span](
+        partial = gram.new_empty((rows, 3 + 2 * shape.tile_rows, splits))
+        plan = gram.new_empty((rows, PLAN_GAMMA.value + shape.tile_rows))
+        anderson_measure_kernel[(rows * splits,)](
             x, gx, sample_of, f_previous, g_previous, columns_f, columns_g, control, status,
-            num_steps, partial, dim, spans, **step.span, **c, **step.in_slot,
+            num_steps, partial, dim, splits, SPLIT, **size, IN_SLOT=in_slot,
         )  # fmt: skip
-        anderson_judge_kernel[step.by_row](
-            x, gx, sample_of, gram, *account, partial, plan, dim, spans, *options,
-            **step.rules, **c,
-        )  # fmt: skip
-        anderson_advance_kernel[step.by_span](
-            x, gx, sample_of, *points, plan, dim, spans, **step.span, **c, **step.in_slot
+        anderson_judge_kernel[(rows,)](
+            x, gx, sample_of, gram, *account, partial, plan, dim, splits, *options, **size
+        )
+        anderson_advance_kernel[(rows * splits,)](
+            x, gx, sample_of, *points, plan, dim, splits, SPLIT, **size, IN_SLOT=in_slot
         )

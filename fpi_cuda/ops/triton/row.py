@@ -3,9 +3,7 @@
 import triton
 import triton.language as tl
 
-from fpi_cuda.ops.triton.decide import ANCHOR, REJECT, RETURN, STOP
-
-IDLE = tl.constexpr(-1.0)  # in a plan, the move of a sample that had stopped before
+from fpi_cuda.ops.triton.rules import ANCHOR, REJECT, RETURN, STOP
 
 
 @triton.jit
@@ -63,29 +61,17 @@ def elements(x, gx, at, dim, alive, OF: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def untrusted(square, dim, alive, COMPUTE: tl.constexpr):
-    """Whether the sum of squares of any sample that is alive left its range."""
-    lost = alive & (trustworthy(square, dim, COMPUTE) == 0)
-    return tl.sum(lost.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def measured(
-    x, gx, ff, gg, xx, dim, alive, S: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(S,) ||f||, ||g(x)|| and ||x|| from their squares; only float64's can be beyond range."""
-    residual, norm_gx, norm_x = tl.sqrt(ff), tl.sqrt(gg), tl.sqrt(xx)
+def safe_norm(
+    x, gx, square, dim, alive, OF: tl.constexpr, S: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(S,) the norm that `square` is the square of; only a sum of float64 can be beyond range."""
+    norm = tl.sqrt(square)
     if tl.float64 == COMPUTE:
-        if untrusted(ff, dim, alive, COMPUTE):
-            scaled = scaled_norm(x, gx, dim, alive, "f", S, BLOCK)
-            residual = tl.where(trustworthy(ff, dim, COMPUTE), residual, scaled)
-        if untrusted(gg, dim, alive, COMPUTE):
-            scaled = scaled_norm(x, gx, dim, alive, "gx", S, BLOCK)
-            norm_gx = tl.where(trustworthy(gg, dim, COMPUTE), norm_gx, scaled)
-        if untrusted(xx, dim, alive, COMPUTE):
-            scaled = scaled_norm(x, gx, dim, alive, "x", S, BLOCK)
-            norm_x = tl.where(trustworthy(xx, dim, COMPUTE), norm_x, scaled)
-    return residual, norm_gx, norm_x
+        sound = trustworthy(square, dim, COMPUTE) | (alive == 0)
+        if tl.sum((sound == 0).to(tl.int32), axis=0) > 0:
+            norm = tl.where(sound, norm, scaled_norm(x, gx, dim, alive, OF, S, BLOCK))
+    return norm
 
 
 @triton.jit
@@ -137,21 +123,11 @@ def go(
 
 
 @triton.jit
-def total(partial, spans, BLOCK: tl.constexpr):
-    """The sum of one quantity over all spans of a sample, from its first partial sum on."""
-    summed = tl.zeros([BLOCK], tl.float64)
-    for at in range(0, spans, BLOCK):
-        s = at + tl.arange(0, BLOCK)
-        summed += tl.load(partial + s, mask=s < spans, other=0.0)
-    return tl.sum(summed, axis=0)
-
-
-@triton.jit
-def totals(partial, spans, M: tl.constexpr, BLOCK: tl.constexpr):
-    """(M,) of them, whose partial sums follow one another."""
-    rows = tl.arange(0, M)[:, None] * spans
+def totals(partial, splits, M: tl.constexpr, BLOCK: tl.constexpr):
+    """(M,) sums over a sample, of M quantities whose partial sums by split follow each other."""
+    rows = tl.arange(0, M)[:, None] * splits
     summed = tl.zeros([M, BLOCK], tl.float64)
-    for at in range(0, spans, BLOCK):
+    for at in range(0, splits, BLOCK):
         s = at + tl.arange(0, BLOCK)[None, :]
-        summed += tl.load(partial + rows + s, mask=(rows >= 0) & (s < spans), other=0.0)
+        summed += tl.load(partial + rows + s, mask=(rows >= 0) & (s < splits), other=0.0)
     return tl.sum(summed, axis=1)
