@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.evaluation.state import layout_of
-from fpi_cuda.linear_solvers.gmres import orthogonalized
-from fpi_cuda.linear_solvers.linear import working_dtype
+from fpi_cuda.linear_solvers import orthogonalized, working_dtype
 from fpi_cuda.norms import row_norm
 from fpi_cuda.options import require_count
 from fpi_cuda.partial import partial

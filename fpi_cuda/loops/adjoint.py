@@ -17,8 +17,7 @@ from fpi_cuda.autograd import (
     Strategy,
 )
 from fpi_cuda.coupling import Coupling
-from fpi_cuda.linear_solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.linear_solvers.gmres import gmres
+from fpi_cuda.linear_solvers import conjugate_gradient, gmres
 from fpi_cuda.loops.coupled import feels, jointly, retold, rows_mix
 from fpi_cuda.loops.iteration import solve
 from fpi_cuda.loops.stepping import Backend
