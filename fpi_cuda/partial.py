@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -86,8 +86,14 @@ def partial(r: Any, s: Any) -> Any:
             like_s = pytree.tree_unflatten(list(given), structure)
             return r(**like_s) if isinstance(s, dict) else r(*like_s)
 
-        transform = needs_transform()
-        found = by_transform(called, nodes) if transform else by_tape(called, nodes, names)
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_inference_mode_enabled()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            found = by_transform(called, nodes)  # a tape of our own cannot be started here
+        else:
+            found = by_tape(called, nodes, names)
     return found[0] if structure is None else pytree.tree_unflatten(list(found), structure)
 
 
@@ -100,30 +106,24 @@ def of_tensor(r: Tensor, nodes: Sequence[Tensor], names: Sequence[str]) -> Seque
                 f"partial: {name} must require grad before r is computed from it. Call "
                 f"{name}.requires_grad_() first, or pass r as a function of s"
             )
-    if not r.requires_grad:
-        raise independent(names[0])
-    if len(nodes) > 1:
+    if r.requires_grad and len(nodes) > 1:
         # Along one graph none of them can be held while another moves, but by hooks on nodes that
         # backward passes of other threads run through too.
         raise TypeError(
             f"partial: r must be a function of a set of nodes, got a tensor and {len(nodes)} "
             "nodes. Pass what computes it, such as lambda a, b: (a * b).sum()"
         )
-    gradients = torch.autograd.grad(
-        r,
-        nodes,
-        torch.ones_like(r),
-        create_graph=torch.is_grad_enabled(),
-        retain_graph=True,
-        allow_unused=True,
-    )
-    return all_of(gradients, names)
+    return along_graph(r, nodes, names, create_graph=torch.is_grad_enabled(), retain_graph=True)
 
 
 def by_tape(
     r: Callable[..., Tensor], nodes: Sequence[Tensor], names: Sequence[str]
 ) -> Sequence[Tensor]:
-    """The derivatives of r at aliases of the nodes, so that no path around r is followed."""
+    """The derivatives of r at aliases of the nodes, so that no path around r is followed.
+
+    Faster than torch.func, and it allows what that refuses: saved-tensor hooks (activation
+    checkpointing) and plain autograd.Function.
+    """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [node.view_as(node) for node in nodes]
@@ -132,12 +132,35 @@ def by_tape(
                 alias.requires_grad_()
         value = r(*aliases)
         require_floating("r(s)", value)
-        if not value.requires_grad:
-            raise independent(names[0])
-        gradients = torch.autograd.grad(
-            value, aliases, torch.ones_like(value), create_graph=create_graph, allow_unused=True
+        return along_graph(value, aliases, names, create_graph, retain_graph=create_graph)
+
+
+def along_graph(
+    value: Tensor,
+    nodes: Sequence[Tensor],
+    names: Sequence[str],
+    create_graph: bool,
+    retain_graph: bool,
+) -> Sequence[Tensor]:
+    """The derivatives of a value in its nodes; raise where there is none in one of them."""
+    found: Sequence[Tensor | None] = [None]
+    if value.requires_grad:
+        found = torch.autograd.grad(
+            value,
+            nodes,
+            torch.ones_like(value),
+            retain_graph=retain_graph,
+            create_graph=create_graph,
+            allow_unused=True,
         )
-    return all_of(gradients, names)
+    for name, gradient in zip(names, found, strict=False):
+        if gradient is None:
+            raise IndependentError(
+                f"partial: r does not depend on {name}. If the graph between them was cut by "
+                f"detach() or no_grad(), compute r from {name} itself; if the derivative is truly "
+                f"zero, use torch.zeros_like({name})"
+            )
+    return cast(Sequence[Tensor], found)
 
 
 def by_transform(r: Callable[..., Tensor], nodes: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -157,41 +180,9 @@ def by_transform(r: Callable[..., Tensor], nodes: Sequence[Tensor]) -> Sequence[
     return differentiate(*nodes)
 
 
-def needs_transform() -> bool:
-    """True where a tape of our own cannot be started.
-
-    Elsewhere the tape is the better one: it is faster, and it allows saved-tensor hooks
-    (activation checkpointing) and plain autograd.Function, which torch.func refuses.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 def require_floating(name: str, value: object) -> None:
     """Raise unless `value` is a real floating tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"partial: {name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(f"partial: {name} must be floating, got {value.dtype}")
-
-
-def all_of(gradients: Sequence[Tensor | None], names: Sequence[str]) -> list[Tensor]:
-    """The gradients; raise where one is missing."""
-    found = []
-    for name, gradient in zip(names, gradients, strict=True):
-        if gradient is None:
-            raise independent(name)
-        found.append(gradient)
-    return found
-
-
-def independent(name: str) -> IndependentError:
-    """The error for an r without a derivative in the node of that name."""
-    return IndependentError(
-        f"partial: r does not depend on {name}. If the graph between them was cut by detach() or "
-        f"no_grad(), compute r from {name} itself; if the derivative is truly zero, use "
-        f"torch.zeros_like({name})"
-    )

@@ -64,7 +64,8 @@ def require_own_derivative(name: str, activation: Activation) -> None:
 
     Energies take the one, layers the other.
     """
-    u = numbers_of_all_sizes()
+    small = torch.logspace(-8, 2, 300, dtype=torch.float64)
+    u = torch.cat([torch.linspace(-8, 8, 300, dtype=torch.float64), small, -small])
     with torch.inference_mode(False), torch.enable_grad():
         leaf = u.clone().requires_grad_()
         value = activation.value(leaf.clone())  # a copy may be written to
@@ -93,9 +94,3 @@ def require_own_derivative(name: str, activation: Activation) -> None:
             f"add_activation: lipschitz must bound the derivative of {name}, which is "
             f"{float(steepest):g} somewhere, got {activation.lipschitz}"
         )
-
-
-def numbers_of_all_sizes() -> Tensor:
-    """Float64 numbers at which functions are compared."""
-    small = torch.logspace(-8, 2, 300, dtype=torch.float64)
-    return torch.cat([torch.linspace(-8, 8, 300, dtype=torch.float64), small, -small])

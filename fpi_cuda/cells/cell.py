@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from fpi_cuda.cells.activation import require_activation
+from fpi_cuda.options import require_count
 
 
 class Cell(nn.Module):
@@ -68,33 +71,62 @@ def require_features(owner: str, name: str, value: Tensor, features: int) -> Non
         )
 
 
-def require_dtype(owner: str, name: str, value: Tensor, linear: nn.Module) -> None:
-    """Raise unless `value` can go into `linear`, by itself or under autocast."""
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or value.dtype == weight.dtype:
-        return
-    # Autocast leaves float64 as it is.
-    cast = value.is_floating_point() and torch.float64 not in (value.dtype, weight.dtype)
-    if cast and torch.is_autocast_enabled(value.device.type):
-        return
-    raise TypeError(
-        f"{owner}: {name} must have the dtype of the weights, {weight.dtype}, got {value.dtype}. "
-        f"Use {name}.to({weight.dtype})"
-    )
+class Injection(nn.Module):
+    """A x + B z + b, in which x and z meet: Dense, MLP and MLPEnergy begin with it.
 
-
-def require_same_batch(owner: str, x: Tensor, prepared: Tensor) -> None:
-    """Raise unless x and the prepared z agree in all but their features.
-
-    In their dtype too, which autocast may narrow.
+    Args:
+        activation: of the sum.
+        device, dtype: of the parameters.
+        sizes: z_features and x_features, and hidden_features where the sum has not those of x.
     """
-    if x.dtype != prepared.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(
-            f"{owner}: x must have the dtype of the weights and z, {prepared.dtype}, "
-            f"got {x.dtype}. Use x0.to({prepared.dtype}), or .to({x.dtype}) on the cell and z"
-        )
-    if x.shape[:-1] != prepared.shape[:-1]:
-        raise ValueError(
-            f"{owner}: z must have the batch of x, got x={tuple(x.shape)}, "
-            f"z=({', '.join(map(str, prepared.shape[:-1]))}, ...); use z.expand"
-        )
+
+    _owner: ClassVar[str]
+    """What errors call it."""
+    z_features: int
+    x_features: int
+
+    def __init__(
+        self,
+        activation: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        **sizes: int,
+    ) -> None:
+        super().__init__()
+        for name, size in sizes.items():
+            require_count(self._owner, name, size, 1)
+            setattr(self, name, size)
+        self.activation = require_activation(self._owner, "activation", activation)
+        outputs = sizes.get("hidden_features", self.x_features)
+        self.A = nn.Linear(self.x_features, outputs, bias=False, device=device, dtype=dtype)
+        self.B = nn.Linear(self.z_features, outputs, device=device, dtype=dtype)
+
+    def prepare(self, z: Tensor) -> Tensor:
+        """B z + b: z (B, z_features) -> (B, features of the sum)."""
+        require_features(self._owner, "z", z, self.z_features)
+        weight = getattr(self.B, "weight", None)
+        if isinstance(weight, Tensor) and z.dtype != weight.dtype:
+            # Autocast leaves float64 as it is.
+            cast = z.is_floating_point() and torch.float64 not in (z.dtype, weight.dtype)
+            if not cast or not torch.is_autocast_enabled(z.device.type):
+                raise TypeError(
+                    f"{self._owner}: z must have the dtype of the weights, {weight.dtype}, "
+                    f"got {z.dtype}. Use z.to({weight.dtype})"
+                )
+        return self.B(z)
+
+    def _hidden_input(self, x: Tensor, prepared: Tensor) -> Tensor:
+        owner = self._owner
+        require_features(owner, "x", x, self.x_features)
+        # Autocast may narrow what is prepared.
+        if x.dtype != prepared.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"{owner}: x must have the dtype of the weights and z, {prepared.dtype}, "
+                f"got {x.dtype}. Use x0.to({prepared.dtype}), or .to({x.dtype}) on the cell and z"
+            )
+        if x.shape[:-1] != prepared.shape[:-1]:
+            raise ValueError(
+                f"{owner}: z must have the batch of x, got x={tuple(x.shape)}, "
+                f"z=({', '.join(map(str, prepared.shape[:-1]))}, ...); use z.expand"
+            )
+        return self.A(x) + prepared

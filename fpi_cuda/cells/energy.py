@@ -6,16 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.activations import ACTIVATIONS, DERIVATIVES
-from fpi_cuda.cells.activation import require_activation, require_compiled
-from fpi_cuda.cells.cell import orthogonal_, require_dtype, require_features, require_same_batch
-from fpi_cuda.cells.lowering import describes, without_bias
+from fpi_cuda.cells.activation import require_compiled
+from fpi_cuda.cells.cell import Injection, orthogonal_
+from fpi_cuda.cells.lowering import describes, linear_terms
 from fpi_cuda.evaluation.shortcuts import is_plain_linear
 from fpi_cuda.lowered import Layer, Lowered
-from fpi_cuda.options import require_count, require_real
+from fpi_cuda.options import require_real
 from fpi_cuda.partial import partial
 
 
-class MLPEnergy(nn.Module):
+class MLPEnergy(Injection):
     """f(x, z) = w . act(A x + B z + b) + quadratic / 2 ||x||^2, one value per sample.
 
     With quadratic > 0 the energy grows in every direction, for no activation grows faster than
@@ -41,6 +41,7 @@ class MLPEnergy(nn.Module):
         Jeon, Lee, Choi, IEEE Access 2021, the FPI_GD layer.
     """
 
+    _owner = "MLPEnergy"
     rowwise = True
 
     def __init__(
@@ -54,18 +55,16 @@ class MLPEnergy(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        require_count("MLPEnergy", "z_features", z_features, 1)
-        require_count("MLPEnergy", "x_features", x_features, 1)
-        require_count("MLPEnergy", "hidden_features", hidden_features, 1)
+        super().__init__(
+            activation,
+            device,
+            dtype,
+            z_features=z_features,
+            x_features=x_features,
+            hidden_features=hidden_features,
+        )
         require_real("MLPEnergy", "quadratic", quadratic, 0.0)
-        self.z_features = z_features
-        self.x_features = x_features
-        self.hidden_features = hidden_features
-        self.activation = require_activation("MLPEnergy", "activation", activation)
         self.quadratic = float(quadratic)
-        self.A = nn.Linear(x_features, hidden_features, bias=False, device=device, dtype=dtype)
-        self.B = nn.Linear(z_features, hidden_features, device=device, dtype=dtype)
         self.w = nn.Parameter(torch.empty(hidden_features, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -78,12 +77,6 @@ class MLPEnergy(nn.Module):
         orthogonal_(self.A.weight)
         self.B.reset_parameters()
         nn.init.uniform_(self.w, 0.0, self.quadratic or 1.0)
-
-    def prepare(self, z: Tensor) -> Tensor:
-        """B z + b: z (B, z_features) -> (B, hidden_features)."""
-        require_features("MLPEnergy", "z", z, self.z_features)
-        require_dtype("MLPEnergy", "z", z, self.B)
-        return self.B(z)
 
     def value(self, x: Tensor, prepared: Tensor) -> Tensor:
         """f: x (B, x_features) -> (B,)."""
@@ -107,18 +100,13 @@ class MLPEnergy(nn.Module):
 
     def lower_descent(self, prepared: Tensor, step_size: float) -> Lowered:
         """x - step_size * gradient(x, prepared) for the fused loop."""
-        weight = without_bias("MLPEnergy", "A", self.A)
+        weight, _ = linear_terms("MLPEnergy", "A", self.A, bias=False)
         derivative = DERIVATIVES[require_compiled(self.activation)]
         down = (weight * self.w[:, None]).mT * -step_size
         return Lowered(
             (Layer(weight, derivative, shift=prepared), Layer(down)),
             carry=1.0 - step_size * self.quadratic,
         )
-
-    def _hidden_input(self, x: Tensor, prepared: Tensor) -> Tensor:
-        require_features("MLPEnergy", "x", x, self.x_features)
-        require_same_batch("MLPEnergy", x, prepared)
-        return self.A(x) + prepared
 
     def extra_repr(self) -> str:
         """What repr shows besides the submodules."""

@@ -124,11 +124,13 @@ def require_consistent(owner: object, evaluations: tuple[str, ...], description:
         raise NotLowered(f"{name} redefines {redefined}() and inherits {description}()")
 
 
-def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+def linear_terms(
+    owner: str, name: str, module: nn.Module, *, bias: bool
+) -> tuple[Tensor, Tensor | None]:
     """Weight (outputs, inputs) and bias of a Linear, computed where it is parametrized.
 
     Raises:
-        NotLowered: it is another kind of module by now.
+        NotLowered: it is another kind of module by now, or has a bias without `bias`.
     """
     kind = type(module)
     if kind is not LINEAR:
@@ -136,16 +138,10 @@ def linear_terms(owner: str, name: str, module: nn.Module) -> tuple[Tensor, Tens
     if kind is not LINEAR or "forward" in vars(module):
         raise NotLowered(f"{owner}.{name} is a {type(module).__name__}, not nn.Linear")
     weight: Tensor = module.weight  # type: ignore[assignment]
-    bias: Tensor | None = module.bias  # type: ignore[assignment]
-    return weight, bias
-
-
-def without_bias(owner: str, name: str, module: nn.Module) -> Tensor:
-    """The weight of a Linear that has no bias."""
-    weight, bias = linear_terms(owner, name, module)
-    if bias is not None:
+    added: Tensor | None = module.bias  # type: ignore[assignment]
+    if added is not None and not bias:
         raise NotLowered(f"{owner}.{name} has a bias")
-    return weight
+    return weight, added
 
 
 def require_shapes(result: Lowered, tensors: tuple[Tensor, ...], layout: Layout) -> None:

@@ -7,20 +7,12 @@ from torch import Tensor, nn
 
 from fpi_cuda.activations import ACTIVATIONS
 from fpi_cuda.cells.activation import require_activation, require_compiled
-from fpi_cuda.cells.cell import (
-    FRESH_LIPSCHITZ,
-    Cell,
-    orthogonal_,
-    require_dtype,
-    require_features,
-    require_same_batch,
-)
-from fpi_cuda.cells.lowering import describes, linear_terms, without_bias
+from fpi_cuda.cells.cell import FRESH_LIPSCHITZ, Cell, Injection, orthogonal_
+from fpi_cuda.cells.lowering import describes, linear_terms
 from fpi_cuda.lowered import Layer, Lowered
-from fpi_cuda.options import require_count
 
 
-class MLP(Cell):
+class MLP(Injection, Cell):
     """g(x, z) = out_act(W act(A x + B z + b) + c).
 
     Args:
@@ -39,6 +31,7 @@ class MLP(Cell):
         Jeon, Lee, Choi, IEEE Access 2021, the FPI_NN layer.
     """
 
+    _owner = "MLP"
     x_features: int
 
     def __init__(
@@ -52,17 +45,15 @@ class MLP(Cell):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        require_count("MLP", "z_features", z_features, 1)
-        require_count("MLP", "x_features", x_features, 1)
-        require_count("MLP", "hidden_features", hidden_features, 1)
-        self.z_features = z_features
-        self.x_features = x_features
-        self.hidden_features = hidden_features
-        self.activation = require_activation("MLP", "activation", activation)
+        super().__init__(
+            activation,
+            device,
+            dtype,
+            z_features=z_features,
+            x_features=x_features,
+            hidden_features=hidden_features,
+        )
         self.out_activation = require_activation("MLP", "out_activation", out_activation)
-        self.A = nn.Linear(x_features, hidden_features, bias=False, device=device, dtype=dtype)
-        self.B = nn.Linear(z_features, hidden_features, device=device, dtype=dtype)
         self.W = nn.Linear(hidden_features, x_features, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -77,23 +68,15 @@ class MLP(Cell):
         orthogonal_(self.A.weight, gain)
         orthogonal_(self.W.weight, gain)
 
-    def prepare(self, z: Tensor) -> Tensor:
-        """B z + b: z (B, z_features) -> (B, hidden_features)."""
-        require_features("MLP", "z", z, self.z_features)
-        require_dtype("MLP", "z", z, self.B)
-        return self.B(z)
-
     def step(self, x: Tensor, prepared: Tensor) -> Tensor:
         """out_act(W act(A x + prepared) + c): x (B, x_features) -> (B, x_features)."""
-        require_features("MLP", "x", x, self.x_features)
-        require_same_batch("MLP", x, prepared)
-        hidden = ACTIVATIONS[self.activation].value(self.A(x) + prepared)
+        hidden = ACTIVATIONS[self.activation].value(self._hidden_input(x, prepared))
         return ACTIVATIONS[self.out_activation].value(self.W(hidden)).to(x.dtype)
 
     def lower(self, prepared: Tensor) -> Lowered:
         """step() for the fused loop."""
-        first = without_bias("MLP", "A", self.A)
-        second, bias = linear_terms("MLP", "W", self.W)
+        first, _ = linear_terms("MLP", "A", self.A, bias=False)
+        second, bias = linear_terms("MLP", "W", self.W, bias=True)
         activation = require_compiled(self.activation)
         out_activation = require_compiled(self.out_activation)
         return Lowered(
@@ -108,4 +91,4 @@ class MLP(Cell):
         return f"activation={self.activation!r}, out_activation={self.out_activation!r}"
 
 
-describes(MLP.lower, MLP, "step")
+describes(MLP.lower, MLP, "step", "_hidden_input")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.evaluation.state import layout_of
-from fpi_cuda.linear_solvers.gmres import orthogonalized
-from fpi_cuda.linear_solvers.linear import working_dtype
+from fpi_cuda.linear_solvers import orthogonalized, working_dtype
 from fpi_cuda.norms import row_norm
 from fpi_cuda.options import require_count
 from fpi_cuda.partial import partial
@@ -111,16 +110,20 @@ def largest_of_whole(
     A matrix and its transpose have the same eigenvalues, and rounding moves those of a matrix far
     from normal outwards, each time by another way.
     """
-    matrix = whole(transposed, flat, wanted)
+    dim, rows = flat.shape[1], torch.nonzero(wanted)[:, 0]
+    matrix = torch.empty(len(rows), dim, dim, dtype=torch.float64, device=flat.device)
+    for column in range(dim):
+        unit = torch.zeros_like(flat)
+        unit[:, column] = 1
+        matrix[:, :, column] = transposed(unit)[rows]
     matrix, finite = without_nonfinite(matrix)
     radius = error = torch.zeros_like(finite, dtype=torch.float64)
-    if matrix.shape[1]:
+    if dim:
         both = torch.stack([matrix, matrix.mT.contiguous()])
         radius, other = torch.linalg.eigvals(both).abs().amax(2).sort(0).values
         error = other - radius
-        error = torch.where(error <= matrix.shape[1] * ROUNDING * radius, 0.0, error)
-    nan = float("nan")
-    return torch.where(finite, radius, nan), torch.where(finite, error, nan)
+        error = torch.where(error <= dim * ROUNDING * radius, 0.0, error)
+    return torch.where(finite, radius, torch.nan), torch.where(finite, error, torch.nan)
 
 
 def largest_ritz(hessenberg: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -150,26 +153,13 @@ def largest_ritz(hessenberg: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     error = MARGIN * torch.maximum(residual * condition, moved) + by_rounding
     error = error.nan_to_num(torch.inf)
     error = torch.where(error <= CERTAIN * radius, error, torch.maximum(radius, norm - radius))
-    nan = float("nan")
-    return torch.where(finite, radius, nan), torch.where(finite, error, nan)
+    return torch.where(finite, radius, torch.nan), torch.where(finite, error, torch.nan)
 
 
 def without_nonfinite(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The matrices (B, ...), zero where one holds NaN or Inf, and (B,) bool which do not."""
     finite = torch.isfinite(matrix).flatten(1).all(1)
     return torch.where(finite[:, None, None], matrix, 0), finite
-
-
-def whole(transposed: Callable[[Tensor], Tensor], flat: Tensor, wanted: Tensor) -> Tensor:
-    """(n, D, D) float64: the transposed Jacobians of n wanted samples, column by column."""
-    dim = flat.shape[1]
-    rows = torch.nonzero(wanted)[:, 0]
-    matrix = torch.empty(len(rows), dim, dim, dtype=torch.float64, device=flat.device)
-    for column in range(dim):
-        unit = torch.zeros_like(flat)
-        unit[:, column] = 1
-        matrix[:, :, column] = transposed(unit)[rows]
-    return matrix
 
 
 def compressed(
@@ -237,8 +227,7 @@ def jacobian_penalty(
     total = torch.zeros((), dtype=working_dtype(flat.dtype), device=flat.device)
     for _ in range(num_probes):
         signs = torch.randint(0, 2, flat.shape, device=flat.device, generator=generator)
-        probe = (2 * signs - 1).to(flat.dtype)
-        product = partial(pairing(step, probe), flat)
+        product = partial(pairing(step, (2 * signs - 1).to(flat.dtype)), flat)
         total = total + (product.to(total.dtype) ** 2).sum()
     return total / (num_probes * flat.numel())
 

@@ -18,8 +18,7 @@ from fpi_cuda.autograd import (
 )
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.declined import Declined
-from fpi_cuda.linear_solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.linear_solvers.gmres import gmres
+from fpi_cuda.linear_solvers import conjugate_gradient, gmres
 from fpi_cuda.loops.coupled import feels, jointly, retold, rows_mix
 from fpi_cuda.loops.host import iterate
 from fpi_cuda.loops.plan import LoopAdjoint, Plan, Prepare, Solved, Unavailable

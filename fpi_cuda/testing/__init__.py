@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from fpi_cuda.testing import energy, linear, networks, no_fixed_point, scalar, singular, trained
-from fpi_cuda.testing.available import backends_available
+import torch
+
+from fpi_cuda import ops
+from fpi_cuda.testing import energy, linear, networks, small_maps, trained
 from fpi_cuda.testing.problem import NUM_SAMPLES, Problem, names, problem, zoo
 
 __all__ = ["NUM_SAMPLES", "Problem", "backends_available", "names", "problem", "zoo"]
-_FAMILIES = (linear, networks, energy, scalar, singular, no_fixed_point, trained)
+_FAMILIES = (linear, networks, energy, small_maps, trained)
+
+
+def backends_available(
+    device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[str, ...]:
+    """Names of the backends that take states of this device and dtype; "reference" always does."""
+    device = torch.device(device)
+    return tuple(name for name in ops.NAMES if ops.why_not(name, device, dtype) is None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.testing.linear import affine, symmetric
-from fpi_cuda.testing.problem import NUM_SAMPLES, Draw, Problem, register, rowwise
+from fpi_cuda.testing.problem import NUM_SAMPLES, Draw, Problem, evenly, register
 
 CONDITIONS = torch.tensor([1e1, 3e1, 1e2, 3e2, 1e3, 2e3, 5e3, 1e4], dtype=torch.float64)
 """Condition number of each sample's Hessian."""
@@ -20,51 +20,42 @@ def spectrum(conditions: Tensor, d: int) -> Tensor:
     return conditions[:, None] ** -torch.linspace(0, 1, d, dtype=torch.float64)
 
 
-@rowwise
 def quadratic_descent(x: Tensor, H: Tensor, b: Tensor, step: Tensor) -> Tensor:
     """Descent on x^T H x / 2 - b^T x with H (B, d, d), step (B, 1)."""
     return x - step * affine(x, H, -b)
 
 
-def quadratic_problem(draw: Draw, step: float) -> Problem:
-    """Descent with step / L; it is stable for step below 2."""
+def quadratic_inputs(draw: Draw, step: float) -> tuple[Tensor, Tensor, Tensor]:
+    """H, b and step sizes of `quadratic_descent`; the largest eigenvalue of H is 1."""
     H = symmetric(draw, spectrum(CONDITIONS, D))
     # A right-hand side in proportion to the spectrum keeps x_star of order one.
     b = (H @ draw.normal(NUM_SAMPLES, D, 1)).squeeze(-1)
-    H, b, steps = (t.double() for t in draw.cast(H, b, torch.full((NUM_SAMPLES, 1), step)))
+    return H, b, torch.full((NUM_SAMPLES, 1), step)
+
+
+@register(
+    {
+        "energy/quadratic-1.0": (1.0,),
+        # The steepest direction flips sign and decays by 0.9 a step.
+        "energy/quadratic-1.9": (1.9,),
+        # Picard diverges along the steepest direction.
+        "energy/quadratic-2.2": (2.2,),
+    }
+)
+def quadratic_problem(draw: Draw, step: float) -> Problem:
+    """Descent with step / L, condition numbers 10 to 10,000; it is stable for step below 2."""
+    H, b, steps = draw.rounded(*quadratic_inputs(draw, step))
     slopes = torch.linalg.eigvalsh((H + H.mT) / 2)
-    rho = (1 - steps * slopes).abs().amax().item()
     return draw.problem(
         quadratic_descent,
-        torch.zeros(NUM_SAMPLES, D),
+        torch.zeros_like(b),
         (H, b, steps),
-        contractive=rho < 1,
-        rho=rho,
+        contractive=(1 - steps * slopes).abs().amax().item() < 1,
         x_star=torch.linalg.solve(H, b),
         kappa=1 / (steps[:, 0] * torch.linalg.svdvals(H)[:, -1]),
-        bitwise=True,
     )
 
 
-@register("energy/quadratic-1.0")
-def quadratic(draw: Draw) -> Problem:
-    """Step 1 / L: condition numbers 10 to 10,000."""
-    return quadratic_problem(draw, 1.0)
-
-
-@register("energy/quadratic-1.9")
-def quadratic_stiff(draw: Draw) -> Problem:
-    """Step 1.9 / L: the steepest direction flips sign and decays by 0.9 a step."""
-    return quadratic_problem(draw, 1.9)
-
-
-@register("energy/quadratic-2.2")
-def quadratic_unstable(draw: Draw) -> Problem:
-    """Step 2.2 / L: Picard diverges along the steepest direction."""
-    return quadratic_problem(draw, 2.2)
-
-
-@rowwise
 def logistic_descent(x: Tensor, A: Tensor, weight: Tensor, step: Tensor) -> Tensor:
     """Descent on mean(softplus(-A x)) + weight |x|^2 / 2; labels are the signs of A's rows."""
     slope = torch.sigmoid(-(A * x[:, None, :]).sum(-1)) / A.shape[1]
@@ -89,49 +80,33 @@ def logistic_minimum(A: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
+@register(
+    {
+        "energy/logistic-1.0": (1.0, False),
+        "energy/logistic-1.9": (1.9, False),
+        # The curvature at x0 exceeds that at the minimum: stable there, unstable on the way.
+        "energy/logistic-edge": (1.9, True),
+    }
+)
 def logistic_problem(draw: Draw, step: float, at_minimum: bool) -> Problem:
-    """Step step / L, with L of the Hessian at the minimum, or its bound over all x."""
+    """Logistic regression, step / L, with L of the Hessian at the minimum or over all x."""
     features = draw.normal(NUM_SAMPLES, ROWS, D) * spectrum(CONDITIONS, D)[:, None, :].sqrt()
     labels = torch.sign(features.sum(-1) + 0.5 * draw.normal(NUM_SAMPLES, ROWS))
-    weight = 0.1 / CONDITIONS[:, None]
-    A, weight = (t.double() for t in draw.cast(features * labels[..., None], weight))
+    A, weight = draw.rounded(features * labels[..., None], 0.1 / CONDITIONS[:, None])
     x_star = logistic_minimum(A, weight)
     H = logistic_hessian(x_star if at_minimum else torch.zeros_like(x_star), A, weight)
-    steps = step / torch.linalg.eigvalsh(H)[:, -1:]
-    (steps,) = (t.double() for t in draw.cast(steps))
+    (steps,) = draw.rounded(step / torch.linalg.eigvalsh(H)[:, -1:])
     slopes = torch.linalg.eigvalsh(logistic_hessian(x_star, A, weight))
     return draw.problem(
         logistic_descent,
-        torch.zeros(NUM_SAMPLES, D),
+        torch.zeros_like(x_star),
         (A, weight, steps),
         contractive=True,
-        rho=(1 - steps * slopes).abs().amax().item(),
         x_star=x_star,
         kappa=1 / (steps * slopes).amin(-1),
-        bitwise=True,
     )
 
 
-@register("energy/logistic-1.0")
-def logistic(draw: Draw) -> Problem:
-    """Logistic regression, step 1 / L."""
-    return logistic_problem(draw, 1.0, at_minimum=False)
-
-
-@register("energy/logistic-1.9")
-def logistic_stiff(draw: Draw) -> Problem:
-    """Logistic regression, step 1.9 / L, with L the bound over all x."""
-    return logistic_problem(draw, 1.9, at_minimum=False)
-
-
-@register("energy/logistic-edge")
-def logistic_edge(draw: Draw) -> Problem:
-    """Logistic regression, step 1.9 / L, with L at the minimum."""
-    # The curvature at x0 exceeds that at the minimum: stable there, unstable on the way.
-    return logistic_problem(draw, 1.9, at_minimum=True)
-
-
-@rowwise
 def double_well_descent(x: Tensor, H: Tensor, b: Tensor, step: Tensor) -> Tensor:
     """Descent on sum((x^2 - 1)^2) / 4 + x^T H x / 2 - b^T x: not convex."""
     return x - step * (x * (x * x - 1) + affine(x, H, -b))
@@ -141,12 +116,12 @@ def double_well_descent(x: Tensor, H: Tensor, b: Tensor, step: Tensor) -> Tensor
 def double_well(draw: Draw) -> Problem:
     """A non-convex energy: x0 is near a saddle, the fixed points are minima."""
     H = symmetric(draw, 4 * spectrum(CONDITIONS, D))
-    steps = torch.linspace(0.05, 0.3, NUM_SAMPLES, dtype=torch.float64)[:, None]
     x0, b = 0.1 * draw.normal(NUM_SAMPLES, D), 0.3 * draw.normal(NUM_SAMPLES, D)
-    return draw.problem(double_well_descent, x0, (H, b, steps), contractive=True, bitwise=True)
+    return draw.problem(
+        double_well_descent, x0, (H, b, evenly(0.05, 0.3)[:, None]), contractive=True
+    )
 
 
-@rowwise
 def shrinkage(x: Tensor, H: Tensor, b: Tensor, step: Tensor, weight: Tensor) -> Tensor:
     """Proximal gradient for x^T H x / 2 - b^T x + weight |x|_1 (ISTA); not smooth."""
     y = quadratic_descent(x, H, b, step)
@@ -156,14 +131,11 @@ def shrinkage(x: Tensor, H: Tensor, b: Tensor, step: Tensor, weight: Tensor) -> 
 @register("energy/lasso")
 def lasso(draw: Draw) -> Problem:
     """Proximal gradient (ISTA): which coordinates are zero changes on the way."""
-    H = symmetric(draw, spectrum(CONDITIONS, D))
-    b = (H @ draw.normal(NUM_SAMPLES, D, 1)).squeeze(-1)
-    steps, weight = torch.full((NUM_SAMPLES, 1), 1.8), 0.05 * b.abs().amax(-1, keepdim=True)
-    x0 = torch.zeros(NUM_SAMPLES, D)
-    return draw.problem(shrinkage, x0, (H, b, steps, weight), contractive=True, bitwise=True)
+    H, b, steps = quadratic_inputs(draw, 1.8)
+    z = H, b, steps, 0.05 * b.abs().amax(-1, keepdim=True)
+    return draw.problem(shrinkage, torch.zeros_like(b), z, contractive=True)
 
 
-@rowwise
 def box_descent(x: Tensor, H: Tensor, b: Tensor, step: Tensor) -> Tensor:
     """Projected descent for a quadratic on the box [-0.5, 0.5]^d."""
     return quadratic_descent(x, H, b, step).clamp(-0.5, 0.5)
@@ -172,7 +144,5 @@ def box_descent(x: Tensor, H: Tensor, b: Tensor, step: Tensor) -> Tensor:
 @register("energy/box")
 def box(draw: Draw) -> Problem:
     """Projected gradient: which coordinates are at a bound changes on the way."""
-    H = symmetric(draw, spectrum(CONDITIONS, D))
-    b = (H @ draw.normal(NUM_SAMPLES, D, 1)).squeeze(-1)
-    steps, x0 = torch.full((NUM_SAMPLES, 1), 1.9), torch.zeros(NUM_SAMPLES, D)
-    return draw.problem(box_descent, x0, (H, b, steps), contractive=True, bitwise=True)
+    z = quadratic_inputs(draw, 1.9)
+    return draw.problem(box_descent, torch.zeros(NUM_SAMPLES, D), z, contractive=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,6 @@ NUM_SAMPLES = 8
 """Samples of every problem; they differ in z and in conditioning."""
 
 Map = Callable[..., Tensor]
-M = TypeVar("M", bound=Callable[..., Any])
-
-
-def rowwise(g: M) -> M:
-    """Mark `g` as row-wise: sample i of g(x, *z) depends on row i of x and of each z only."""
-    g.rowwise = True  # type: ignore[attr-defined]
-    return g
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,6 @@ class Problem:
             holds NaN.
         contractive: the spectral radius of dg/dx at the fixed point is below 1 on every sample
             and Picard gets there from x0.
-        rho: the largest such radius over the samples, where it is known.
         x_star: like x0, float64: the fixed point of the problem as rounded to x0.dtype; None
             where it has no closed form or is not unique.
         kappa: (B,) float64, ||(I - dg/dx)^-1||_2 at x_star: the distance to x_star is at most
@@ -51,15 +43,9 @@ class Problem:
     z: tuple[Tensor, ...]
     has_fixed_point: Tensor
     contractive: bool = False
-    rho: float | None = None
     x_star: Tensor | None = None
     kappa: Tensor | None = None
-    bitwise: bool = False
-
-    @property
-    def family(self) -> str:
-        """The part of the name before the slash."""
-        return self.name.split("/")[0]
+    bitwise: bool = True
 
     @property
     def flat_x0(self) -> Tensor:
@@ -100,26 +86,42 @@ class Draw:
         """The tensors rounded to the problem's dtype."""
         return tuple(t.to(self.dtype) for t in tensors)
 
+    def rounded(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The same in float64: what a closed form starts from."""
+        return tuple(t.double() for t in self.cast(*tensors))
+
     def problem(
-        self, g: Map, x0: Tensor, z: tuple[Tensor, ...], *, exists: bool = True, **known: Any
+        self,
+        g: Map,
+        x0: Tensor,
+        z: tuple[Tensor, ...],
+        *,
+        exists: bool | Tensor = True,
+        **known: Any,
     ) -> Problem:
-        """A Problem over this draw's name and dtype; `exists` is has_fixed_point of all."""
-        has_fixed_point = torch.full((x0.shape[0],), exists)
-        (x0,) = self.cast(x0)
-        return Problem(self.name, g, x0, self.cast(*z), has_fixed_point, **known)
+        """A Problem over this draw's name and dtype; `exists` is has_fixed_point."""
+        has_fixed_point = torch.as_tensor(exists).expand(NUM_SAMPLES)
+        x0, *inputs = self.cast(x0, *z)
+        return Problem(self.name, g, x0, tuple(inputs), has_fixed_point, **known)
 
 
-Builder = Callable[[Draw], Problem]
-_builders: dict[str, Builder] = {}
+Builder = Callable[..., Problem]
+_builders: dict[str, tuple[Builder, tuple[Any, ...]]] = {}
 
 
-def register(name: str) -> Callable[[Builder], Builder]:
-    """Add a problem to the zoo under `name`, "family/variant"."""
+def register(variants: str | dict[str, tuple[Any, ...]]) -> Callable[[Builder], Builder]:
+    """Add the problems of a builder (draw, *arguments) to the zoo.
+
+    Args:
+        variants: the name of one problem, "family/variant", or the arguments of several by name.
+    """
+    known = {variants: ()} if isinstance(variants, str) else variants
 
     def add(builder: Builder) -> Builder:
-        if name in _builders:
-            raise ValueError(f"register: problem names must be unique, got {name!r} twice")
-        _builders[name] = builder
+        twice = sorted(_builders.keys() & known)
+        if twice:
+            raise ValueError(f"register: problem names must be unique, got {twice} twice")
+        _builders.update({name: (builder, arguments) for name, arguments in known.items()})
         return builder
 
     return add
@@ -138,9 +140,15 @@ def problem(name: str, dtype: torch.dtype = torch.float64) -> Problem:
     """
     if name not in _builders:
         raise ValueError(f"problem: unknown name {name!r}. Valid names: {', '.join(_builders)}")
-    return _builders[name](Draw(name, dtype))
+    builder, arguments = _builders[name]
+    return builder(Draw(name, dtype), *arguments)
 
 
 def zoo(dtype: torch.dtype = torch.float64, family: str | None = None) -> list[Problem]:
     """Every problem (of one family), rounded to `dtype`."""
     return [problem(name, dtype) for name in names(family)]
+
+
+def evenly(low: float, high: float) -> Tensor:
+    """(B,) float64 values evenly from low to high, one per sample."""
+    return torch.linspace(low, high, NUM_SAMPLES, dtype=torch.float64)

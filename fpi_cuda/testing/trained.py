@@ -7,15 +7,12 @@ depend on x is done already: z is what reaches the loop of the features.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fpi_cuda.testing.problem import Draw, Problem, register
+from fpi_cuda.testing.problem import Draw, Map, Problem, register
 
 WEIGHTS = Path(__file__).with_name("trained_layers.npz")
 """Arrays called layer.weight and layer.z<k>."""
@@ -46,18 +43,6 @@ def energy_curvature(
     return torch.linalg.eigvalsh(H) + decay
 
 
-@dataclass(frozen=True)
-class TrainedMap:
-    """One of the functions above with its weights."""
-
-    function: Callable[..., Tensor]
-    weights: dict[str, Tensor]
-    rowwise: ClassVar[bool] = True
-
-    def __call__(self, x: Tensor, *z: Tensor) -> Tensor:
-        return self.function(x, *z, **self.weights)
-
-
 @functools.cache
 def stored() -> dict[str, Tensor]:
     """Every array of the file, as float64."""
@@ -79,47 +64,34 @@ def layer(draw: Draw, name: str) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]
     return arrays, z
 
 
+@register(
+    {
+        # Trained with ||V|| ||A|| / 4 below 1.
+        "trained/perceptron": ("perceptron", sigmoid_perceptron, True),
+        # Trained without a bound: it has left the region where it contracts.
+        "trained/perceptron-free": ("perceptron_free", sigmoid_perceptron, False),
+        # Not convex, with the step size it was trained with.
+        "trained/energy": ("energy", energy_descent, True),
+    }
+)
 def trained_problem(
-    draw: Draw, name: str, function: Callable[..., Tensor], contractive: bool, **replaced: Tensor
+    draw: Draw, name: str, function: Map, contractive: bool, **replaced: Tensor
 ) -> Problem:
     """A stored layer from x = 0, some weights replaced."""
     weights, z = layer(draw, name)
-    labels = weights["A"].shape[-1]
-    x0 = torch.zeros(z[0].shape[0], labels)
-    g = TrainedMap(function, weights | replaced)
-    return draw.problem(g, x0, z, contractive=contractive)
+    x0 = torch.zeros(z[0].shape[0], weights["A"].shape[-1])
+    g = functools.partial(function, **weights | replaced)
+    return draw.problem(g, x0, z, contractive=contractive, bitwise=False)
 
 
-@register("trained/perceptron")
-def perceptron(draw: Draw) -> Problem:
-    """FPI_NN trained with ||V|| ||A|| / 4 below 1."""
-    return trained_problem(draw, "perceptron", sigmoid_perceptron, True)
-
-
-@register("trained/perceptron-free")
-def perceptron_free(draw: Draw) -> Problem:
-    """FPI_NN trained without a bound: it has left the region where it contracts."""
-    return trained_problem(draw, "perceptron_free", sigmoid_perceptron, False)
-
-
-@register("trained/energy")
-def energy(draw: Draw) -> Problem:
-    """FPI_GD, not convex, with the step size it was trained with."""
-    return trained_problem(draw, "energy", energy_descent, True)
-
-
-@register("trained/energy-edge")
-def energy_edge(draw: Draw) -> Problem:
-    """FPI_GD, not convex, with a step size near the edge of stability."""
-    return edge_problem(draw, "energy")
-
-
-@register("trained/energy-convex-edge")
-def energy_convex_edge(draw: Draw) -> Problem:
-    """FPI_GD with a strongly convex energy, with a step size near the edge of stability."""
-    return edge_problem(draw, "energy_convex")
-
-
+@register(
+    {
+        # Not convex.
+        "trained/energy-edge": ("energy",),
+        # Strongly convex.
+        "trained/energy-convex-edge": ("energy_convex",),
+    }
+)
 def edge_problem(draw: Draw, name: str) -> Problem:
     """A stored energy with EDGE / L as its step size, L the largest curvature at the minima."""
     weights, z = layer(Draw(draw.name, torch.float64), name)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fpi_cuda.linear_solvers.conjugate_gradient import conjugate_gradient
-from fpi_cuda.linear_solvers.gmres import gmres
+from fpi_cuda.linear_solvers import conjugate_gradient, gmres
 from fpi_cuda.solution import SolveResult, Status
 
 SOLVERS = ["gmres", "gmres_restarted", "conjugate_gradient"]

@@ -1,1 +1,0 @@
-"""Solvers of linear systems, for adjoints: GMRES and conjugate gradients."""
