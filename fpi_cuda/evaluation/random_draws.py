@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 
 from fpi_cuda.evaluation.dispatch_modes import QuietMode
 from fpi_cuda.evaluation.recomputed import Start, recomputations_use, require_not_reentrant
-from fpi_cuda.evaluation.stream_capture import never_drops
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,7 +111,11 @@ class DrawMode(QuietMode):
     Args:
         draws: of an evaluation; more may be added to them while this goes on.
         position: where among them this one is.
+    Attributes:
+        draw: what an op of some kind returns.
     """
+
+    draw: Callable[[Kind, Any, tuple[Any, ...], dict[str, Any]], Any]
 
     def __init__(self, draws: Sequence[Draw], position: int = 0) -> None:
         super().__init__()
@@ -150,10 +153,6 @@ class DrawMode(QuietMode):
             require_not_reentrant()
         recomputations_use(self.rest)
         return self.draw(kind, func, args, kwargs)
-
-    def draw(self, kind: Kind, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the op returns."""
-        raise NotImplementedError
 
     def rest(self) -> Start:
         """What hands out from here on what this mode hands out."""
@@ -261,11 +260,11 @@ def seeded(func: Any) -> tuple[Any, int] | None:
 
 def draws_none(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the op is told to leave nothing out, so that it draws nothing."""
-    if never_drops(func, args, kwargs):
-        return True
-    given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
+    arguments = func._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= {a.name: v for a, v in zip(arguments, args, strict=False)} | kwargs
     train = next((given[name] for name in ("train", "training") if name in given), None)
-    share = next((given[name] for name in ("p", "dropout") if name in given), None)
+    share = next((given[name] for name in ("p", "dropout", "dropout_p") if name in given), None)
     return train is False or (isinstance(share, float) and share == 0.0)
 
 

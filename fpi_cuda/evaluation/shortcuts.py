@@ -26,7 +26,6 @@ WRITTEN_OTHERWISE = (
     "its call is not written as return self.step(x, self.prepare(*z)), so they may differ"
 )
 ALL_HOOKED = "there are hooks on all modules, which must see their evaluations"
-LINEAR_REPLACED = "nn.Linear.forward() or functional.linear() was replaced"
 
 
 def written_as(function: Any, name: str) -> Any:
@@ -189,7 +188,7 @@ def why_linear_matters() -> str | None:
     """Why a Linear may compute something else than its weight and bias say, or None."""
     if LINEAR.forward is LINEAR_FORWARD and functional.linear is FUNCTIONAL_LINEAR:
         return None
-    return LINEAR_REPLACED
+    return "nn.Linear.forward() or functional.linear() was replaced"
 
 
 def is_plain_linear(module: nn.Module) -> bool:
