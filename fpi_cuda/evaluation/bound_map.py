@@ -14,9 +14,8 @@ from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.buffers import MovingBuffers, modules_of
 from fpi_cuda.evaluation.context import Replay
 from fpi_cuda.evaluation.dense import why_not_dense
-from fpi_cuda.evaluation.same_value import same_value
+from fpi_cuda.evaluation.same_value import counted_version, same_value
 from fpi_cuda.evaluation.state import Layout
-from fpi_cuda.evaluation.tensor_version import counted_version
 from fpi_cuda.evaluation.weight_cache import WeightCache
 
 Watch = Callable[[int, Tensor, Tensor], None]

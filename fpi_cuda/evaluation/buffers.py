@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.modules import modules_in
-from fpi_cuda.evaluation.tensor_version import version_of
+from fpi_cuda.evaluation.same_value import version_of
 
 LARGEST = 1 << 20
 """Elements of a buffer of which every solve makes a copy in case that it moves; of a larger one it
