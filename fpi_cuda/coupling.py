@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fpi_cuda.evaluation.bound_map import BoundMap
-from fpi_cuda.evaluation.tensor_version import version_of
+from fpi_cuda.evaluation.same_value import version_of
 from fpi_cuda.options import Options, Picard
 
 MOST_VERDICTS = 1024

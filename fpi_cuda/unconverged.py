@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import warnings
-from collections import OrderedDict, deque
+from collections import deque
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ FEW = 16
 """Numbers that Python compares faster than torch does."""
 
 MOST_SITES = 1024
-"""Lines remembered; a program that makes up more of them hears of the oldest again."""
+"""Lines remembered; a program that makes up more of them hears of those again that rest longest."""
 
 
 class FixedPointWarning(UserWarning):
@@ -48,6 +49,10 @@ class Site(NamedTuple):
     filename: str
     lineno: int
     module: str | None
+
+
+NOWHERE = Site(__file__, 1, __name__)
+"""Of a thread that runs nothing outside of this package and torch."""
 
 
 class Outcome(NamedTuple):
@@ -103,7 +108,12 @@ class Notice:
             if not being_captured(status.device):
                 self._look_later(solution, rtol, atol)
             return
-        worst = worst_of_cpu(status) if record.worst is None else record.worst.value()
+        if record.worst is not None:
+            worst = record.worst.value()
+        elif status.dim() == 1 and len(status) <= FEW:
+            worst = max(status.tolist(), default=0)
+        else:
+            worst = worst_of(status).item()
         if worst > CONVERGED:
             self.say_forward(outcome_of(solution), rtol, atol)
 
@@ -120,12 +130,13 @@ class Notice:
 
     def say_forward(self, outcome: Outcome, rtol: float, atol: float) -> None:
         """Say that the solve of a fixed point has not converged, unless that has been said."""
+        codes = outcome.status.unique().tolist()
+        remedies = "; ".join(Status(code).remedy for code in codes if code != CONVERGED)
         text = (
             f"{counted(outcome, 'did not converge')}, asked for rtol={rtol:g}"
-            f"{f', atol={atol:g}' if atol else ''}. Try: {remedies_of(outcome.status)}. "
-            f"{self._scope()}Solution.status says which, throw=True raises"
+            f"{f', atol={atol:g}' if atol else ''}. Try: {remedies}"
         )
-        self._say(("forward",), text)
+        self._say({"forward": text}, "Solution.status says which, throw=True raises")
 
     def look_at_adjoint(self, b: Tensor, status: Tensor, residual: Tensor, zeroed: int) -> bool:
         """Say it if an adjoint solve for b (B, D) has not converged, or left samples out.
@@ -137,10 +148,9 @@ class Notice:
             Whether anything was said.
         """
         look_at_waiting()
-        kinds, texts = [], []
+        texts: dict[str, str] = {}
         if zeroed and not self._has_said("zeroed"):
-            kinds.append("zeroed")
-            texts.append(
+            texts["zeroed"] = (
                 f"{zeroed} of {status.numel()} samples contribute no gradient, for their solve or "
                 "its adjoint ended DIVERGED or NONFINITE"
             )
@@ -148,21 +158,16 @@ class Notice:
             unfinished = (status == Status.MAX_STEPS) | (status == Status.STALLED)
             unfinished &= ~torch.isnan(residual)
             if bool(unfinished.any()):
-                kinds.append("adjoint")
                 rest = torch.where(unfinished, status, int(Status.CONVERGED))
                 outcome = Outcome(rest, residual, row_norm(b.detach()))
-                texts.append(
+                texts["adjoint"] = (
                     f"{counted(outcome, 'have an adjoint solve that did not converge')}, so their "
                     "gradients are inexact. Try: another Implicit(solver=, rtol=, max_steps=), "
                     "such as Implicit(solver=GMRES())"
                 )
-        if kinds:
-            text = f"{'; '.join(texts)}. {self._scope()}adjoint_stats says more"
-            self._say(tuple(kinds), text)
-        return bool(kinds)
-
-    def _scope(self) -> str:
-        return "Said once per " + ("layer; " if self.site is None else "line; ")
+        if texts:
+            self._say(texts, "adjoint_stats says more")
+        return bool(texts)
 
     def _has_said(self, kind: str) -> bool:
         said = self._said.get(kind)
@@ -171,11 +176,12 @@ class Notice:
         listener, ignored = said
         return (self.site is None and not ignored) or listener is filters()
 
-    def _say(self, kinds: tuple[str, ...], text: str) -> None:
-        site = call_site() or self._called_at or Site(__file__, 1, __name__)
-        text = f"{self.owner}: {text}"
+    def _say(self, texts: dict[str, str], more: str) -> None:
+        site = call_site() or self._called_at or NOWHERE
+        scope = "layer" if self.site is None else "line"
+        text = f"{self.owner}: {'; '.join(texts.values())}. Said once per {scope}; {more}"
         with LOCK:
-            kinds = tuple(kind for kind in kinds if not self._has_said(kind))
+            kinds = [kind for kind in texts if not self._has_said(kind)]
             said = (filters(), is_ignored(text, site))
             self._said.update(dict.fromkeys(kinds, said))
         if not kinds:
@@ -200,7 +206,6 @@ class Waiting(NamedTuple):
 
 LOCK = threading.Lock()
 waiting: deque[Waiting] = deque()
-sites: OrderedDict[Site, Notice] = OrderedDict()
 
 
 def look_at_waiting(caller: Notice | None = None, solution: Any = None) -> None:
@@ -232,15 +237,13 @@ def look_at_waiting(caller: Notice | None = None, solution: Any = None) -> None:
 
 def notice_here() -> Notice:
     """The notice of the line that called into this package."""
-    site = call_site()
-    if site is None:
-        return Notice("fixed_point", Site(__file__, 1, __name__))
-    found = sites.get(site)
-    if found is None:
-        found = sites.setdefault(site, Notice("fixed_point", site))
-        while len(sites) > MOST_SITES:
-            sites.popitem(last=False)
-    return found
+    return notice_of(call_site() or NOWHERE)
+
+
+@functools.lru_cache(MOST_SITES)
+def notice_of(site: Site) -> Notice:
+    """The notice of a line."""
+    return Notice("fixed_point", site)
 
 
 def call_site() -> Site | None:
@@ -276,13 +279,6 @@ def is_ignored(text: str, site: Site) -> bool:
     return False
 
 
-def worst_of_cpu(status: Tensor) -> float:
-    """The same for numbers that are at hand; 0 without samples."""
-    if status.dim() == 1 and len(status) <= FEW:
-        return max(status.tolist(), default=0)
-    return worst_of(status).item()
-
-
 def outcome_of(solution: Any) -> Outcome:
     """How a solve ended."""
     parts = solution.value if isinstance(solution.value, tuple) else (solution.value,)
@@ -313,9 +309,3 @@ def counted(outcome: Outcome, failing: str) -> str:
     if not finite:
         return words
     return f"{words}, worst {measure} {max(finite):.2g}"
-
-
-def remedies_of(status: Tensor) -> str:
-    """What to try."""
-    codes = status.unique().tolist()
-    return "; ".join(Status(code).remedy for code in codes if code != Status.CONVERGED)

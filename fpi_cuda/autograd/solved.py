@@ -24,9 +24,8 @@ from fpi_cuda.autograd.transformed import Inputs
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.bound_map import BoundMap
 from fpi_cuda.evaluation.modules import held_by
-from fpi_cuda.evaluation.same_value import CHANGED, require_same_value
+from fpi_cuda.evaluation.same_value import CHANGED, counted_version, require_same_value, version_of
 from fpi_cuda.evaluation.shortcuts import any_backward_hooks
-from fpi_cuda.evaluation.tensor_version import counted_version, version_of
 
 UNNAMED = (
     "fixed_point: a second derivative needs every tensor that g depends on, and g closes over one "

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from fpi_cuda.evaluation import transforms
-from fpi_cuda.evaluation.buffers import keeping, modules_of, moving_buffers
+from fpi_cuda.evaluation.buffers import MovingBuffers, modules_of
 from fpi_cuda.evaluation.context import Replay, WeightCache
-from fpi_cuda.evaluation.same_value import same_value
+from fpi_cuda.evaluation.same_value import counted_version, same_value
 from fpi_cuda.evaluation.state import Layout, why_not_dense
-from fpi_cuda.evaluation.tensor_version import counted_version
 
 Watch = Callable[[int, Tensor, Tensor], None]
 """watch(step, x, gx): looks at one of the steps that a call has made."""
@@ -60,18 +59,19 @@ class BoundMap:
         hoisted: bool = False,
     ) -> None:
         self.replay = replay = Replay(layout.device, g)
-        of_prepare = Replay(layout.device, g, "prepare") if hoisted else None
+        of_prepare = Replay(layout.device, g, "prepare") if hoisted else replay
         self.g = g
         self.layout = layout
         self.z = z
         self.hoisted = hoisted
         self.arithmetic = replay.autocast_dtype or layout.dtype
         self.modules = modules_of(g)
-        self.buffers = moving_buffers(self.modules)
-        mine, of_its_own = self.buffers or (None, None)
-        self._run = keeping(mine, replay)
-        if of_prepare is not None:
-            self._prepared = keeping(of_its_own, of_prepare)
+        self.buffers: tuple[MovingBuffers, ...] = ()
+        moving = [m for m in self.modules if m._buffers and getattr(m, "training", False)]
+        if moving:
+            self.buffers = (MovingBuffers(moving, replay), MovingBuffers(moving, of_prepare))
+        runs: Sequence[Callable[..., Any]] = self.buffers or (replay, of_prepare)
+        self._run, self._prepared = runs
         self._named = "what prepare returned" if hoisted else "z"
         self._read_only = ReadOnly("z", z)
         self._recording: Recording | None = None
@@ -200,7 +200,7 @@ class BoundMap:
         ):
             return self._looked_after(x, read, read_only)
         version, versions = counted_version(x), [*map(counted_version, read_only.counted)]
-        gx = self._direct(self._state_in(x, writable=False), read)
+        gx = self._direct(self.layout.unflatten(x), read)
         if [*map(counted_version, read_only.counted)] != versions:
             read_only.require(versions)
         if counted_version(x) != version:
@@ -209,7 +209,7 @@ class BoundMap:
 
     def _looked_after(self, x: Tensor, read: Any, read_only: ReadOnly) -> Tensor:
         """The same with everything seen to that an evaluation may need besides a call of g."""
-        replay = self.replay
+        replay, state_in = self.replay, self.layout.unflatten
         # Inference tensors do not count how often they were changed.
         copies = replay.changes_x is not False or x.is_inference()
         given = x.clone() if copies else x
@@ -217,9 +217,9 @@ class BoundMap:
         call = functools.partial(self._direct, read=read)
 
         def again() -> Any:
-            return call(self._state_in(x.clone() if copies else x, writable=copies))
+            return call(state_in(x.clone() if copies else x, writable=copies))
 
-        evaluation = functools.partial(call, self._state_in(given, writable=copies))
+        evaluation = functools.partial(call, state_in(given, writable=copies))
         gx = read_only.during(functools.partial(self._run, evaluation, again))
         changed = version is not None and counted_version(given) != version
         if changed and not copies:
@@ -227,13 +227,6 @@ class BoundMap:
         if replay.changes_x is None:
             replay.changes_x = changed
         return self._flattened(gx, x)
-
-    def _state_in(self, x: Tensor, *, writable: bool) -> Any:
-        """The user's state that lies in x (n, D)."""
-        layout = self.layout
-        if layout.is_tuple:
-            return layout.unflatten(x, writable=writable)
-        return x.reshape(x.shape[: layout.batch_dims] + layout.shapes[0])
 
     def _flattened(self, gx: Any, x: Tensor) -> Tensor:
         """gx (n, D), if it is like the state in x; what autocast made of its dtype is undone."""
@@ -300,13 +293,9 @@ class ReadOnly:
     def __init__(self, name: str, read: Any) -> None:
         self._name = name
         self.read = object() if isinstance(read, list) else read
-        self._tensors: list[Tensor] = []
-        self.counted: list[Tensor] = []
-        self.uncounted: list[Tensor] = []
-        for t in parts_of(read):
-            if isinstance(t, Tensor):
-                self._tensors.append(t)
-                (self.uncounted if t.is_inference() else self.counted).append(t)
+        self._tensors = [t for t in parts_of(read) if isinstance(t, Tensor)]
+        self.counted = [t for t in self._tensors if not t.is_inference()]
+        self.uncounted = [t for t in self._tensors if t.is_inference()]
         self.to_copy = 2 if self.uncounted else 0
 
     def during(self, run: Callable[[], Any]) -> Any:

@@ -14,7 +14,7 @@ import itertools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.modules import modules_in
-from fpi_cuda.evaluation.tensor_version import version_of
+from fpi_cuda.evaluation.same_value import version_of
 
 LARGEST = 1 << 20
 """Elements of a buffer of which every solve makes a copy in case that it moves; of a larger one it
@@ -108,10 +108,12 @@ class MovingBuffers:
 
     Args:
         modules: those with buffers.
+        run: makes an evaluation.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], run: Callable[..., Any]) -> None:
         self._modules = modules
+        self._run = run
         self._kept: list[Kept] | None = None
         self._over = False
 
@@ -123,9 +125,9 @@ class MovingBuffers:
                 if kept.late and kept.moved:
                     kept.put_back()
 
-    @contextlib.contextmanager
-    def one_evaluation(self) -> Iterator[None]:
-        """Around an evaluation of g: it finds the buffers as the first one found them."""
+    def __call__(self, *evaluations: Callable[[], Any]) -> Any:
+        """run(*evaluations), which finds the buffers as the first one found them."""
+        outside: list[tuple[Kept, Tensor | None]] = []
         if self._kept is None:
             self._kept = [
                 Kept(module, name, t)
@@ -133,17 +135,18 @@ class MovingBuffers:
                 for name, t in module._buffers.items()
                 if t is not None
             ]
-            yield
-            self._look()
-            return
-        outside = [(kept, kept.module._buffers[kept.name]) for kept in self._kept if kept.moved]
+        else:
+            outside = [(kept, kept.module._buffers[kept.name]) for kept in self._kept if kept.moved]
         copies = [copy_of(t) for _, t in outside if t is not None] if self._over else []
         with torch.no_grad():
             for kept, _ in outside:
                 kept.put_back()
         try:
-            yield
-            self._look()
+            result = self._run(*evaluations)
+            # What starts from zeros may move only later.
+            for kept in self._kept:
+                kept.look()
+            return result
         finally:
             if self._over:
                 with torch.no_grad():
@@ -151,33 +154,6 @@ class MovingBuffers:
                         kept.module._buffers[kept.name] = t
                         assert t is not None
                         overwrite(t, numbers)
-
-    def _look(self) -> None:
-        # What starts from zeros may move only later.
-        for kept in self._kept or ():
-            kept.look()
-
-
-def moving_buffers(modules: list[nn.Module]) -> tuple[MovingBuffers, ...]:
-    """What evaluations of a g may change, and of its prepare; empty where there is nothing.
-
-    Args:
-        modules: of g.
-    """
-    modules = [m for m in modules if m._buffers and getattr(m, "training", False)]
-    return (MovingBuffers(modules), MovingBuffers(modules)) if modules else ()
-
-
-def keeping(buffers: MovingBuffers | None, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, whose evaluations of g find the buffers as the first one found them."""
-    if buffers is None:
-        return run
-
-    def kept(*evaluations: Callable[[], Any]) -> Any:
-        with buffers.one_evaluation():
-            return run(*evaluations)
-
-    return kept
 
 
 def modules_of(g: object) -> list[nn.Module]:
@@ -195,7 +171,12 @@ def modules_of(g: object) -> list[nn.Module]:
             for number, module in enumerate(new):
                 found[id(module)] = module
                 if number < budget:
-                    pending.extend(held_besides(module))
+                    # What it holds where torch does not look for modules.
+                    pending.extend(
+                        value
+                        for name, value in module.__dict__.items()
+                        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
+                    )
             budget -= min(budget, len(new))
         else:
             seen[id(part)] = part
@@ -203,15 +184,6 @@ def modules_of(g: object) -> list[nn.Module]:
             pending.extend(held)
             budget -= bool(held)
     return list(found.values())
-
-
-def held_besides(module: nn.Module) -> list[Any]:
-    """What a module holds where torch does not look for modules."""
-    return [
-        value
-        for name, value in module.__dict__.items()
-        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
-    ]
 
 
 def held_by(g: Any) -> list[Any]:

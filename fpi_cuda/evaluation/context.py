@@ -17,8 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from fpi_cuda.evaluation import transforms
-from fpi_cuda.evaluation.drawing_ops import Generators
-from fpi_cuda.evaluation.random_draws import Draw, Recording, Replaying, here
+from fpi_cuda.evaluation.random_draws import Draw, Generators, Recording, Replaying, here
 from fpi_cuda.evaluation.stream_capture import NoRandomNumbers
 
 UNDER_GRAD = (

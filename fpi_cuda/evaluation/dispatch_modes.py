@@ -53,12 +53,12 @@ class EagerMode(TorchDispatchMode):
 
     _lock = threading.Lock()
     _entered = 0
-    _outside: tuple[Any, ...] = ()
+    _outside: tuple[bool, ...] = ()
 
     def __enter__(self) -> Self:
         with EagerMode._lock:
             if EagerMode._entered == 0:
-                EagerMode._outside = tuple(getattr(_python_dispatch, f, None) for f in FLAGS)
+                EagerMode._outside = tuple(getattr(_python_dispatch, f, False) for f in FLAGS)
             EagerMode._entered += 1
             super().__enter__()
         return self
@@ -69,8 +69,7 @@ class EagerMode(TorchDispatchMode):
             EagerMode._entered -= 1
             inside = EagerMode._entered > 0
             for name, outside in zip(FLAGS, EagerMode._outside, strict=True):
-                if outside is not None:
-                    setattr(_python_dispatch, name, inside or outside)
+                setattr(_python_dispatch, name, inside or outside)
             tell = getattr(_python_dispatch, SET_IN_C, None)
             if tell is not None:
-                tell(inside or bool(EagerMode._outside[-1]))
+                tell(inside or EagerMode._outside[-1])

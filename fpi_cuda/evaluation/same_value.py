@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,15 @@ CHANGED = (
     "in backward, and there {what}. g must be a function of x, z and tensors that do not change in "
     "between: take the derivative before they change, or change a copy"
 )
+
+
+counted_version = operator.attrgetter("_version")
+"""How often a tensor was changed in place; raises for inference tensors, which do not count it."""
+
+
+def version_of(t: Tensor) -> int:
+    """The same, and 0 for inference tensors."""
+    return 0 if t.is_inference() else counted_version(t)
 
 
 def same_value(gx: Tensor, expected: Tensor, arithmetic: torch.dtype, sizes: Sequence[int]) -> bool:

@@ -26,7 +26,6 @@ WRITTEN_OTHERWISE = (
     "its call is not written as return self.step(x, self.prepare(*z)), so they may differ"
 )
 ALL_HOOKED = "there are hooks on all modules, which must see their evaluations"
-LINEAR_REPLACED = "nn.Linear.forward() or functional.linear() was replaced"
 
 
 def written_as(function: Any, name: str) -> Any:
@@ -120,7 +119,6 @@ def is_composition(g: object) -> bool:
         return True  # There is no other meaning that a call could have.
     return (
         type(called) is FunctionType
-        and called.__code__.co_names in NAMES
         and called.__defaults__ is None
         and shape_of(called) in COMPOSITIONS
     )
@@ -146,7 +144,6 @@ WAYS: tuple[Callable[..., Any], ...] = (
     lambda self, x, y, z: self.step(x, self.prepare(y, z)),
 )
 COMPOSITIONS = {shape_of(way) for way in WAYS}
-NAMES = {("step", "prepare"), ("prepare", "step")}
 
 
 def redefined(g: object) -> str | None:
@@ -183,18 +180,15 @@ def why_parts_matter(module: nn.Module) -> str | None:
     """Why calls of a module, or of one inside it, must not be passed over, or None."""
     if hooks_on_all():
         return ALL_HOOKED
-    for part in modules_in(module):
-        reason = why_own_call_matters(part)
-        if reason is not None:
-            return reason
-    return why_linear_matters()
+    reasons = map(why_own_call_matters, modules_in(module))
+    return next(filter(None, reasons), None) or why_linear_matters()
 
 
 def why_linear_matters() -> str | None:
     """Why a Linear may compute something else than its weight and bias say, or None."""
     if LINEAR.forward is LINEAR_FORWARD and functional.linear is FUNCTIONAL_LINEAR:
         return None
-    return LINEAR_REPLACED
+    return "nn.Linear.forward() or functional.linear() was replaced"
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -228,26 +222,18 @@ def why_modes_matter() -> str | None:
 def why_not_captured(g: object) -> str | None:
     """Why each evaluation of g has to run its Python code, or None if that is not known.
 
-    Those hooks of torch that only compute weights may run once.
+    Hooks of torch's weight_norm, spectral_norm and pruning only compute weights: they may run once.
     """
     if not isinstance(g, nn.Module):
         return None
     if hooks_on_all():
         return ALL_HOOKED
     for part in modules_in(g):
-        if not all(map(computes_weights, hooks_of(vars(part)))):
+        own = vars(part)
+        hooks = [type(hook) for kind in HOOKS for hook in (own.get(kind) or {}).values()]
+        if not all(hook.__module__.startswith("torch.nn.utils.") for hook in hooks):
             return f"{type(part).__name__} has hooks, which must see its evaluations"
     return None
-
-
-def hooks_of(own: dict[str, Any]) -> list[Any]:
-    """The hooks of a module with these attributes."""
-    return [hook for kind in HOOKS for hook in (own.get(kind) or {}).values()]
-
-
-def computes_weights(hook: Any) -> bool:
-    """Whether this is a hook of torch's weight_norm, spectral_norm or pruning."""
-    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def why_rows_unknown(g: object) -> str | None:
@@ -272,13 +258,10 @@ def why_rows_unknown(g: object) -> str | None:
             return reason
         if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
             return f"{type(part).__name__} computes with all samples"
-        if part._modules and type(part).__module__.startswith("fpi_cuda.cells."):
-            child: Any
-            for name, child in part._modules.items():
-                if name in LINEAR_PARTS and type(child).forward is not LINEAR_FORWARD:
-                    return (
-                        f"{type(part).__name__}.{name} is a {type(child).__name__}, not nn.Linear"
-                    )
+        for name, child in part._modules.items() if is_ours(part) else ():
+            kind = type(child)
+            if name in LINEAR_PARTS and getattr(kind, "forward", None) is not LINEAR_FORWARD:
+                return f"{type(part).__name__}.{name} is a {kind.__name__}, not nn.Linear"
     return why_linear_matters()
 
 

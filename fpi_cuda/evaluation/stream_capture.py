@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fpi_cuda.evaluation.dispatch_modes import EagerMode
+from fpi_cuda.evaluation.random_draws import draws_none
 
 
 class NoRandomNumbers(EagerMode):
@@ -21,19 +22,10 @@ class NoRandomNumbers(EagerMode):
     ) -> Any:
         """Look at the op, then call it."""
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags and not never_drops(func, args, kwargs):
+        if torch.Tag.nondeterministic_seeded in func.tags and not draws_none(func, args, kwargs):
             raise RuntimeError(
                 f"fixed_point: g draws random numbers ({func.name()}), and in a solve that is "
                 "being captured into a CUDA graph they would change from step to step. Draw them "
                 "before the call"
             )
         return func(*args, **kwargs)
-
-
-def never_drops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the op is an attention without dropout, which needs no random numbers."""
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            given = args[index] if index < len(args) else kwargs.get("dropout_p")
-            return (argument.default_value if given is None else given) == 0.0
-    return False

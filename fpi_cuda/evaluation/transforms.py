@@ -127,12 +127,6 @@ def all_one_by_one(
         shapes[:] = [None if t is None else t.shape for t in found]
         return torch.cat([v.new_zeros(0), *(t.flatten() for t in found if t is not None)])
 
-    together, begin = one_by_one(flat, v), 0
-    apart: list[Tensor | None] = []
-    for shape in shapes:
-        if shape is None:
-            apart.append(None)
-            continue
-        apart.append(together.narrow(0, begin, shape.numel()).view(shape))
-        begin += shape.numel()
-    return apart
+    together = one_by_one(flat, v)
+    parts = iter(together.split([shape.numel() for shape in shapes if shape is not None]))
+    return [None if shape is None else next(parts).view(shape) for shape in shapes]

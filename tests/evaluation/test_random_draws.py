@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fpi_cuda as fpi
-from fpi_cuda.evaluation.drawing_ops import Generators
-from fpi_cuda.evaluation.random_draws import Recording, Replaying, here
+from fpi_cuda.evaluation.random_draws import Generators, Recording, Replaying, here
 
 F64 = torch.float64
 B, D = 6, 5
@@ -361,7 +360,7 @@ def test_records_go_with_the_graph_of_the_solve(monkeypatch: pytest.MonkeyPatch)
 
     def watched(self: Recording, *args: Any) -> Any:
         out = draw(self, *args)
-        records.append(weakref.ref(self.draws[-1].numbers[0]))
+        records.append(weakref.ref(self.draws[-1].numbers))
         return out
 
     def alive() -> int:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fpi_cuda.autograd import BoundMap
 from fpi_cuda.evaluation.dispatch_modes import EagerMode
-from fpi_cuda.evaluation.tensor_version import version_of
+from fpi_cuda.evaluation.same_value import version_of
 from fpi_cuda.loops.device.cuda_graphs import Refused
 
 Call = tuple[Any, ...]

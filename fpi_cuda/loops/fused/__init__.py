@@ -23,8 +23,8 @@ from fpi_cuda.cells.lowering import (
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.context import rehearsed
+from fpi_cuda.evaluation.same_value import version_of
 from fpi_cuda.evaluation.shortcuts import why_rows_unknown
-from fpi_cuda.evaluation.tensor_version import version_of
 from fpi_cuda.loops.coupled import retold
 from fpi_cuda.loops.fused.cell_layer import FusedEvaluation, fused_evaluation
 from fpi_cuda.loops.fused.cell_loop import solve_fused
