@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,12 @@ from small_layers import (
     B,
     D,
     K,
-    Problem,
     closed_form,
     derivatives,
     linear_layer,
     tanh_layer,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import fpi_cuda as fpi
@@ -41,17 +39,6 @@ def test_a_layer_inside_of_a_layer(weights: Any) -> None:
 
     assert gradcheck(nested, weights, check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(nested, weights, fast_mode=True)
-
-
-def test_closing_over_a_non_leaf(weights: Any) -> None:
-    z, a, c = weights
-
-    def layer(raw: Tensor) -> Tensor:
-        weight = (raw * 2).sin() / 4
-        return tanh_layer()(z, weight, c)
-
-    assert gradcheck(layer, (a,))
-    assert gradgradcheck(layer, (a,))
 
 
 def test_the_gradient_of_a_captured_non_leaf_itself(weights: Any) -> None:
@@ -153,56 +140,3 @@ def test_hypergradient_through_functional_call() -> None:
     fast = [v * 0.9 for v in values]  # as after an inner step of MAML
     (grad,) = torch.autograd.grad((solve(*fast) ** 2).sum(), fast[0], create_graph=True)
     assert torch.autograd.grad(grad.sum(), inputs[0])[0].abs().max() > 0
-
-
-# --- where and how derivatives are asked for ---------------------------------------------------
-
-
-class Cell(nn.Module):
-    def __init__(self, a: Tensor) -> None:
-        super().__init__()
-        self.a = nn.Parameter(a.detach().clone())
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return torch.tanh(x @ self.a.T + z)
-
-    def method(self, x: Tensor, z: Tensor) -> Tensor:
-        return self(x, z)
-
-
-def with_keyword(x: Tensor, z: Tensor, *, a: Tensor) -> Tensor:
-    return torch.tanh(x @ a.T + z)
-
-
-def closures(a: Tensor, z: Tensor) -> dict[str, tuple[Any, Tensor]]:
-    """The same g in every form, and the tensor that its derivative is asked for."""
-    cell = Cell(a)
-    doubled = a * 2
-    holder = {"a": [a]}
-    return {
-        "tensor": (lambda x, z: torch.tanh(x @ a.T + z), a),
-        "non-leaf": (lambda x, z: torch.tanh(x @ doubled.T / 2 + z), a),
-        "container": (lambda x, z: torch.tanh(x @ holder["a"][0].T + z), a),
-        "partial": (functools.partial(with_keyword, a=a), a),
-        "partial of a non-leaf": (functools.partial(with_keyword, a=doubled / 2), a),
-        "module": (cell, cell.a),
-        "module in a lambda": (lambda x, z: cell(x, z), cell.a),
-        "bound method": (cell.method, cell.a),
-        "partial of a method": (functools.partial(cell.method), cell.a),
-        "forward": (cell.forward, cell.a),
-        "z as well": (lambda x, _: torch.tanh(x @ a.T + z), a),
-        "z in part": (lambda x, y: torch.tanh(x @ a.T + 0.5 * (y + z)), a),
-    }
-
-
-@pytest.mark.parametrize("form", closures(torch.zeros(1), torch.zeros(1)))
-def test_whatever_g_closes_over_gets_its_derivatives(form: str, problem: Problem) -> None:
-    z, a = problem
-    closure, wanted = closures(a, z)[form]
-    value = fpi.fixed_point(closure, torch.zeros_like(z), z, **TIGHT).value
-    found = torch.autograd.grad((value**2).sum(), (z, wanted), create_graph=True)
-    second = torch.autograd.grad((found[0] ** 2).sum() + (found[1] ** 2).sum(), (z, wanted))
-    oracle = torch.autograd.grad((problem.looped() ** 2).sum(), (z, a), create_graph=True)
-    expected = torch.autograd.grad((oracle[0] ** 2).sum() + (oracle[1] ** 2).sum(), (z, a))
-    torch.testing.assert_close(found, oracle, rtol=1e-8, atol=1e-9)
-    torch.testing.assert_close(second, expected, rtol=1e-8, atol=1e-9)

@@ -153,11 +153,6 @@ def test_first_order_goes_on_where_nothing_is_evaluated_again() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-# --- an energy, whose gradient makes a leaf of what does not require grad ------------------------
-
-ONE_STEP = [fpi.JacobianFree(), fpi.Phantom(3, 0.5), fpi.Neumann(0)]
-
-
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("adjoint", [fpi.JacobianFree(), fpi.Implicit()], ids=str)
 def test_another_tensor_in_the_place_of_a_closure_is_refused(

@@ -54,17 +54,6 @@ def test_a_two_cycle(backend: str) -> None:
         torch.testing.assert_close(found, torch.full_like(z, 0.5), rtol=1e-4, atol=1e-5)
 
 
-@each_backend
-def test_divergence_is_called_so(backend: str) -> None:
-    sol = fpi.fixed_point(
-        lambda x: 3 * x + 1, torch.ones(3, 4), solver=fpi.Picard(), backend=backend
-    )
-    assert (sol.status == Status.DIVERGED).all()
-    assert torch.isfinite(sol.value).all()
-    # The best point is the first one.
-    assert torch.equal(sol.value, torch.ones(3, 4))
-
-
 @every_way
 @pytest.mark.parametrize("max_steps", [1, 2])
 def test_few_steps(max_steps: int, way: Any) -> None:

@@ -8,13 +8,24 @@ adjoint solves are reported.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from small_layers import F64, TIGHT, B, D, closed_form, linear_layer, tanh_layer
-from torch import Tensor
+from small_layers import (
+    F64,
+    TIGHT,
+    B,
+    D,
+    Problem,
+    closed_form,
+    linear_layer,
+    tanh_layer,
+)
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fpi_cuda as fpi
@@ -88,7 +99,7 @@ def test_both_backends_give_the_same_derivatives(solver: Any, adjoint: Any, weig
     )
 
 
-@pytest.mark.parametrize(("solver", "adjoint"), table(SOLVERS, APPROXIMATE))
+@pytest.mark.parametrize(("solver", "adjoint"), table(ANDERSON, APPROXIMATE))
 def test_an_approximate_adjoint_is_exact_where_g_does_not_depend_on_x(
     solver: Any, adjoint: Any, weights: Any
 ) -> None:
@@ -153,3 +164,96 @@ def test_backward_twice_with_retain_graph_and_not_without(weights: Any) -> None:
     torch.testing.assert_close(a.grad, 2 * once)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+# --- where and how derivatives are asked for ---------------------------------------------------
+
+
+class Cell(nn.Module):
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a.detach().clone())
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(x @ self.a.T + z)
+
+    def method(self, x: Tensor, z: Tensor) -> Tensor:
+        return self(x, z)
+
+
+def with_keyword(x: Tensor, z: Tensor, *, a: Tensor) -> Tensor:
+    return torch.tanh(x @ a.T + z)
+
+
+def closures(a: Tensor, z: Tensor) -> dict[str, tuple[Any, Tensor]]:
+    """The same g in every form, and the tensor that its derivative is asked for."""
+    cell = Cell(a)
+    doubled = a * 2
+    holder = {"a": [a]}
+    return {
+        "tensor": (lambda x, z: torch.tanh(x @ a.T + z), a),
+        "non-leaf": (lambda x, z: torch.tanh(x @ doubled.T / 2 + z), a),
+        "container": (lambda x, z: torch.tanh(x @ holder["a"][0].T + z), a),
+        "partial": (functools.partial(with_keyword, a=a), a),
+        "partial of a non-leaf": (functools.partial(with_keyword, a=doubled / 2), a),
+        "module": (cell, cell.a),
+        "module in a lambda": (lambda x, z: cell(x, z), cell.a),
+        "bound method": (cell.method, cell.a),
+        "partial of a method": (functools.partial(cell.method), cell.a),
+        "forward": (cell.forward, cell.a),
+        "z as well": (lambda x, _: torch.tanh(x @ a.T + z), a),
+        "z in part": (lambda x, y: torch.tanh(x @ a.T + 0.5 * (y + z)), a),
+    }
+
+
+@pytest.mark.parametrize("form", closures(torch.zeros(1), torch.zeros(1)))
+def test_whatever_g_closes_over_gets_its_derivatives(form: str, problem: Problem) -> None:
+    z, a = problem
+    closure, wanted = closures(a, z)[form]
+    value = fpi.fixed_point(closure, torch.zeros_like(z), z, **TIGHT).value
+    found = torch.autograd.grad((value**2).sum(), (z, wanted), create_graph=True)
+    second = torch.autograd.grad((found[0] ** 2).sum() + (found[1] ** 2).sum(), (z, wanted))
+    oracle = torch.autograd.grad((problem.looped() ** 2).sum(), (z, a), create_graph=True)
+    expected = torch.autograd.grad((oracle[0] ** 2).sum() + (oracle[1] ** 2).sum(), (z, a))
+    torch.testing.assert_close(found, oracle, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(second, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::fpi_cuda.FixedPointWarning")
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), fpi.GMRES(), fpi.ConjugateGradient()])
+def test_an_adjoint_without_a_solution_is_reported(solver: Any) -> None:
+    """Every x solves x = x + 0 z: the adjoint c = c + v has no solution."""
+    z = torch.randn(3, 4, requires_grad=True)
+    x0 = torch.randn(3, 4)
+    sol = fpi.fixed_point(lambda x, z: x + 0.0 * z, x0, z, adjoint=fpi.Implicit(solver=solver))
+    assert sol.converged.all()
+    (found,) = torch.autograd.grad(sol.value.sum(), z)
+    stats = sol.adjoint_stats
+    assert stats is not None
+    assert not stats.converged.any()
+    assert torch.isfinite(found).all()
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda f, z: torch.func.grad(lambda z: f(z).square().sum())(z),
+    "jvp": lambda f, z: torch.func.jvp(f, (z,), (z.cos(),))[1],
+    "vmap": lambda f, z: torch.func.vmap(f)(torch.stack([z, 2 * z])),
+    "vmap of grad": lambda f, z: torch.func.vmap(
+        torch.func.grad(lambda row: f(row[None]).square().sum())
+    )(z),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_inside_of_torch_func_it_is_the_loop(name: str, backend: str, problem: Problem) -> None:
+    z, a = (t.detach() for t in problem)
+
+    def solve(z: Tensor) -> Tensor:
+        return fpi.fixed_point(
+            lambda x, z: torch.tanh(x @ a.T + z), torch.zeros_like(z), z, backend=backend, **TIGHT
+        ).value
+
+    found = TRANSFORMS[name](solve, z)
+    expected = TRANSFORMS[name](lambda z: Problem(z, a).looped(), z)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)

@@ -27,7 +27,6 @@ ADJOINTS = [
     fpi.Neumann(k=5),
     fpi.Unroll(),
 ]
-EXACT = ADJOINTS[:5]
 
 
 @pytest.fixture

@@ -337,23 +337,6 @@ def test_a_compiled_g(backend: str) -> None:
     torch.testing.assert_close(grads, oracle)
 
 
-def test_a_layer_that_draws_inside_of_one_that_draws() -> None:
-    """The inner one solves anew in each evaluation of the outer one, in other numbers of steps."""
-    z = torch.randn(B, D, dtype=F64, requires_grad=True)
-
-    def drawn_outside(x: Tensor, inner: Any, keep: Tensor) -> Tensor:
-        return 0.5 * fpi.fixed_point(inner, torch.zeros_like(x), 0.3 * x * keep + z, **TIGHT).value
-
-    def g(x: Tensor, z: Tensor) -> Tensor:
-        keep = torch.bernoulli(torch.full((B, D), 0.6, dtype=F64))
-        return F.dropout(drawn_outside(x, DRAWS["rrelu"], keep), 0.2)
-
-    sol = fpi.fixed_point(g, torch.zeros(B, D, dtype=F64), z, **TIGHT)
-    assert sol.converged.all()
-    (grad,) = torch.autograd.grad(sol.value.square().sum(), z)
-    assert grad.isfinite().all()
-
-
 def test_records_go_with_the_graph_of_the_solve(monkeypatch: pytest.MonkeyPatch) -> None:
     records: list[weakref.ref[Tensor]] = []
     draw = Recording.draw

@@ -14,6 +14,7 @@ from coupled_maps import COUPLED, F64, SOLVERS, Map, graph, orthogonal, same_as_
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
+from fpi_cuda.loops.coupled import LEVELS, rows_mix
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 4, 7])
@@ -252,3 +253,106 @@ def test_one_evaluation_more_where_rows_stopped_apart() -> None:
         calls.clear()
         fpi.fixed_point(g, sol.value, z, **options)
     assert calls == [5]
+
+
+def test_one_sample_of_any_shapes() -> None:
+    def g(state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        a, b, c = state
+        return (
+            0.5 * torch.cos(b.sum() / 6),
+            0.3 * torch.sin(c) * b.new_ones(2, 1) + 0.1 * a,
+            0.2 * b.sum(0),
+        )
+
+    start = (torch.zeros((), dtype=F64), torch.zeros(2, 3, dtype=F64), torch.zeros(3, dtype=F64))
+    sol = fpi.fixed_point(g, start, batch_dims=0, rtol=1e-12)
+    assert sol.converged
+    assert [t.shape for t in sol.value] == [t.shape for t in start]
+    for now, then in zip(g(sol.value), sol.value, strict=True):
+        assert (now - then).abs().max() < 1e-10
+
+
+def test_one_sample_inside_of_vmap() -> None:
+    g, x0 = graph(6, 2)
+    zs = 0.1 * torch.randn(3, *x0.shape, dtype=F64)
+
+    def solve(z: Tensor) -> Tensor:
+        return fpi.fixed_point(g, x0, z, batch_dims=0, rtol=1e-11, max_steps=500).value
+
+    apart = torch.stack([solve(z) for z in zs])
+    assert (torch.func.vmap(solve)(zs) - apart).abs().max() < 1e-9
+    jacobian = torch.func.vmap(torch.func.jacrev(solve))(zs)
+    want = torch.stack([torch.autograd.functional.jacobian(solve, z) for z in zs])
+    assert (jacobian - want).abs().max() < 1e-8
+
+
+def test_a_layer_of_one_sample() -> None:
+    g, x0 = graph()
+    layer = fpi.FPILayer(g, batch_dims=0, rtol=1e-8, max_steps=300, state_shape=tuple(x0.shape))
+    z = 0.1 * torch.randn_like(x0)
+    assert layer.solve(z).converged
+    assert "batch_dims=0" in repr(layer)
+    with pytest.raises(fpi.ConvergenceError, match="1 of 1 samples"):
+        fpi.FPILayer(g, batch_dims=0, max_steps=2, throw=True)(z)
+
+
+def test_one_sample_has_no_independent_rows() -> None:
+    with pytest.raises(ValueError, match="batch_dims=0 makes the whole state one sample"):
+        fpi.fixed_point(torch.cos, torch.zeros(3), batch_dims=0, rowwise=True)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("batch", [2, 3, LEVELS, LEVELS + 1, 100])
+def test_every_pair_of_rows_is_told_apart(batch: int) -> None:
+    like = torch.zeros(batch, 2)
+    for i in range(batch):
+        for j in {(i + 1) % batch, (i + 2) % batch, (i + LEVELS) % batch, batch - 1 - i} - {i}:
+
+            def apply(y: Tensor, i: int = i, j: int = j) -> Tensor:
+                out = 0.5 * y
+                out[i] += 1e-3 * y[j]
+                return out
+
+            assert rows_mix(apply, like, batch)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inside"),
+    [(d, None) for d in DTYPES] + [(torch.float32, d) for d in (torch.bfloat16, torch.float16)],
+    ids=str,
+)
+def test_rows_that_stand_alone_do_not_mix(dtype: torch.dtype, inside: torch.dtype | None) -> None:
+    weight = torch.randn(33, 33) / 6
+
+    def apply(y: Tensor) -> Tensor:
+        low = inside or dtype
+        return (y.to(low) @ weight.to(low)).to(dtype)
+
+    for batch in (2, 31, 129):
+        assert not rows_mix(apply, torch.zeros(batch, 33, dtype=dtype), batch)
+
+
+def test_rows_mix_within_a_sample_of_a_vmap_only() -> None:
+    """What joins samples that cannot depend on one another is not looked for."""
+    like = torch.zeros(12, 2)
+    within = torch.block_diag(*[torch.rand(3, 3) for _ in range(4)])
+    assert rows_mix(lambda y: within @ y, like, 3)
+    assert not rows_mix(lambda y: y, like, 3)
+
+
+def test_products_that_are_not_finite_show_nothing() -> None:
+    def apply(y: Tensor) -> Tensor:
+        out = 0.5 * y
+        out[1] = torch.nan
+        return out
+
+    assert not rows_mix(apply, torch.zeros(4, 2), 4)
+
+
+@pytest.mark.parametrize(("batch", "products"), [(2, 2), (8, 2), (9, 3), (64, 3), (4096, 5)])
+def test_what_it_costs(batch: int, products: int) -> None:
+    seen = []
+    rows_mix(lambda y: seen.append(1) or y, torch.zeros(batch, 1), batch)  # type: ignore[func-returns-value]
+    assert len(seen) == products
