@@ -236,6 +236,15 @@ def why_not_captured(g: object) -> str | None:
     return None
 
 
+def asks_rowwise(g: object, rowwise: bool | None, batch_dims: int) -> bool:
+    """Whether the option or g promises that g may be evaluated on some rows alone."""
+    if not batch_dims:
+        return False
+    if rowwise is not None:
+        return rowwise
+    return bool(getattr(g, "rowwise", False)) and why_rows_unknown(g) is None
+
+
 def why_rows_unknown(g: object) -> str | None:
     """Why a class's claim to be row-wise need not hold of this g, or None if it does.
 

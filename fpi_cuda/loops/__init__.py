@@ -6,7 +6,7 @@ from typing import Any
 
 from fpi_cuda import ops
 from fpi_cuda.declined import Declined
-from fpi_cuda.evaluation.shortcuts import why_not_hoisted, why_rows_unknown
+from fpi_cuda.evaluation.shortcuts import asks_rowwise, why_not_hoisted
 from fpi_cuda.evaluation.state import Layout
 from fpi_cuda.loops import device, fused, host
 from fpi_cuda.loops.plan import Loop, Plan, Solved, Unavailable
@@ -40,18 +40,9 @@ def plan_of(
     engine = ops.resolve(options.backend, layout.device, layout.dtype)
     options = options.storable(engine.name, layout.dtype)
     solver = options.adjoint_solver(layout.dim)
-    rowwise, whole = asks_rowwise(options, g), why_not_hoisted(g)
+    rowwise, whole = asks_rowwise(g, options.rowwise, options.batch_dims), why_not_hoisted(g)
     plan = Plan(layout, options, engine, rowwise, whole, solver, host)
     return choose(g, plan, only_host=only_host, rehearse=rehearse)
-
-
-def asks_rowwise(options: Options, g: object) -> bool:
-    """Whether it was promised that g may be evaluated on some of the samples."""
-    if not options.batch_dims:
-        return False
-    if options.rowwise is not None:
-        return options.rowwise
-    return bool(getattr(g, "rowwise", False)) and why_rows_unknown(g) is None
 
 
 def choose(g: Any, plan: Plan, *, only_host: str | None = None, rehearse: bool = False) -> Plan:
