@@ -200,7 +200,7 @@ class BoundMap:
         ):
             return self._looked_after(x, read, read_only)
         version, versions = counted_version(x), [*map(counted_version, read_only.counted)]
-        gx = self._direct(self._state_in(x), read)
+        gx = self._direct(self._state_in(x, writable=False), read)
         if [*map(counted_version, read_only.counted)] != versions:
             read_only.require(versions)
         if counted_version(x) != version:
@@ -209,7 +209,7 @@ class BoundMap:
 
     def _looked_after(self, x: Tensor, read: Any, read_only: ReadOnly) -> Tensor:
         """The same with everything seen to that an evaluation may need besides a call of g."""
-        replay, state_in = self.replay, self._state_in
+        replay = self.replay
         # Inference tensors do not count how often they were changed.
         copies = replay.changes_x is not False or x.is_inference()
         given = x.clone() if copies else x
@@ -217,9 +217,9 @@ class BoundMap:
         call = functools.partial(self._direct, read=read)
 
         def again() -> Any:
-            return call(state_in(x.clone() if copies else x, writable=copies))
+            return call(self._state_in(x.clone() if copies else x, writable=copies))
 
-        evaluation = functools.partial(call, state_in(given, writable=copies))
+        evaluation = functools.partial(call, self._state_in(given, writable=copies))
         gx = read_only.during(functools.partial(self._run, evaluation, again))
         changed = version is not None and counted_version(given) != version
         if changed and not copies:
@@ -228,7 +228,7 @@ class BoundMap:
             replay.changes_x = changed
         return self._flattened(gx, x)
 
-    def _state_in(self, x: Tensor, *, writable: bool = False) -> Any:
+    def _state_in(self, x: Tensor, *, writable: bool) -> Any:
         """The user's state that lies in x (n, D), at every step; most are one tensor."""
         layout = self.layout
         if layout.is_tuple:

@@ -202,10 +202,9 @@ def held_by(g: Any) -> list[Any]:
             # By type, for a proxy may not like to be asked what it is.
             parts += [v for v in named if issubclass(type(v), (nn.Module, types.FunctionType))]
         return parts
-    if isinstance(g, (tuple, list, set, frozenset, deque)):
-        return list(itertools.islice(g, MOST_HELD))
-    if isinstance(g, dict):
-        return list(itertools.islice(g.values(), MOST_HELD))
+    if isinstance(g, (dict, tuple, list, set, frozenset, deque)):
+        values = g.values() if isinstance(g, dict) else g
+        return list(itertools.islice(values, MOST_HELD))
     parts = []
     # Whatever an object of the user's own raises where it is asked for what it has not got.
     with contextlib.suppress(Exception):
