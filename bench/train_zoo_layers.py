@@ -25,7 +25,7 @@ from fpi_cuda.loops.stepping import Evaluate
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing import NUM_SAMPLES
-from fpi_cuda.testing.trained import WEIGHTS, energy_descent, sigmoid_perceptron
+from fpi_cuda.testing.networks import WEIGHTS, fpi_gd, fpi_nn
 
 HIDDEN = 192
 ENERGY_HIDDEN = 128
@@ -39,7 +39,7 @@ THRESHOLDS = torch.linspace(0.05, 0.6, 23).tolist()
 class Perceptron(nn.Module):
     """FPI_NN. With a bound, A is kept so small that ||V|| ||A|| / 4 <= bound."""
 
-    function = staticmethod(sigmoid_perceptron)
+    function = staticmethod(fpi_nn)
 
     def __init__(self, bound: float | None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class Energy(nn.Module):
     `signs` are the first values of w, over and over; all positive makes the energy convex.
     """
 
-    function = staticmethod(energy_descent)
+    function = staticmethod(fpi_gd)
 
     def __init__(self, signs: tuple[float, ...]) -> None:
         super().__init__()

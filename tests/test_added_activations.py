@@ -135,7 +135,7 @@ def test_what_cannot_be_an_activation_is_refused(
 
 
 def test_a_derivative_with_kinks_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cells.activation, "ACTIVATIONS", dict(cells.ACTIVATIONS))
+    monkeypatch.setattr(cells.cell, "ACTIVATIONS", dict(cells.ACTIVATIONS))
     relu6 = cells.Activation(
         torch.nn.functional.relu6, lambda u: ((u > 0) & (u < 6)).to(u.dtype), 1.0
     )

@@ -135,7 +135,15 @@ class GradientDescent(Cell):
                 energy = self.energy.value(at, prepared)
             else:
                 energy = self.energy(at, *prepared)
-            require_per_sample(energy, at)
+            # A mean would tie the samples together. A one-dimensional x may be a single sample seen
+            # by vmap, whose energy is a scalar.
+            fits = (at.shape[:1], at.shape[:0]) if at.dim() < 2 else (at.shape[:1],)
+            if not isinstance(energy, Tensor) or energy.shape not in fits:
+                given = tuple(energy.shape) if isinstance(energy, Tensor) else type(energy).__name__
+                raise ValueError(
+                    "GradientDescent: energy must return one value per sample, (B,), "
+                    f"got x={tuple(at.shape)}, energy={given}. Sum over all but dim 0"
+                )
             return energy
 
         try:
@@ -177,17 +185,3 @@ def stands_for(energy: object, name: str, others: tuple[str, ...]) -> bool:
     A subclass that changes the energy and inherits its gradient must not be stepped along it.
     """
     return redefined_below(energy, others, name) is None
-
-
-def require_per_sample(energy: Tensor, x: Tensor) -> None:
-    """Raise unless the energy has one value per sample: a mean would tie the samples together.
-
-    A one-dimensional x may be a single sample seen by vmap, whose energy is a scalar.
-    """
-    fits = (x.shape[:1], x.shape[:0]) if x.dim() < 2 else (x.shape[:1],)
-    if not isinstance(energy, Tensor) or energy.shape not in fits:
-        given = tuple(energy.shape) if isinstance(energy, Tensor) else type(energy).__name__
-        raise ValueError(
-            "GradientDescent: energy must return one value per sample, (B,), "
-            f"got x={tuple(x.shape)}, energy={given}. Sum over all but dim 0"
-        )

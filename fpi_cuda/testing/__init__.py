@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from fpi_cuda import ops
-from fpi_cuda.testing import energy, linear, networks, small_maps, trained
+from fpi_cuda.testing import energy, linear, networks, small_maps
 from fpi_cuda.testing.problem import NUM_SAMPLES, Problem, names, problem, zoo
 
 __all__ = ["NUM_SAMPLES", "Problem", "backends_available", "names", "problem", "zoo"]
-_FAMILIES = (linear, networks, energy, small_maps, trained)
+_FAMILIES = (linear, networks, energy, small_maps)
 
 
 def backends_available(

@@ -1,9 +1,15 @@
-"""Untrained network maps: tanh cells, perceptrons, convolutions, attention."""
+"""Networks: tanh cells, perceptrons, convolutions, attention, and trained FPI_NN and FPI_GD.
+
+The trained layers are those of bench/train_zoo_layers.py for Bibtex, rounded to float16 and used
+so: 159 labels are the state, eight test rows the z. What does not depend on x is done already: z
+is what reaches the loop of the features.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +20,12 @@ from fpi_cuda.testing.problem import NUM_SAMPLES, Draw, Map, Problem, evenly, re
 
 D = 64
 HIDDEN = 96
+
+WEIGHTS = Path(__file__).with_name("trained_layers.npz")
+"""Arrays called layer.weight and layer.z<k>."""
+
+EDGE = 1.95
+"""Step size of the "edge" problems, times the largest curvature at the eight minima."""
 
 
 def tanh_cell(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
@@ -145,3 +157,86 @@ def attention(draw: Draw) -> Problem:
     z = evenly(0.2, 1.5)[:, None, None] * draw.normal(NUM_SAMPLES, 6, 16)
     g = functools.partial(attention_cell, Q=Q, W=W)
     return draw.problem(g, torch.zeros_like(z), (z,), contractive=True, bitwise=False)
+
+
+def fpi_nn(x: Tensor, z: Tensor, A: Tensor, V: Tensor, c: Tensor) -> Tensor:
+    """sigmoid(V relu(A x + z) + c), x and c of d labels, z of h hidden units."""
+    return torch.sigmoid(torch.relu(x @ A.mT + z) @ V.mT + c)
+
+
+def fpi_gd(
+    x: Tensor, z: Tensor, local: Tensor, A: Tensor, w: Tensor, decay: Tensor, step_size: Tensor
+) -> Tensor:
+    """A step down w . softplus(A x + z) + decay |x|^2 / 2 - local . x."""
+    slope = (torch.sigmoid(x @ A.mT + z) * w) @ A
+    return x - step_size * (slope + decay * x - local)
+
+
+def energy_curvature(
+    x: Tensor, z: Tensor, local: Tensor, A: Tensor, w: Tensor, decay: Tensor
+) -> Tensor:
+    """(B, d) eigenvalues of the Hessian in x of the energy of `fpi_gd`, ascending."""
+    p = torch.sigmoid(x @ A.mT + z)
+    H = (A.mT * (p * (1 - p) * w)[:, None, :]) @ A
+    return torch.linalg.eigvalsh(H) + decay
+
+
+@functools.cache
+def stored() -> dict[str, Tensor]:
+    """Every array of the file, as float64."""
+    # Here, so that the rest of the zoo does without numpy, on which the package does not depend.
+    import numpy as np
+
+    with np.load(WEIGHTS) as file:
+        return {name: torch.from_numpy(file[name].astype(np.float64)) for name in file.files}
+
+
+def layer(draw: Draw, name: str) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """Weights and z of a stored layer, in the draw's dtype."""
+    arrays = {
+        key.removeprefix(name + "."): draw.cast(value)[0]
+        for key, value in stored().items()
+        if key.startswith(name + ".")
+    }
+    z = tuple(arrays.pop(key) for key in sorted(arrays) if key.startswith("z"))
+    return arrays, z
+
+
+@register(
+    {
+        # Trained with ||V|| ||A|| / 4 below 1.
+        "trained/perceptron": ("perceptron", fpi_nn, True),
+        # Trained without a bound: it has left the region where it contracts.
+        "trained/perceptron-free": ("perceptron_free", fpi_nn, False),
+        # Not convex, with the step size it was trained with.
+        "trained/energy": ("energy", fpi_gd, True),
+    }
+)
+def trained_problem(
+    draw: Draw, name: str, function: Map, contractive: bool, **replaced: Tensor
+) -> Problem:
+    """A stored layer from x = 0, some weights replaced."""
+    weights, z = layer(draw, name)
+    x0 = torch.zeros(z[0].shape[0], weights["A"].shape[-1])
+    g = functools.partial(function, **weights | replaced)
+    return draw.problem(g, x0, z, contractive=contractive, bitwise=False)
+
+
+@register(
+    {
+        # Not convex.
+        "trained/energy-edge": ("energy",),
+        # Strongly convex.
+        "trained/energy-convex-edge": ("energy_convex",),
+    }
+)
+def edge_problem(draw: Draw, name: str) -> Problem:
+    """A stored energy with EDGE / L as its step size, L the largest curvature at the minima."""
+    weights, z = layer(Draw(draw.name, torch.float64), name)
+    x = torch.zeros(z[0].shape[0], weights["A"].shape[-1], dtype=torch.float64)
+    for _ in range(2000):
+        x = fpi_gd(x, *z, **weights)
+    del weights["step_size"]
+    largest = energy_curvature(x, *z, **weights).amax()
+    (step_size,) = draw.cast(EDGE / largest)
+    return trained_problem(draw, name, fpi_gd, True, step_size=step_size)

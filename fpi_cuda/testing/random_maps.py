@@ -6,15 +6,16 @@ in any batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Parameters(NamedTuple):
     """Numbers that the families draw on: a, u, v, b are (n, D); roll, t are (n, 1)."""
 
     a: Tensor
@@ -23,10 +24,6 @@ class Parameters:
     b: Tensor
     roll: Tensor
     t: Tensor
-
-    def rows(self, index: Tensor) -> Parameters:
-        """Those of some samples."""
-        return Parameters(*(value[index] for value in vars(self).values()))
 
 
 def affine(y: Tensor, p: Parameters) -> Tensor:
@@ -74,8 +71,7 @@ FAMILIES_PER_BATCH = 3
 NEVER, ALWAYS = -1, -2
 
 
-@dataclass(frozen=True)
-class RandomMaps:
+class RandomMaps(NamedTuple):
     """x -> scale h(x / scale), one h per sample, with faults.
 
     Attributes:
@@ -100,11 +96,8 @@ class RandomMaps:
 
     def take(self, index: Tensor) -> RandomMaps:
         """The maps of some samples."""
-        rest = (self.scale, self.fault_step, self.fault_value, self.x0)
-        parameters = self.parameters.rows(index)
-        return RandomMaps(
-            self.families, self.which[index], parameters, *(value[index] for value in rest)
-        )
+        taken: RandomMaps = pytree.tree_map_only(Tensor, lambda value: value[index], self)
+        return taken
 
     def __call__(self, x: Tensor, rows: Tensor | None, step: int | None) -> Tensor:
         """g at x (n, D) of samples `rows`, at evaluation `step`; None leaves passing faults out."""
@@ -125,13 +118,8 @@ def draw_maps(
     generator: torch.Generator, batch: int, d: int, dtype: torch.dtype, max_steps: int
 ) -> RandomMaps:
     """Random maps on (batch, d) states: a third at extreme scales, a sixth with a fault."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
+    normal = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    uniform = functools.partial(torch.rand, generator=generator, dtype=torch.float64)
     picks = torch.randperm(len(FAMILIES), generator=generator)[:FAMILIES_PER_BATCH]
     names = list(FAMILIES)
     gain = 2 * uniform(batch, 1)
@@ -158,7 +146,7 @@ def draw_maps(
     return RandomMaps(
         tuple(names[int(k)] for k in picks),
         torch.randint(FAMILIES_PER_BATCH, (batch,), generator=generator),
-        Parameters(*(p.to(dtype) for p in vars(parameters).values())),
+        Parameters(*(p.to(dtype) for p in parameters)),
         scale.to(dtype),
         fault_step,
         (value * scale[:, 0]).to(dtype),
