@@ -126,10 +126,8 @@ def site_of(g: Any) -> Hashable:
     return ("object", type(g))
 
 
-def coupling_of(bound_map: BoundMap, options: Options, rowwise: bool) -> Coupling | None:
+def coupling_of(bound_map: BoundMap, options: Options) -> Coupling | None:
     """What is known of whether rows depend on one another; None where they cannot."""
-    if rowwise:
-        return None
     layout = bound_map.layout
     # Those of a vmap g does not couple.
     rows = layout.batch if layout.together is None else layout.together

@@ -266,7 +266,7 @@ def solve_flat(
     options, engine, rowwise = plan.options, plan.engine, plan.rowwise
     bound_map = BoundMap(g, layout, z, hoisted=plan.whole is None)
     record = AdjointRecord(options.notice.look_at_adjoint, layout.batch_dims)
-    coupling = coupling_of(bound_map, options, rowwise)
+    coupling = None if rowwise else coupling_of(bound_map, options)
     if only_host is UNROLLED:
         value, result = unrolled(
             bound_map, start, options, record, coupling, born_after, rowwise=rowwise

@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fpi_cuda.activations import ACTIVATIONS, BUILT_IN, FUNCTIONS, Activation
-from fpi_cuda.lowered import NotLowered
+from fpi_cuda.activations import ACTIVATIONS, FUNCTIONS, Activation
 from fpi_cuda.options import require_count, require_real
 
 
@@ -134,17 +133,6 @@ class Injection(nn.Module):
                 f"z=({', '.join(map(str, prepared.shape[:-1]))}, ...); use z.expand"
             )
         return self.A(x) + prepared
-
-
-def require_compiled(name: str) -> str:
-    """`name`, if kernels compute ACTIVATIONS[name] too.
-
-    Raises:
-        NotLowered: it was added or exchanged by the user.
-    """
-    if ACTIVATIONS[name] is not BUILT_IN.get(name):
-        raise NotLowered(f"no kernel computes the activation {name!r}")
-    return name
 
 
 def require_activation(owner: str, option: str, name: object) -> str:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.activations import ACTIVATIONS
-from fpi_cuda.cells.cell import FRESH_LIPSCHITZ, Cell, Injection, orthogonal_, require_compiled
-from fpi_cuda.cells.lowering import describes, linear_terms
+from fpi_cuda.cells.cell import FRESH_LIPSCHITZ, Cell, Injection, orthogonal_
+from fpi_cuda.cells.lowering import describes, linear_terms, require_compiled
 from fpi_cuda.lowered import Layer, Lowered
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fpi_cuda.activations import ACTIVATIONS, DERIVATIVES
-from fpi_cuda.cells.cell import Injection, orthogonal_, require_compiled
-from fpi_cuda.cells.lowering import describes, linear_terms
+from fpi_cuda.cells.cell import Injection, orthogonal_
+from fpi_cuda.cells.lowering import describes, linear_terms, require_compiled
 from fpi_cuda.evaluation.shortcuts import is_plain_linear
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.options import require_real

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fpi_cuda.activations import ACTIVATIONS, BUILT_IN
 from fpi_cuda.evaluation.shortcuts import (
     LINEAR,
     plain_classes,
@@ -249,3 +250,14 @@ def require_no_decline(g: Any) -> None:
     if is_lowered_here(g):
         with torch.no_grad():
             g.lower(torch.empty(0))
+
+
+def require_compiled(name: str) -> str:
+    """`name`, if kernels compute ACTIVATIONS[name] too.
+
+    Raises:
+        NotLowered: it was added or exchanged by the user.
+    """
+    if ACTIVATIONS[name] is not BUILT_IN.get(name):
+        raise NotLowered(f"no kernel computes the activation {name!r}")
+    return name

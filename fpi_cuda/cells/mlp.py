@@ -12,9 +12,8 @@ from fpi_cuda.cells.cell import (
     Injection,
     orthogonal_,
     require_activation,
-    require_compiled,
 )
-from fpi_cuda.cells.lowering import describes, linear_terms
+from fpi_cuda.cells.lowering import describes, linear_terms, require_compiled
 from fpi_cuda.lowered import Layer, Lowered
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from fpi_cuda.evaluation import transforms
-from fpi_cuda.evaluation.buffers import MovingBuffers, modules_of
+from fpi_cuda.evaluation.buffers import MovingBuffers
 from fpi_cuda.evaluation.context import Replay, WeightCache
+from fpi_cuda.evaluation.modules import modules_of
 from fpi_cuda.evaluation.same_value import counted_version, same_value
 from fpi_cuda.evaluation.state import Layout, why_not_dense
 

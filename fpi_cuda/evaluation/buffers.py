@@ -8,12 +8,7 @@ is at the solution where a derivative is asked for.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import itertools
-import types
 import weakref
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -22,25 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fpi_cuda.evaluation import transforms
-from fpi_cuda.evaluation.modules import modules_in
 from fpi_cuda.evaluation.same_value import version_of
 
 LARGEST = 1 << 20
 """Elements of a buffer of which every solve makes a copy in case that it moves; of a larger one it
 does so once a solve has moved it."""
 
-MOST_SEEN = 256
-"""Objects that are looked into for modules, and modules for what they hold besides. Objects that
-hold nothing do not count."""
-
-MOST_HELD = 64
-"""Entries of a list or dict that are looked into."""
-
-MOST_VISITED = 512
-"""Objects that are looked at in all."""
-
-ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.dtype)
-EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
 _large_movers: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 """Large buffers, by name, that a solve has moved."""
@@ -154,62 +136,3 @@ class MovingBuffers:
                         kept.module._buffers[kept.name] = t
                         assert t is not None
                         overwrite(t, numbers)
-
-
-def modules_of(g: object) -> list[nn.Module]:
-    """Modules that g is, is bound to, closes over, names, or holds, as far as they can be seen."""
-    found: dict[int, nn.Module] = {}
-    seen: dict[int, object] = {}  # kept, for numbers of what is gone are given anew
-    budget = MOST_SEEN
-    pending = deque([g])
-    while pending and budget and len(seen) < MOST_VISITED:
-        part = pending.popleft()
-        if isinstance(part, ATOMS) or id(part) in seen or id(part) in found:
-            continue
-        if isinstance(part, nn.Module):
-            new = [module for module in modules_in(part) if id(module) not in found]
-            for number, module in enumerate(new):
-                found[id(module)] = module
-                if number < budget:
-                    # What it holds where torch does not look for modules.
-                    pending.extend(
-                        value
-                        for name, value in module.__dict__.items()
-                        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
-                    )
-            budget -= min(budget, len(new))
-        else:
-            seen[id(part)] = part
-            held = [value for value in held_by(part) if not isinstance(value, ATOMS)]
-            pending.extend(held)
-            budget -= bool(held)
-    return list(found.values())
-
-
-def held_by(g: Any) -> list[Any]:
-    """What an object holds, as far as it shows."""
-    if isinstance(g, functools.partial):
-        return [g.func, *g.args, *g.keywords.values()]
-    if isinstance(g, types.MethodType):
-        return [g.__self__, g.__func__]
-    if isinstance(g, types.FunctionType):
-        parts = list(g.__defaults__ or ()) + list((g.__kwdefaults__ or {}).values())
-        for cell in g.__closure__ or ():
-            with contextlib.suppress(ValueError):  # a cell that is not filled yet
-                parts.append(cell.cell_contents)
-        if not (g.__module__ or "").startswith("torch."):
-            named = map(g.__globals__.get, g.__code__.co_names)
-            # By type, for a proxy may not like to be asked what it is.
-            parts += [v for v in named if issubclass(type(v), (nn.Module, types.FunctionType))]
-        return parts
-    if isinstance(g, (dict, tuple, list, set, frozenset, deque)):
-        values = g.values() if isinstance(g, dict) else g
-        return list(itertools.islice(values, MOST_HELD))
-    parts = []
-    # Whatever an object of the user's own raises where it is asked for what it has not got.
-    with contextlib.suppress(Exception):
-        parts += itertools.islice(vars(g).values(), MOST_HELD)
-    for name in getattr(type(g), "__slots__", ()):
-        with contextlib.suppress(Exception):
-            parts.append(getattr(g, name))
-    return parts

@@ -1,11 +1,35 @@
-"""The modules inside a module."""
+"""The modules that g is or holds, and what they hold."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
+import types
+from collections import deque
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+MOST_SEEN = 256
+"""Objects that are looked into for modules, and modules for what they hold besides. Objects that
+hold nothing do not count."""
+
+
+MOST_HELD = 64
+"""Entries of a list or dict that are looked into."""
+
+
+MOST_VISITED = 512
+"""Objects that are looked at in all."""
+
+
+ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.dtype)
+
+
+EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
@@ -35,3 +59,62 @@ def held_by(
         more = module.named_buffers(recurse=False, remove_duplicate=False) if buffers else ()
         held += [(module, name, t) for name, t in itertools.chain(parameters, more)]
     return held
+
+
+def modules_of(g: object) -> list[nn.Module]:
+    """Modules that g is, is bound to, closes over, names, or holds, as far as they can be seen."""
+    found: dict[int, nn.Module] = {}
+    seen: dict[int, object] = {}  # kept, for numbers of what is gone are given anew
+    budget = MOST_SEEN
+    pending = deque([g])
+    while pending and budget and len(seen) < MOST_VISITED:
+        part = pending.popleft()
+        if isinstance(part, ATOMS) or id(part) in seen or id(part) in found:
+            continue
+        if isinstance(part, nn.Module):
+            new = [module for module in modules_in(part) if id(module) not in found]
+            for number, module in enumerate(new):
+                found[id(module)] = module
+                if number < budget:
+                    # What it holds where torch does not look for modules.
+                    pending.extend(
+                        value
+                        for name, value in module.__dict__.items()
+                        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
+                    )
+            budget -= min(budget, len(new))
+        else:
+            seen[id(part)] = part
+            held = [value for value in values_in(part) if not isinstance(value, ATOMS)]
+            pending.extend(held)
+            budget -= bool(held)
+    return list(found.values())
+
+
+def values_in(g: Any) -> list[Any]:
+    """What an object holds, as far as it shows."""
+    if isinstance(g, functools.partial):
+        return [g.func, *g.args, *g.keywords.values()]
+    if isinstance(g, types.MethodType):
+        return [g.__self__, g.__func__]
+    if isinstance(g, types.FunctionType):
+        parts = list(g.__defaults__ or ()) + list((g.__kwdefaults__ or {}).values())
+        for cell in g.__closure__ or ():
+            with contextlib.suppress(ValueError):  # a cell that is not filled yet
+                parts.append(cell.cell_contents)
+        if not (g.__module__ or "").startswith("torch."):
+            named = map(g.__globals__.get, g.__code__.co_names)
+            # By type, for a proxy may not like to be asked what it is.
+            parts += [v for v in named if issubclass(type(v), (nn.Module, types.FunctionType))]
+        return parts
+    if isinstance(g, (dict, tuple, list, set, frozenset, deque)):
+        values = g.values() if isinstance(g, dict) else g
+        return list(itertools.islice(values, MOST_HELD))
+    parts = []
+    # Whatever an object of the user's own raises where it is asked for what it has not got.
+    with contextlib.suppress(Exception):
+        parts += itertools.islice(vars(g).values(), MOST_HELD)
+    for name in getattr(type(g), "__slots__", ()):
+        with contextlib.suppress(Exception):
+            parts.append(getattr(g, name))
+    return parts

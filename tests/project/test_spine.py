@@ -13,7 +13,7 @@ from fpi_cuda import native_available
 
 needs_native = pytest.mark.skipif(not native_available(), reason="no compiled library")
 
-MOST_CHANGES = {"host": 60, "fused": 75}
+MOST_CHANGES = {"host": 45, "fused": 60}
 """Of file, in the forward pass of a layer's second call."""
 MOST_FRAMES = {"host": 6, "fused": 7}
 """Of fpi_cuda, from layer(z) to the op that solves."""

@@ -109,6 +109,10 @@ def solve(
     return result, fused
 
 
+replaced = functools.cache(dataclasses.replace)
+"""A solver with other options: few are asked for, time and again."""
+
+
 def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
     """See Loop."""
     plan, bound_map, fused = solved.plan, solved.bound_map, solved.kept
@@ -118,7 +122,7 @@ def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
     if options.adjoint.solver is not None:
         reason = why_not_served(solver, plan.layout.dtype, engine)
     elif isinstance(solver, Anderson):  # as the forward's is, but it may go deeper
-        solver = dataclasses.replace(solver, m=min(solver.m, engine.CELL_LOOP_MAX_DEPTH))
+        solver = replaced(solver, m=min(solver.m, engine.CELL_LOOP_MAX_DEPTH))
     reason = reason or why_no_adjoint(bound_map, fused, solved.result.x)
     if reason is not None:
         raise NotLowered(reason)
