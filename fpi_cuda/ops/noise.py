@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +36,6 @@ Map = Callable[[Tensor], Tensor]
 """x (n, D) -> what is computed of it (n, D), row by row."""
 
 
-class Account(Protocol):
-    """What is known of a solve, (B, ...): see fpi_cuda.loops.stepping.Workspace."""
-
-    control: Tensor
-    status: Tensor
-    num_steps: Tensor
-
-
 @dataclass(frozen=True)
 class Noise:
     """Measures the noise of a map in the samples of a solve that gain no more, once in each.
@@ -61,7 +53,7 @@ class Noise:
         evaluate: Callable[[Tensor, Tensor | None], Tensor],
         x: Tensor,
         rows: Tensor | None,
-        work: Account,
+        work: Any,
     ) -> None:
         """Set the floor of samples of a fixed-point solve that have gained nothing for a while.
 
@@ -70,6 +62,7 @@ class Noise:
         Args:
             evaluate: see fpi_cuda.loops.stepping.Evaluate.
             x: (n, D) the present points of the samples `rows`, (n,) or None for all.
+            work: has control, status and num_steps; see fpi_cuda.loops.stepping.Workspace.
         """
         some = slice(None) if rows is None else rows
         num_steps = work.num_steps[some]

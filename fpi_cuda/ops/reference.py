@@ -7,6 +7,8 @@ csrc/step_ops.cpp.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,6 +25,7 @@ from fpi_cuda.ops.rules import (
     REJECT,
     RETURN,
     STOP,
+    Control,
     Rules,
     decide,
     lower_triangle,
@@ -81,26 +84,33 @@ def with_column(columns: Tensor, slot: Tensor, column: Tensor, where: Tensor) ->
     return torch.where(chosen[:, :, None], column[:, None, :].to(columns.dtype), columns)
 
 
-def judge(s: StepState, gx: Tensor, rules: Rules) -> tuple[StepState, Tensor, Tensor]:
-    """Count the evaluation, decide, and write the account; also the move, and g(x) - x (n, D)."""
+def judge(
+    s: StepState, gx: Tensor, rules: Rules, c: Control
+) -> tuple[StepState, Control, Tensor, Tensor]:
+    """Count the evaluation, decide, and write the account, but for `control`.
+
+    Args:
+        c: the columns of `control`.
+    Returns:
+        The state, the columns as they are now, the move, and g(x) - x (n, D).
+    """
     wide = torch.float64 if gx.dtype == torch.float64 else torch.float32
     f = gx.to(wide) - s.x.to(wide)
     x, at_x = s.x.detach(), gx.detach()
     norms = (row_norm(at_x.double() - x.double()), row_norm(at_x), row_norm(x))
-    c, step = read_control(s.control), s.num_steps + 1
+    step = s.num_steps + 1
     row: list[Any] = [*(c[name] for name in DECIDED), *norms, step, *rules]
     move, status, improved, anchors, *now = decide(*row)
-    c.update(zip(DECIDED, (*now[0], *now[1]), strict=True))
+    c = {**c, **dict(zip(DECIDED, (*now[0], *now[1]), strict=True))}
     judged = replace(
         s,
-        control=write_control(c),
         num_steps=step,
         status=status.to(torch.int8),
         residual=torch.where((move != STOP) | improved, norms[0], c["best"]),
         best=unless(~improved, s.x, s.best),
         anchor=unless(~anchors, s.x, s.anchor),
     )
-    return judged, move, f
+    return judged, c, move, f
 
 
 def where_to_go(s: StepState, move: Tensor, stepped: Tensor) -> Tensor:
@@ -121,12 +131,12 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     depth = s.columns_f.shape[1]
     before = read_control(s.control)
     differs = (before["has_previous"] > 0) & (s.num_steps > 0)
-    s, move, f = judge(s, gx, rules)
-    c = read_control(s.control)
+    s, c, move, f = judge(s, gx, rules, before)
     mixing = (beta * c["mixing_scale"])[:, None].to(f.dtype)
     g = gx.to(f.dtype)
     if depth == 0:
-        return replace(s, x=where_to_go(s, move, g - (1 - mixing) * f))
+        x = where_to_go(s, move, g - (1 - mixing) * f)
+        return replace(s, x=x, control=write_control(c))
 
     goes_on = (move == MIX) | (move == PICARD)
     others = torch.where(differs, c["columns"].clamp(max=depth - 1), c["columns"])
@@ -163,15 +173,26 @@ def anderson_step(s: StepState, gx: Tensor, rules: Rules, beta: float, ridge: fl
     taken = gamma[:, :, None]
     g_mixed = g - torch.where(taken != 0, taken * columns_g.to(f.dtype), 0.0).sum(1)
     f_mixed = f - torch.where(taken != 0, taken * columns_f.to(f.dtype), 0.0).sum(1)
-    stepped = replace(
+    f_previous, partner_previous = s.f_previous, s.partner_previous
+    if len(f_previous):
+        f_previous = unless(~goes_on, f, f_previous)
+        partner_previous = unless(~goes_on, g, partner_previous)
+    else:
+        slot = next_slot(depth, count, head)
+        columns_f = with_column(columns_f, slot, f, goes_on)
+        columns_g = with_column(columns_g, slot, g, goes_on)
+    return replace(
         s,
         x=where_to_go(s, move, g_mixed - (1 - mixing) * f_mixed),
+        f_previous=f_previous,
+        partner_previous=partner_previous,
         columns_f=columns_f,
         columns_g=columns_g,
         gram=lower_triangle(gram),
-        control=remember(s.control, columns=count, head=head, goes_on=goes_on),
+        control=write_control(
+            {**c, "columns": count, "head": head, "has_previous": goes_on.double()}
+        ),
     )
-    return with_previous(stepped, f, g, next_slot(depth, count, head), goes_on)
 
 
 def next_slot(depth: int, columns: Tensor, head: Tensor) -> Tensor:
@@ -185,28 +206,6 @@ def previous(s: StepState, slot: Tensor) -> tuple[Tensor, Tensor]:
         return s.f_previous, s.partner_previous
     index = slot.long()[:, None, None].expand(-1, 1, s.x.shape[1])
     return s.columns_f.gather(1, index)[:, 0], s.columns_g.gather(1, index)[:, 0]
-
-
-def with_previous(s: StepState, f: Tensor, g: Tensor, slot: Tensor, goes_on: Tensor) -> StepState:
-    """`s` with f and g(x) of this evaluation remembered in the samples of `goes_on`."""
-    if len(s.f_previous):
-        return replace(
-            s,
-            f_previous=unless(~goes_on, f, s.f_previous),
-            partner_previous=unless(~goes_on, g, s.partner_previous),
-        )
-    return replace(
-        s,
-        columns_f=with_column(s.columns_f, slot, f, goes_on),
-        columns_g=with_column(s.columns_g, slot, g, goes_on),
-    )
-
-
-def remember(control: Tensor, *, columns: Tensor, head: Tensor, goes_on: Tensor) -> Tensor:
-    """`control` with the history's bookkeeping brought up to date."""
-    c = read_control(control)
-    has_previous = goes_on.double()
-    return write_control({**c, "columns": columns, "head": head, "has_previous": has_previous})
 
 
 SMALLEST_COSINE = 1e-8
@@ -225,8 +224,7 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
     before = read_control(s.control)
     differs = (before["has_previous"] > 0) & (s.num_steps > 0)
     x = s.x.to(torch.float64 if gx.dtype == torch.float64 else torch.float32)
-    s, move, f = judge(s, gx, rules)
-    c = read_control(s.control)
+    s, c, move, f = judge(s, gx, rules, before)
     goes_on = (move == MIX) | (move == PICARD)
     mixing = (beta * c["mixing_scale"])[:, None].to(f.dtype)
     count = torch.where(before["columns"] >= depth, 0.0, before["columns"])
@@ -263,7 +261,7 @@ def broyden_step(s: StepState, gx: Tensor, rules: Rules, beta: float) -> StepSta
         partner_previous=unless(~goes_on, x, s.partner_previous),
         columns_f=with_column(s.columns_f, count, fresh_u, updates),
         columns_g=with_column(s.columns_g, count, fresh_v, updates),
-        control=remember(s.control, columns=columns, head=before["head"], goes_on=goes_on),
+        control=write_control({**c, "columns": columns, "has_previous": goes_on.double()}),
     )
 
 
@@ -339,11 +337,8 @@ def anderson_step_(
     """
     arrays = (best, anchor, f_previous, g_previous, columns_f, columns_g, gram)
     account = (control, status, num_steps, residual)
-    s = gather(x, sample_of, arrays, account)
-    some_atol = atol if sample_of is None else atol[sample_of]
-    rules = rules_for(x.dtype, columns_f.shape[1], some_atol, rtol, max_steps)
-    new = frozen(s, anderson_step(s, gx, rules, beta, ridge))
-    scatter(new, x, sample_of, arrays, account)
+    take = functools.partial(anderson_step, beta=beta, ridge=ridge)
+    in_place(take, x, gx, sample_of, (*arrays, *account), atol, rtol, max_steps)
 
 
 def broyden_step_(
@@ -378,11 +373,30 @@ def broyden_step_(
     unused_gram = control.new_empty((control.shape[0], 0))
     arrays = (best, anchor, f_previous, x_previous, columns_u, columns_v, unused_gram)
     account = (control, status, num_steps, residual)
-    s = gather(x, sample_of, arrays, account)
-    some_atol = atol if sample_of is None else atol[sample_of]
-    rules = rules_for(x.dtype, columns_u.shape[1], some_atol, rtol, max_steps)
-    new = frozen(s, broyden_step(s, gx, rules, beta))
-    scatter(new, x, sample_of, arrays, account)
+    take = functools.partial(broyden_step, beta=beta)
+    in_place(take, x, gx, sample_of, (*arrays, *account), atol, rtol, max_steps)
+
+
+def in_place(
+    take: Callable[[StepState, Tensor, Rules], StepState],
+    x: Tensor,
+    gx: Tensor,
+    sample_of: Tensor | None,
+    arrays: tuple[Tensor, ...],
+    atol: Tensor,
+    rtol: float,
+    max_steps: int,
+) -> None:
+    """Write one step of the active samples that x holds over x and the arrays of a solve."""
+    rows = slice(None) if sample_of is None else sample_of
+    # Arrays without rows (m = 0) stay so.
+    s = StepState(x, *(t[rows] if len(t) else t for t in arrays))
+    rules = rules_for(x.dtype, s.columns_f.shape[1], atol[rows], rtol, max_steps)
+    new = frozen(s, take(s, gx, rules))
+    x.copy_(new.x)
+    for target, field in zip(arrays, fields(StepState)[1:], strict=True):
+        if len(target):
+            target[rows] = getattr(new, field.name)
 
 
 def frozen(old: StepState, new: StepState) -> StepState:
@@ -393,32 +407,3 @@ def frozen(old: StepState, new: StepState) -> StepState:
         for field in fields(StepState)
     }
     return StepState(**kept)
-
-
-def gather(
-    x: Tensor, sample_of: Tensor | None, arrays: tuple[Tensor, ...], account: tuple[Tensor, ...]
-) -> StepState:
-    """The state of the samples that x holds. Arrays without rows (m = 0) stay so."""
-    if sample_of is None:
-        return StepState(x, *arrays, *account)
-    chosen = [t[sample_of] if len(t) else t for t in (*arrays, *account)]
-    return StepState(x, *chosen)
-
-
-def scatter(
-    new: StepState,
-    x: Tensor,
-    sample_of: Tensor | None,
-    arrays: tuple[Tensor, ...],
-    account: tuple[Tensor, ...],
-) -> None:
-    """Write `new` over the arrays of the op."""
-    x.copy_(new.x)
-    values = [getattr(new, field.name) for field in fields(StepState)][1:]
-    for target, value in zip((*arrays, *account), values, strict=True):
-        if len(target) == 0:
-            continue
-        if sample_of is None:
-            target.copy_(value)
-        else:
-            target[sample_of] = value
