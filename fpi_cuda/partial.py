@@ -126,10 +126,7 @@ def by_tape(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        aliases = [node.view_as(node) for node in nodes]
-        for alias in aliases:
-            if not alias.requires_grad:
-                alias.requires_grad_()
+        aliases = [node.view_as(node).requires_grad_() for node in nodes]
         value = r(*aliases)
         require_floating("r(s)", value)
         return along_graph(value, aliases, names, create_graph, retain_graph=create_graph)

@@ -87,11 +87,10 @@ class MLPEnergy(Injection):
 
         In closed form, unless something hangs on A that its weight does not say.
         """
-        linear = self.A
-        if not is_plain_linear(linear):
+        if not is_plain_linear(self.A):
             return partial(lambda at: self.value(at, prepared), x)
         slope = ACTIVATIONS[self.activation].derivative(self._hidden_input(x, prepared))
-        return (slope * self.w) @ linear.weight + self.quadratic * x
+        return (slope * self.w) @ self.A.weight + self.quadratic * x
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """f(x, z): x (B, x_features), z (B, z_features) -> (B,)."""

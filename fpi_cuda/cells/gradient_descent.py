@@ -13,7 +13,7 @@ from fpi_cuda.cells.lowering import (
     describes,
     is_described_here,
     replaced_method,
-    require_consistent,
+    why_inconsistent,
 )
 from fpi_cuda.evaluation.shortcuts import redefined_below, why_call_matters, why_parts_matter
 from fpi_cuda.lowered import Lowered, NotLowered
@@ -97,11 +97,12 @@ class GradientDescent(Cell):
     def offers_value(self) -> bool:
         """Whether value(x, prepare(*z)) is what calling the energy gives."""
         energy = self.energy
-        if not offers(energy, "value") or not stands_for(energy, "value", WHOLE):
-            return False
-        if replaced_method(type(energy), "lower_descent") is not None:
-            return False
-        return not isinstance(energy, nn.Module) or why_call_matters(energy) is None
+        return (
+            offers(energy, "value")
+            and stands_for(energy, "value", WHOLE)
+            and replaced_method(type(energy), "lower_descent") is None
+            and (not isinstance(energy, nn.Module) or why_call_matters(energy) is None)
+        )
 
     def step(self, x: Tensor, prepared: Any) -> Tensor:
         """One gradient step, shaped like x."""
@@ -118,8 +119,8 @@ class GradientDescent(Cell):
         if not self.closed_form or lower_descent is None:
             raise NotLowered(f"{type(self.energy).__name__} has no lower_descent()")
         evaluations = (*EVALUATION, "value", "gradient", "_hidden_input")
-        require_consistent(self.energy, evaluations, "lower_descent")
-        reason = self.why_not_closed()
+        reason = why_inconsistent(self.energy, evaluations, "lower_descent")
+        reason = reason or self.why_not_closed()
         if reason is not None:
             raise NotLowered(reason)
         result: Lowered = lower_descent(prepared, self.step_size)

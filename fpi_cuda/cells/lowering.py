@@ -97,13 +97,10 @@ def why_not_lowerable(g: object, whole: str | None, *, rows_known: bool) -> str 
     replaced = replaced_method(type(g), "lower")
     if replaced is not None:
         return f"{replaced}() was replaced"
-    try:
-        require_consistent(g, EVALUATION, "lower")
-    except NotLowered as redefined:
-        return str(redefined)
-    if whole is None and not rows_known:
-        whole = why_parts_matter(g)
-    return whole or why_modes_matter()
+    reason = why_inconsistent(g, EVALUATION, "lower") or whole
+    if reason is None and not rows_known:
+        reason = why_parts_matter(g)
+    return reason or why_modes_matter()
 
 
 def replaced_method(kind: type, description: str) -> str | None:
@@ -117,12 +114,14 @@ def replaced_method(kind: type, description: str) -> str | None:
     return None
 
 
-def require_consistent(owner: object, evaluations: tuple[str, ...], description: str) -> None:
-    """Raise NotLowered where an evaluation was redefined below the class of `description`."""
+def why_inconsistent(owner: object, evaluations: tuple[str, ...], description: str) -> str | None:
+    """Which evaluation was redefined below the class of `description`, or None."""
     redefined = redefined_below(owner, evaluations, description)
-    if redefined is not None:
-        name = plain_classes(owner)[0].__name__
-        raise NotLowered(f"{name} redefines {redefined}() and inherits {description}()")
+    if redefined is None:
+        return None
+    return (
+        f"{plain_classes(owner)[0].__name__} redefines {redefined}() and inherits {description}()"
+    )
 
 
 def linear_terms(
@@ -236,10 +235,9 @@ def is_described_here(owner: object, description: str) -> bool:
     if known is None or not isinstance(owner, known[0]):
         return False
     own, kind = vars(owner), type(owner)
-    for name, method in known[1].items():
-        if name in own or getattr(kind, name) is not method:
-            return False
-    return description not in own
+    return description not in own and all(
+        name not in own and getattr(kind, name) is method for name, method in known[1].items()
+    )
 
 
 def require_no_decline(g: Any) -> None:

@@ -170,22 +170,25 @@ class SpectralBound(nn.Module):
 
 def require_norm_keeping_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
     """Raise where padding repeats pixels: the norm then exceeds that of the kernel."""
-    if module.padding_mode == "zeros":
-        return
-    if module.padding_mode == "circular":
-        within = isinstance(module.padding, str) or all(
-            2 * pad <= spread * (taps - 1)
-            for pad, spread, taps in zip(
-                module.padding, module.dilation, module.kernel_size, strict=True
+    keeps = module.padding_mode == "zeros" or (
+        module.padding_mode == "circular"
+        and all(step == 1 for step in module.stride)
+        and (
+            isinstance(module.padding, str)
+            or all(
+                2 * pad <= spread * (taps - 1)
+                for pad, spread, taps in zip(
+                    module.padding, module.dilation, module.kernel_size, strict=True
+                )
             )
         )
-        if within and all(step == 1 for step in module.stride):
-            return
-    raise ValueError(
-        "contract_: padding must be zeros, or circular with stride 1 that keeps the size of the "
-        f"image, got padding_mode={module.padding_mode!r}, padding={module.padding}, "
-        f"stride={module.stride}: repeated pixels raise the norm. Use padding_mode='zeros'"
     )
+    if not keeps:
+        raise ValueError(
+            "contract_: padding must be zeros, or circular with stride 1 that keeps the size of "
+            f"the image, got padding_mode={module.padding_mode!r}, padding={module.padding}, "
+            f"stride={module.stride}: repeated pixels raise the norm. Use padding_mode='zeros'"
+        )
 
 
 def operator_norm_bound(

@@ -136,13 +136,12 @@ def lasso(draw: Draw) -> Problem:
     return draw.problem(shrinkage, torch.zeros_like(b), z, contractive=True)
 
 
-def box_descent(x: Tensor, H: Tensor, b: Tensor, step: Tensor) -> Tensor:
-    """Projected descent for a quadratic on the box [-0.5, 0.5]^d."""
-    return quadratic_descent(x, H, b, step).clamp(-0.5, 0.5)
-
-
 @register("energy/box")
 def box(draw: Draw) -> Problem:
-    """Projected gradient: which coordinates are at a bound changes on the way."""
-    z = quadratic_inputs(draw, 1.9)
-    return draw.problem(box_descent, torch.zeros(NUM_SAMPLES, D), z, contractive=True)
+    """Projected descent on [-0.5, 0.5]^d: which coordinates are at a bound changes on the way."""
+    return draw.problem(
+        lambda x, *z: quadratic_descent(x, *z).clamp(-0.5, 0.5),
+        torch.zeros(NUM_SAMPLES, D),
+        quadratic_inputs(draw, 1.9),
+        contractive=True,
+    )

@@ -25,11 +25,6 @@ def affine(x: Tensor, A: Tensor, b: Tensor) -> Tensor:
     return (A * x[:, None, :]).sum(-1) + b
 
 
-def scaled(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise a x + b."""
-    return a * x + b
-
-
 def affine_problem(
     draw: Draw, A: Tensor, b: Tensor | None = None, x0: Tensor | None = None
 ) -> Problem:
@@ -144,8 +139,14 @@ def wide_diagonal(draw: Draw) -> Problem:
     """1,024 unknowns, diagonal, spectrum uniform on [-rho, rho]."""
     a = radii(draw) * draw.uniform(-1, 1, NUM_SAMPLES, 1024)
     a, b = draw.rounded(a, draw.normal(*a.shape))
-    x0, x_star, kappa = torch.zeros_like(a), b / (1 - a), 1 / (1 - a).amin(-1)
-    return draw.problem(scaled, x0, (a, b), contractive=True, x_star=x_star, kappa=kappa)
+    return draw.problem(
+        lambda x, a, b: a * x + b,
+        torch.zeros_like(a),
+        (a, b),
+        contractive=True,
+        x_star=b / (1 - a),
+        kappa=1 / (1 - a).amin(-1),
+    )
 
 
 @register("linear/extreme-scales")
@@ -169,17 +170,18 @@ def expansive_rotations(draw: Draw) -> Problem:
     return affine_problem(draw, rotations(evenly(1.02, 2)[:, None], angle))
 
 
-@register("expansive/one-bad-direction")
-def one_bad_direction(draw: Draw) -> Problem:
-    """Contractive but for one eigenvalue from -1.1 to -5."""
-    eigenvalues = radii(draw) * draw.uniform(-0.9, 0.9, NUM_SAMPLES, D)
-    eigenvalues[:, 0] = -evenly(1.1, 5)
-    return affine_problem(draw, symmetric(draw, eigenvalues))
-
-
-@register("expansive/saddle")
-def saddle(draw: Draw) -> Problem:
-    """Expansive directions of both signs."""
-    eigenvalues = draw.uniform(-2, 0.8, NUM_SAMPLES, 16)
-    eigenvalues[:, 0] = evenly(1.2, 3)
+@register(
+    {
+        # Contractive but for one eigenvalue.
+        "expansive/one-bad-direction": (-0.9, 0.9, -evenly(1.1, 5), D, True),
+        # Expansive directions of both signs.
+        "expansive/saddle": (-2, 0.8, evenly(1.2, 3), 16, False),
+    }
+)
+def expansive_spectrum(
+    draw: Draw, low: float, high: float, first: Tensor, d: int, by_rho: bool
+) -> Problem:
+    """Symmetric, spectrum uniform on [low, high], that times rho or not, but for the first."""
+    eigenvalues = draw.uniform(low, high, NUM_SAMPLES, d) * (radii(draw) if by_rho else 1)
+    eigenvalues[:, 0] = first
     return affine_problem(draw, symmetric(draw, eigenvalues))

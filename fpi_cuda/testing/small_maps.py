@@ -14,11 +14,10 @@ from fpi_cuda.testing.problem import NUM_SAMPLES, Draw, Map, Problem, evenly, re
 
 Range = tuple[float, float]
 D = 16
+# The fixed point of the cosine.
 DOTTIE = 0.7390851332151607
-"""The fixed point of the cosine."""
-
+# The projection of the plane on its first axis.
 AXIS = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
-"""The projection of the plane on its first axis."""
 
 
 @register(
