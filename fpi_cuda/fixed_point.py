@@ -277,7 +277,7 @@ def solve_flat(
         )
     else:
         solved = None
-        with torch.no_grad(), bound_map.replay.solving():
+        with torch.no_grad(), bound_map.context.solving():
             while solved is None:
                 try:
                     solved = plan.loop.solve(plan, bound_map, start.detach(), coupling)
@@ -368,7 +368,7 @@ def require_kept_word(
             return
     elif bool((result.status == Status.CONVERGED).all()) and all_stopped_at_once(result):
         return
-    with torch.no_grad(), bound_map.replay.solving():
+    with torch.no_grad(), bound_map.context.solving():
         check(result.x, bound_map.evaluate(result.x, None))
     if unwatched:
         kept_promises.add(key)
@@ -440,7 +440,7 @@ def unrolled(
     """The fixed point with the graph of every step that led to it."""
 
     def run(bound_map: BoundMap, x0: Tensor) -> SolveResult:
-        with bound_map.replay.solving():
+        with bound_map.context.solving():
             return unroll(
                 watching(bound_map),
                 x0,
@@ -461,7 +461,7 @@ def unrolled(
         raise
     if rests_on_a_word(bound_map, rowwise):
         x = result.x.detach()
-        with torch.no_grad(), bound_map.replay.solving():
+        with torch.no_grad(), bound_map.context.solving():
             check = check_of(result, bound_map, options, coupling, rowwise, reference.num_moved)
             check(x, bound_map.evaluate(x, None))
         result = check.result

@@ -47,14 +47,14 @@ struct Safeguard {
   static constexpr double kCap = 0.1;          // relative tolerance against the starting scale
   static constexpr double kFall = 0.01;        // or against the peak, where ||g|| has since grown
   static constexpr double kSettled = 4.0;      // by no more than this
-  static constexpr double kHidden = 0.25;      // of that scale
+  static constexpr double kDriftFraction = 0.25;      // of that scale
   static constexpr double kLeastFall = 0.125;  // of the peak, where rounding ends the fall
   static constexpr double kGrowth = 10.0;      // over the best residual, borne without a restart
   static constexpr double kPatience = 3.0;
   static constexpr double kProgress = 0.9;     // of the best residual, to count as a new best
-  static constexpr double kLetGo = 0.35;       // of the best residual at the anchor, to forget it
+  static constexpr double kAnchorRelease = 0.35;       // of the best residual at the anchor, to forget it
   static constexpr double kFirstPicard = 9.0;  // plain steps at the start
-  static constexpr double kFirstLeast = 4.0;   // fewer, where the residual has fallen to
+  static constexpr double kMinFirstPicard = 4.0;   // fewer, where the residual has fallen to
   static constexpr double kFirstGain = 0.05;   // this part of the first
   static constexpr double kFirstGrowth = 8.0;  // times kPicardGrowth: a transient may pass
   static constexpr double kPicardLength = 8.0;
@@ -156,7 +156,7 @@ FPI_HD double of_peak(const Control& c, const Measured& at, double part) {
 // The same where rounding keeps the residual from falling that far.
 FPI_HD double of_rounding(const Control& c, const Measured& at, const Rules& rules) {
   const double rounding = rules.epsilon * at.norm_gx;
-  if (!(rounding <= of_peak(c, at, Safeguard::kHidden))) return 0.0;
+  if (!(rounding <= of_peak(c, at, Safeguard::kDriftFraction))) return 0.0;
   return smaller(Safeguard::kHalfFloor * rounding, of_peak(c, at, Safeguard::kLeastFall));
 }
 
@@ -171,13 +171,13 @@ FPI_HD double tolerance(const Control& c, const Measured& at, const Rules& rules
 // map without a fixed point must not pass for converged there.
 FPI_HD bool hidden_by_rounding(const Control& c, const Measured& at, const Rules& rules) {
   const double scale = larger(c.scale0, of_peak(c, at, 1.0));
-  return rules.epsilon * at.norm_gx > rules.atol + Safeguard::kHidden * scale;
+  return rules.epsilon * at.norm_gx > rules.atol + Safeguard::kDriftFraction * scale;
 }
 
 // The first Picard phase is there for the transients of a map; where it has none, the phase ends.
 FPI_HD bool first_phase_gained(const Control& c, const Measured& at) {
   return c.patience == Safeguard::kPatience &&
-         c.picard_left <= Safeguard::kFirstPicard - (Safeguard::kFirstLeast - 1.0) &&
+         c.picard_left <= Safeguard::kFirstPicard - (Safeguard::kMinFirstPicard - 1.0) &&
          at.residual <= Safeguard::kFirstGain * c.first;
 }
 
@@ -202,7 +202,7 @@ FPI_HD Move next_move(Control& c, const Measured& at, Decision& out) {
     out.anchors = true;
     return Move::kMix;
   }
-  if (c.best <= Safeguard::kLetGo * c.anchored) c.anchored = 0;
+  if (c.best <= Safeguard::kAnchorRelease * c.anchored) c.anchored = 0;
   if (grew || c.since_best >= c.patience) {
     c.picard_left = c.picard_length;
     c.patience *= 2;

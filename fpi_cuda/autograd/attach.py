@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fpi_cuda.autograd.cut_graph import notice_cut, notice_cut_in_step
 from fpi_cuda.autograd.equation import Evaluate
-from fpi_cuda.autograd.graph import ANCHOR, frontier_of
+from fpi_cuda.autograd.graph import TRACKING, frontier_of
 from fpi_cuda.autograd.reattach import MaybeTensor, follows, has_tangent
 from fpi_cuda.autograd.solved import SolvedEquation
 from fpi_cuda.autograd.strategy import Strategy
@@ -131,21 +131,21 @@ def attach(
     layout = bound_map.layout
     x = x_star.detach()
     if strategy.truncation != 0:
-        setattr(x.requires_grad_(), ANCHOR, True)
+        setattr(x.requires_grad_(), TRACKING, True)
         # The user's backward pass also ends here, and nobody reads what it leaves.
         x.register_post_accumulate_grad_hook(drop_gradient)
     account = strategy.account
-    hopeless = None if account.late else account.hopeless
-    if hopeless is not None:
+    failed_forward = None if account.late else account.failed_forward
+    if failed_forward is not None:
         evaluate = None
-        if not bool(hopeless.all()):
-            bound_map = bound_map.mended_if_batchwise(x_star, hopeless)
+        if not bool(failed_forward.all()):
+            bound_map = bound_map.replace_failed_if_batchwise(x_star, failed_forward)
     evaluated, once = bound_map, bound_map.damping == (1, 1.0)
     if not once:
 
         def watch(step: int, x: Tensor, gx: Tensor) -> None:
             if step == 0 and check is not None:
-                check(x, gx, hopeless)
+                check(x, gx, failed_forward)
             elif step == 1 and strategy.truncation == 0:
                 notice_cut_in_step(bound_map, x, gx)
 
@@ -153,14 +153,14 @@ def attach(
     with torch.enable_grad(), tensors_saved_as_they_are():
         gx = (evaluate or evaluated)(x)
     if check is not None and once:
-        check(x, gx, hopeless)
+        check(x, gx, failed_forward)
     equation = SolvedEquation(
         bound_map, x_star, x, gx, strategy, frontier_of(gx, bound_map.z, born_after)
     )
     for t in equation.originals:
         if t.is_nested and t.layout == torch.strided:
             raise TypeError(STRIDED_NESTED)
-    if equation.unnamed and account.late and account.hopeless is not None:
+    if equation.unnamed and account.late and account.failed_forward is not None:
         # Samples that failed cannot be left out later where g cannot be evaluated again.
         account.late = False
         return attach(bound_map, x_star, check, strategy, born_after)

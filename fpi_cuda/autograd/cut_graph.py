@@ -55,7 +55,7 @@ def notice_cut(
     habit.looks += 1
     evaluate, x = evaluate or bound_map.damped(1, 1.0), x.detach()
     # Autocast would cache weights without their graph.
-    with torch.no_grad(), bound_map.replay.solving():
+    with torch.no_grad(), bound_map.context.solving():
         gx = evaluate(x)
         if not any(moves(evaluate, x, gx, bound_map, part) for part in columns):
             return

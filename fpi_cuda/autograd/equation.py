@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.autograd.backward_hooks import CHANGED, products_differ
-from fpi_cuda.autograd.graph import mark_as_anchor
+from fpi_cuda.autograd.graph import mark_as_tracking_leaf
 from fpi_cuda.autograd.linear import Opened
 from fpi_cuda.autograd.linearization import Jacobian, Linearization
 from fpi_cuda.autograd.scaling import Apply
@@ -312,5 +312,5 @@ def leaf_at(x: Tensor) -> Tensor | None:
     So it is below inference mode, even if torch says that the mode is off.
     """
     with torch.enable_grad():
-        leaf = mark_as_anchor(x.detach().requires_grad_())
+        leaf = mark_as_tracking_leaf(x.detach().requires_grad_())
         return leaf if leaf.clone().requires_grad else None

@@ -12,7 +12,7 @@ Edge = tuple[Any, int]
 """(node, which of its outputs): where in the graph a tensor comes from."""
 
 LEAF = "AccumulateGrad"
-ANCHOR = "_fpi_cuda_anchor"
+TRACKING = "_fpi_cuda_tracking"
 
 
 class Frontier(NamedTuple):
@@ -21,13 +21,13 @@ class Frontier(NamedTuple):
     Attributes:
         leaves: parameters and other leaves that require grad, by id.
         edges: non-leaf tensors that were there before the evaluation.
-        anchors: ids of the anchors that it leads to.
+        tracking: ids of the tracking leaves that it leads to.
         visited: all edges on the way.
     """
 
     leaves: dict[int, Tensor]
     edges: set[Edge]
-    anchors: set[int]
+    tracking: set[int]
     visited: set[Edge]
 
 
@@ -45,7 +45,7 @@ def frontier_of(out: Tensor, known: Iterable[Tensor], born_after: int) -> Fronti
             thread belong to captured tensors.
     """
     stops = {(t.grad_fn, t.output_nr) for t in known if t.requires_grad}
-    leaves, edges, anchors, visited = found = Frontier({}, set(), set(), set())
+    leaves, edges, tracking, visited = found = Frontier({}, set(), set(), set())
     pending: list[Edge] = [(out.grad_fn, out.output_nr)]
     ends = [out] if out.requires_grad and out.grad_fn is None else []
     while pending:
@@ -63,15 +63,15 @@ def frontier_of(out: Tensor, known: Iterable[Tensor], born_after: int) -> Fronti
         else:
             pending.extend(node.next_functions)
     for t in ends:
-        if hasattr(t, ANCHOR):
-            anchors.add(id(t))
+        if hasattr(t, TRACKING):
+            tracking.add(id(t))
         else:
             leaves[id(t)] = t
     return found
 
 
 def leaves_of(out: Tensor) -> dict[int, Tensor]:
-    """The leaves that require grad behind `out`, anchors apart, by id."""
+    """The leaves that require grad behind `out`, tracking leaves apart, by id."""
     return frontier_of(out, (), -1).leaves
 
 
@@ -109,9 +109,9 @@ def is_differentiable_once(out: Tensor) -> bool:
     return any(type(node).__name__ == "Error" for node, _ in edges_of(out))
 
 
-def mark_as_anchor(x: Tensor) -> Tensor:
+def mark_as_tracking_leaf(x: Tensor) -> Tensor:
     """x, a leaf made for a derivative in x: no fixed point depends on it, this one or another."""
-    setattr(x, ANCHOR, True)
+    setattr(x, TRACKING, True)
     return x
 
 

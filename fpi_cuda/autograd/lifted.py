@@ -78,7 +78,7 @@ class LiftedEquation(Equation):
         watch = self._watch = Watch(self._originals)
         gx = self.bound(aside, damped=False)(at)
         self._watch = None
-        stochastic = self._bound_map.replay.stochastic
+        stochastic = self._bound_map.context.stochastic
         depends = self._left or is_followed(gx)
         if not stochastic:
             given = (at, *aside)
@@ -121,7 +121,7 @@ class LiftedEquation(Equation):
         """See Equation."""
         evaluate = whole.bound(inputs, damped=False)
 
-        with torch.no_grad(), self._bound_map.replay.solving():
+        with torch.no_grad(), self._bound_map.context.solving():
             result = self._solve(lambda x, rows: evaluate(x), x0.detach())
         whole.leave_out(failed(result.status), result.x, inputs)
         return (result.x, self._differentiated_at(result.x, whole, inputs), *result[1:])
@@ -171,7 +171,7 @@ class LiftedEquation(Equation):
 
         bound_map = self._bound_map.recorded(call).bound(inputs[: len(self._bound_map.z)])
         if bad is not None:
-            bound_map = bound_map.mended(bad)
+            bound_map = bound_map.replace_failed(bad)
         if damped and self._damping != bound_map.damping:
             bound_map = bound_map.damped(*self._damping)
         if self._inside and not transforms.active():

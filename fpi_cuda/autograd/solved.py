@@ -15,7 +15,7 @@ from fpi_cuda.autograd.closed_over import Watch, exchanging, here
 from fpi_cuda.autograd.cut_graph import unreached
 from fpi_cuda.autograd.equation import Common, Equation, Evaluate
 from fpi_cuda.autograd.fixed_point import FixedPoint
-from fpi_cuda.autograd.graph import Frontier, edge_of, leaves_of, mark_as_anchor
+from fpi_cuda.autograd.graph import Frontier, edge_of, leaves_of, mark_as_tracking_leaf
 from fpi_cuda.autograd.linear import Opened, Point
 from fpi_cuda.autograd.linearization import Jacobian, Linearization, OpenLinearization
 from fpi_cuda.autograd.reattach import MaybeTensor, has_tangent, stand_in
@@ -67,7 +67,7 @@ class SolvedEquation(Equation):
         self._strategy = strategy
         self._z = bound_map.z
         self._around = here.substitution
-        leaves, edges, anchors, visited = frontier
+        leaves, edges, tracking, visited = frontier
 
         def matters(t: Tensor) -> bool:
             there = id(t) in leaves or (t.grad_fn, t.output_nr) in edges
@@ -97,7 +97,7 @@ class SolvedEquation(Equation):
             (t, 0 if t.is_inference() else counted_version(t)) for t in watched.values()
         ]
         layout = bound_map.layout
-        whole = not leaf.requires_grad or (len(layout.shapes) == 1 and id(leaf) in anchors)
+        whole = not leaf.requires_grad or (len(layout.shapes) == 1 and id(leaf) in tracking)
         self.unreached = [] if whole else unreached(gx, leaf, layout.sizes, visited)
 
     @functools.cached_property
@@ -118,14 +118,14 @@ class SolvedEquation(Equation):
     def _leave_out_failed(self) -> None:
         """Evaluate failed samples where another one is, unless the forward pass has seen to it."""
         account = self._strategy.account
-        hopeless = account.hopeless if account.late else None
-        if hopeless is None or self.all_failed:
+        failed_forward = account.failed_forward if account.late else None
+        if failed_forward is None or self.all_failed:
             return
         with transforms.in_forward_mode():  # what it reads instead keeps its tangents
-            mended = self._bound_map.mended_if_batchwise(self.x, hopeless)
+            replaced = self._bound_map.replace_failed_if_batchwise(self.x, failed_forward)
         with torch.no_grad():
-            self._there = torch.where(hopeless[:, None], mended(self.x), self.gx)
-        self._bound_map = mended
+            self._there = torch.where(failed_forward[:, None], replaced(self.x), self.gx)
+        self._bound_map = replaced
 
     def bound(
         self, inputs: Sequence[Tensor], *, damped: bool, bad: Tensor | None = None
@@ -149,11 +149,11 @@ class SolvedEquation(Equation):
             return super().opened(x, gx, inputs)
         bound_map = self._bound_map
         if bad is not None:
-            bound_map = bound_map.mended_if_batchwise(self.x, bad)
+            bound_map = bound_map.replace_failed_if_batchwise(self.x, bad)
         # Autograd runs the hooks of what it is asked about, and will run them again later.
         own = {id(t) for t in self._leaves if not t._backward_hooks}
         aside = [t if id(t) in own else stand_in(t) for t in self.originals]
-        leaf = mark_as_anchor(stand_in(x))
+        leaf = mark_as_tracking_leaf(stand_in(x))
         with torch.enable_grad():
             now = self._evaluated(bound_map, leaf, aside)
         if self.common.hooked or any_backward_hooks(bound_map.g):
@@ -181,15 +181,15 @@ class SolvedEquation(Equation):
     @functools.cached_property
     def all_failed(self) -> bool:
         """Whether no sample was solved."""
-        hopeless = self._strategy.account.hopeless
-        return hopeless is not None and bool(hopeless.all())
+        failed_forward = self._strategy.account.failed_forward
+        return failed_forward is not None and bool(failed_forward.all())
 
     def solve(self, b: Tensor, *, transpose: bool) -> Tensor:
         """(I - J^T)^-1 b or (I - J)^-1 b, J = dg/dx, without a graph."""
         account = self._strategy.account
-        if not transpose and account.late and account.hopeless is not None:
+        if not transpose and account.late and account.failed_forward is not None:
             # A tangent comes from g at failed samples too.
-            b = b.masked_fill(account.hopeless[:, None], 0.0)
+            b = b.masked_fill(account.failed_forward[:, None], 0.0)
         return self._strategy.solve(b, self.jacobian, transpose=transpose)[0]
 
     def pulled_through_g(self, v: Tensor) -> tuple[MaybeTensor, list[MaybeTensor]]:
@@ -235,10 +235,10 @@ class SolvedEquation(Equation):
 
     def _with_overflow(self, found: list[MaybeTensor], v: Tensor) -> list[MaybeTensor]:
         """Gradients, and what they get besides where v is not finite in samples left out."""
-        hopeless = self._strategy.account.hopeless
-        if hopeless is None or transforms.active():
+        failed_forward = self._strategy.account.failed_forward
+        if failed_forward is None or transforms.active():
             return found
-        rows = hopeless & ~finite_rows(v.detach())
+        rows = failed_forward & ~finite_rows(v.detach())
         if not bool(rows.any()):
             return found
         more = [spoiled(t, rows) for t in self.originals]

@@ -76,7 +76,7 @@ class Account:
             record.worst = self._worst
 
     @functools.cached_property
-    def hopeless(self) -> Tensor | None:
+    def failed_forward(self) -> Tensor | None:
         """(B,) bool, samples that failed in the forward solve; None if none did."""
         return failed(self.status) if self._worst.value() >= Status.DIVERGED else None
 
@@ -99,7 +99,7 @@ class Account:
                 those that depend on it, is all of it.
         """
         x, status, num_steps, residual = result
-        hopeless, record = self.hopeless, self.record
+        failed_forward, record = self.failed_forward, self.record
         finite = finite_rows(b)
         if truncation != 0 and self.coupling is not None and self.coupling.joint:
             rows = self.coupling.together
@@ -107,15 +107,15 @@ class Account:
         status = torch.where(finite, status, int(Status.NONFINITE))
         worst = worst_of(status).item()
         bad, num_zeroed = None, 0
-        if worst >= Status.DIVERGED or hopeless is not None:
+        if worst >= Status.DIVERGED or failed_forward is not None:
             failing = failed(status) & finite
             lost = b if truncation == 0 else b + torch.nan
             x = torch.where(finite[:, None], x.masked_fill(failing[:, None], 0.0), lost)
             residual = torch.where(failing, row_norm(b), residual.masked_fill(~finite, torch.nan))
             is_news = bool(failing.any())
-            if hopeless is not None:
-                failing = failing | hopeless
-                status = torch.where(hopeless, self.status, status)
+            if failed_forward is not None:
+                failing = failing | failed_forward
+                status = torch.where(failed_forward, self.status, status)
                 is_news = is_news or self.late
             num_zeroed = int((failing & finite).sum())
             bad = failing if is_news else None
@@ -168,8 +168,8 @@ class Strategy:
         """
         account = self.account
         with torch.no_grad(), torch.autocast(b.device.type, enabled=False):
-            if account.hopeless is not None:
-                b = dropped(b, account.hopeless)
+            if account.failed_forward is not None:
+                b = dropped(b, account.failed_forward)
             if self.truncation is None:
                 result = self._scaled(b, matrix, transpose, account.coupled)
             else:

@@ -38,8 +38,8 @@ def attach_unrolled(
     if bool(bad.all()):
         nothing = Strategy(account, bound_map.arithmetic, truncation=0)
         return attach(bound_map, plain, None, nothing, born_after)
-    mended = bound_map.mended_if_batchwise(plain, bad)
-    value = run(mended, replace_rows(x0, bad)).x.clone()
+    replaced = bound_map.replace_failed_if_batchwise(plain, bad)
+    value = run(replaced, replace_rows(x0, bad)).x.clone()
     with torch.no_grad():
         value.copy_(torch.where(bad[:, None], plain, value))
 

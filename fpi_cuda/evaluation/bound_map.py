@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.buffers import MovingBuffers
-from fpi_cuda.evaluation.context import Replay, WeightCache
+from fpi_cuda.evaluation.context import EvaluationContext, WeightCache
 from fpi_cuda.evaluation.modules import modules_of
 from fpi_cuda.evaluation.same_value import counted_version, same_value
 from fpi_cuda.evaluation.state import Layout, why_not_dense
@@ -42,7 +42,7 @@ class BoundMap:
         hoisted: prepare and step stand for g: prepare(*z) is called once, here.
     Attributes:
         g, layout, z, hoisted: as given.
-        replay: what surrounds evaluations of g.
+        context: what surrounds evaluations of g.
         modules: that g is or holds.
         buffers: that evaluations of g, and of its prepare, may move; none where there are none.
         read: what g reads besides x: what prepare returned, else z; of failed samples, perhaps,
@@ -59,19 +59,19 @@ class BoundMap:
         *,
         hoisted: bool = False,
     ) -> None:
-        self.replay = replay = Replay(layout.device, g)
-        of_prepare = Replay(layout.device, g, "prepare") if hoisted else replay
+        self.context = context = EvaluationContext(layout.device, g)
+        of_prepare = EvaluationContext(layout.device, g, "prepare") if hoisted else context
         self.g = g
         self.layout = layout
         self.z = z
         self.hoisted = hoisted
-        self.arithmetic = replay.autocast_dtype or layout.dtype
+        self.arithmetic = context.autocast_dtype or layout.dtype
         self.modules = modules_of(g)
         self.buffers: tuple[MovingBuffers, ...] = ()
         moving = [m for m in self.modules if m._buffers and getattr(m, "training", False)]
         if moving:
-            self.buffers = (MovingBuffers(moving, replay), MovingBuffers(moving, of_prepare))
-        runs: Sequence[Callable[..., Any]] = self.buffers or (replay, of_prepare)
+            self.buffers = (MovingBuffers(moving, context), MovingBuffers(moving, of_prepare))
+        runs: Sequence[Callable[..., Any]] = self.buffers or (context, of_prepare)
         self._run, self._prepared = runs
         self._named = "what prepare returned" if hoisted else "z"
         self._read_only = ReadOnly("z", z)
@@ -95,7 +95,7 @@ class BoundMap:
             given = tuple(replace_rows(t, self._failed) if has_rows(t, batch) else t for t in z)
         return self.reading(self._read_of(given))._but(z=z)
 
-    def mended(self, bad: Tensor) -> BoundMap:
+    def replace_failed(self, bad: Tensor) -> BoundMap:
         """This map with a good sample's x and z in the place of those of the bad ones.
 
         Args:
@@ -103,16 +103,16 @@ class BoundMap:
         """
         return self._but(_failed=bad).bound(self.z)
 
-    def mended_if_batchwise(self, x: Tensor, bad: Tensor) -> BoundMap:
+    def replace_failed_if_batchwise(self, x: Tensor, bad: Tensor) -> BoundMap:
         """The same, if that leaves the good samples alone; else this map.
 
         The derivative of bad ones is zero times whatever g's derivative is there, which may be NaN.
         """
-        mended = self.mended(bad)
+        replaced = self.replace_failed(bad)
         # Not under no_grad: autocast would cache weights without their graph.
         with torch.enable_grad():
-            moved, expected = mended(x.detach())[~bad], self(x.detach())[~bad]
-        return mended if same_value(moved, expected, x.dtype, self.layout.sizes) else self
+            moved, expected = replaced(x.detach())[~bad], self(x.detach())[~bad]
+        return replaced if same_value(moved, expected, x.dtype, self.layout.sizes) else self
 
     def recorded(self, record: Recording) -> BoundMap:
         """This map with every call of g, or of what stands for it, made by `record`."""
@@ -148,7 +148,7 @@ class BoundMap:
             self._whole = x
             return self._checked(x, self.read)
         assert self._whole is not None
-        if self.replay.stochastic:
+        if self.context.stochastic:
             # Fewer rows would draw other random numbers.
             self._whole = self._whole.index_copy(0, rows, x)
             return self._checked(self._whole, self.read)[rows]
@@ -187,17 +187,17 @@ class BoundMap:
         A solver comes here at every step. What an evaluation may need besides a call of g is
         known from the first one, and from the two switches that somebody may have turned since.
         """
-        read_only, replay = self._read_only, self.replay
+        read_only, context = self._read_only, self.context
         if read_only.read is not read:
             read_only = self._read_only = ReadOnly(self._named, read)
         if (
-            replay.changes_x is not False
-            or not replay.is_plain
+            context.changes_x is not False
+            or not context.is_plain
             or self.buffers
             or read_only.uncounted
             or x.is_inference()
             or type(parametrize._cache) is not WeightCache
-            or any(map(torch.is_autocast_enabled, replay.device_types))
+            or any(map(torch.is_autocast_enabled, context.device_types))
         ):
             return self._looked_after(x, read, read_only)
         version, versions = counted_version(x), [*map(counted_version, read_only.counted)]
@@ -210,9 +210,9 @@ class BoundMap:
 
     def _looked_after(self, x: Tensor, read: Any, read_only: ReadOnly) -> Tensor:
         """The same with everything seen to that an evaluation may need besides a call of g."""
-        replay = self.replay
+        context = self.context
         # Inference tensors do not count how often they were changed.
-        copies = replay.changes_x is not False or x.is_inference()
+        copies = context.changes_x is not False or x.is_inference()
         given = x.clone() if copies else x
         version = None if given.is_inference() else counted_version(given)
         call = functools.partial(self._direct, read=read)
@@ -225,8 +225,8 @@ class BoundMap:
         changed = version is not None and counted_version(given) != version
         if changed and not copies:
             raise ValueError(CHANGES_X_AT_TIMES)
-        if replay.changes_x is None:
-            replay.changes_x = changed
+        if context.changes_x is None:
+            context.changes_x = changed
         return self._flattened(gx, x)
 
     def _state_in(self, x: Tensor, *, writable: bool) -> Any:
@@ -239,7 +239,7 @@ class BoundMap:
     def _flattened(self, gx: Any, x: Tensor) -> Tensor:
         """gx (n, D), if it is like the state in x; what autocast made of its dtype is undone."""
         layout = self.layout
-        if self.replay.autocast_dtype is not None:
+        if self.context.autocast_dtype is not None:
             gx = self._widened(gx)
         if (
             type(gx) is not Tensor
@@ -258,7 +258,7 @@ class BoundMap:
         """gx, what products under autocast made of it in the dtype of the state."""
         if isinstance(gx, (tuple, list)):
             return tuple(map(self._widened, gx))
-        low = isinstance(gx, Tensor) and gx.dtype == self.replay.autocast_dtype
+        low = isinstance(gx, Tensor) and gx.dtype == self.context.autocast_dtype
         return gx.to(self.layout.dtype) if low else gx
 
 

@@ -38,7 +38,7 @@ def being_captured(device: torch.device) -> bool:
 T = TypeVar("T")
 
 
-class Replay:
+class EvaluationContext:
     """What surrounds a call of fixed_point, laid around every evaluation of its g.
 
     Autocast: an evaluation in backward runs under the autocast state of the call, on whatever

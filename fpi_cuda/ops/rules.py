@@ -24,13 +24,13 @@ CAP = 0.1
 FALL = 0.01
 LEAST_FALL = 0.125
 SETTLED = 4.0
-HIDDEN = 0.25
+DRIFT_FRACTION = 0.25
 GROWTH = 10.0
 PATIENCE = 3.0
 PROGRESS = 0.9
-LET_GO = 0.35
+ANCHOR_RELEASE = 0.35
 FIRST_PICARD = 9.0
-FIRST_LEAST = 4.0
+MIN_FIRST_PICARD = 4.0
 FIRST_GAIN = 0.05
 FIRST_GROWTH = 8.0
 PICARD_LENGTH = 8.0
@@ -111,9 +111,9 @@ def drift_limits(
     """
     of_peak = xp.where(norm_gx <= peak_norm * SETTLED, peak, 0.0)
     fallen = xp.minimum(rounding * HALF_FLOOR, of_peak * LEAST_FALL)
-    fallen = xp.where(rounding <= of_peak * HIDDEN, fallen, 0.0)
+    fallen = xp.where(rounding <= of_peak * DRIFT_FRACTION, fallen, 0.0)
     cap = xp.maximum(scale0 * CAP, xp.maximum(of_peak * FALL, fallen))
-    return cap, xp.maximum(scale0, of_peak) * HIDDEN
+    return cap, xp.maximum(scale0, of_peak) * DRIFT_FRACTION
 
 
 def decide(
@@ -186,7 +186,7 @@ def decide(
     improved = finite & (first_step | (residual < best))
     starts_over = finite if safeguarded else improved
     rejections = xp.where(starts_over, 0.0, rejections + xp.where(finite, 0.0, 1.0))
-    hopeless = (finite == 0) & (first_step | (rejections >= REJECTIONS))
+    failed_forward = (finite == 0) & (first_step | (rejections >= REJECTIONS))
     plain = finite & (picard_left > 0) if safeguarded else finite
     rose = plain & (residual > peak * RISE)
     growth_step = xp.where(rose, step.to(xp.float64), growth_step)
@@ -221,7 +221,7 @@ def decide(
     status = xp.where(finite & at_floor, STALLED, status)
     status = xp.where(finite & (ran_away | (passes & hidden)), DIVERGED, status)
     status = xp.where(finite & passes & (hidden == 0), CONVERGED, status)
-    status = xp.where(hopeless, NONFINITE, status)
+    status = xp.where(failed_forward, NONFINITE, status)
 
     move = xp.where(finite, PICARD, REJECT)
     anchors = step < 0
@@ -230,14 +230,14 @@ def decide(
         in_phase = picard_left > 0
         picard_grew = residual > previous * PICARD_GROWTH
         grew = residual > best * GROWTH
-        clean = (patience == PATIENCE) & (picard_left <= FIRST_PICARD - (FIRST_LEAST - 1))
+        clean = (patience == PATIENCE) & (picard_left <= FIRST_PICARD - (MIN_FIRST_PICARD - 1))
         clean = clean & (residual <= first * FIRST_GAIN)
         left = xp.where(picard_grew | clean, 0.0, picard_left - 1)
         leaves = going & in_phase & (left <= 0)
         returns = leaves & picard_grew & grew
         anchors = leaves & (returns == 0)
         enters = going & (in_phase == 0) & (grew | (since_best >= patience))
-        lets_go = going & (in_phase == 0) & (best <= anchored * LET_GO)
+        lets_go = going & (in_phase == 0) & (best <= anchored * ANCHOR_RELEASE)
         anchored = xp.where(lets_go, 0.0, anchored)
         to_anchor = enters & (anchored > 0)
         anchored = xp.where(anchors, best, anchored)
@@ -254,7 +254,7 @@ def decide(
         chosen = xp.where(returns, RETURN, xp.where(to_anchor, ANCHOR, chosen))
         move = xp.where(going, chosen, move)
     move = xp.where(status == ACTIVE, move, STOP)
-    improved = improved | (status == CONVERGED) | (hopeless & first_step)
+    improved = improved | (status == CONVERGED) | (failed_forward & first_step)
     norms = (scale0, first, best, previous, gain_residual, peak, peak_norm, anchored)
     counters = (
         best_relative, floor, gain_step, growth_step, since_best, patience, picard_length,

@@ -65,7 +65,7 @@ def test_rows_of_tiny_states_that_are_coupled_are_not_evaluated_elsewhere() -> N
         layout = layout_of(x)
         bound_map = BoundMap(g, layout, ())
         bound_map.evaluate(x, None)
-        assert (bound_map.mended_if_batchwise(x, bad) is not bound_map) == mends
+        assert (bound_map.replace_failed_if_batchwise(x, bad) is not bound_map) == mends
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)

@@ -146,12 +146,12 @@ class DeviceAdjoint:
         Raises:
             Refused: there can be no plan.
         """
-        if not account.late and account.hopeless is not None:
+        if not account.late and account.failed_forward is not None:
             self.recorder = None
             return "some samples of the latest solve failed, and their part of g was left out"
         if self.recorder is None:
             raise Refused("g was not evaluated with a graph")
-        with torch.no_grad(), self.bound_map.replay.solving():
+        with torch.no_grad(), self.bound_map.context.solving():
             self._require_plan(x_star, self.recorder)
         return None
 

@@ -55,7 +55,7 @@ def key_of(kind: str, bound_map: BoundMap, method: Method) -> Key:
         tuple(form_of(t, kind == "adjoint") for t in pytree.tree_leaves(bound_map.read)),
         method,
         bound_map.damping,
-        bound_map.replay.autocast_key,
+        bound_map.context.autocast_key,
         numeric_flags(),
     )
 

@@ -232,7 +232,7 @@ def difference(calls: list[Call], expected: list[Call]) -> str | None:
 
 def require_repeatable(recorder: Recorder, bound_map: BoundMap) -> None:
     """Raise Refused if what was recorded of this map cannot be repeated by a graph."""
-    reason = "g draws random numbers" if bound_map.replay.stochastic else recorder.refusal
+    reason = "g draws random numbers" if bound_map.context.stochastic else recorder.refusal
     if reason is not None:
         raise Refused(reason)
 

@@ -129,7 +129,7 @@ def adjoint(solved: Solved, account: Account) -> FusedAdjoint:
     evaluate = None
     if fused.ours and hasattr(engine, "cell_layer_") and not transforms.in_dual_level():
         evaluate = fused_evaluation(fused.described, engine)
-    return FusedAdjoint(plan, fused, solver, account.hopeless, evaluate)
+    return FusedAdjoint(plan, fused, solver, account.failed_forward, evaluate)
 
 
 class FusedMap(NamedTuple):
@@ -157,9 +157,9 @@ def fused_map(bound_map: BoundMap) -> FusedMap:
     """
     layout = bound_map.layout
     g: Any = bound_map.g
-    if bound_map.replay.autocast_dtype is not None:
+    if bound_map.context.autocast_dtype is not None:
         raise NotLowered("autocast is on")
-    # Not by the replay: the first evaluation of g is yet to come.
+    # Not by the context: the first evaluation of g is yet to come.
     with torch.enable_grad():
         (result, ours), random = rehearsed(
             functools.partial(described, g, bound_map.read), layout.device, g, "lower"
@@ -209,7 +209,7 @@ def value_of_step(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> Tensor:
     found = []
     for points in (x, x + size * away):
         expected = bound_map.evaluate(points.clone(), None)
-        if bound_map.replay.stochastic:
+        if bound_map.context.stochastic:
             raise NotLowered("step() draws random numbers")
         require_same_map(type(bound_map.g).__name__, fused.lowered, points, expected)
         found.append(expected)
@@ -243,7 +243,7 @@ class FusedAdjoint:
     Attributes:
         plan: of the solve. fused: its map.
         solver: of the adjoint system.
-        hopeless: (B,) bool, samples without a fixed point to differentiate; None if there are
+        failed_forward: (B,) bool, samples without a fixed point to differentiate; None if there are
             none.
         evaluate: see LoopAdjoint.
     """
@@ -251,7 +251,7 @@ class FusedAdjoint:
     plan: Plan
     fused: FusedMap
     solver: FixedPointSolver | LinearSolver
-    hopeless: Tensor | None
+    failed_forward: Tensor | None
     evaluate: FusedEvaluation | None
     prepare: ClassVar[None] = None
 
@@ -267,7 +267,7 @@ class FusedAdjoint:
             return None
         known = None if self.evaluate is None else self.evaluate.slopes
         return solve_fused(
-            fused.lowered.adjoint(matrix.x.detach(), b, self.hopeless, known),
+            fused.lowered.adjoint(matrix.x.detach(), b, self.failed_forward, known),
             b,
             self.solver,
             rtol=0.0,
