@@ -34,7 +34,6 @@ PACKAGE = Path(fpi.__file__).parent
 DERIVATIVE_CODE = (
     "autograd/*.py",
     "evaluation/bound_map.py",
-    "evaluation/same_value.py",
     "evaluation/transforms.py",
     "loops/adjoint.py",
 )

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.buffers import MovingBuffers
 from fpi_cuda.evaluation.context import EvaluationContext, WeightCache
-from fpi_cuda.evaluation.modules import modules_of
+from fpi_cuda.evaluation.modules import modules_of, whose_buffers_may_move
 from fpi_cuda.evaluation.same_value import counted_version, same_value
 from fpi_cuda.evaluation.state import Layout, why_not_dense
 
@@ -68,7 +68,7 @@ class BoundMap:
         self.arithmetic = context.autocast_dtype or layout.dtype
         self.modules = modules_of(g)
         self.buffers: tuple[MovingBuffers, ...] = ()
-        moving = [m for m in self.modules if m._buffers and getattr(m, "training", False)]
+        moving = whose_buffers_may_move(self.modules)
         if moving:
             self.buffers = (MovingBuffers(moving, context), MovingBuffers(moving, of_prepare))
         runs: Sequence[Callable[..., Any]] = self.buffers or (context, of_prepare)

@@ -118,3 +118,8 @@ def values_in(g: Any) -> list[Any]:
         with contextlib.suppress(Exception):
             parts.append(getattr(g, name))
     return parts
+
+
+def whose_buffers_may_move(modules: list[nn.Module]) -> list[nn.Module]:
+    """Those in training that have any."""
+    return [m for m in modules if m._buffers and getattr(m, "training", False)]

@@ -110,7 +110,7 @@ def test_late_counts_change_no_result(
     def run(count: Any) -> tuple[SolveResult, list[int]]:
         calls: list[int] = []
         monkeypatch.setattr(host, "active_count", lambda device: count)
-        result = host.solve(
+        result = host.iterate(
             counting(z, calls), 0 * z, Anderson(m=3), rtol=1e-8, atol=0.0, max_steps=max_steps,
             backend=reference, rowwise=rowwise,
         )  # fmt: skip

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from fpi_cuda.loops.fused.solve import run
 from lowered_maps import MAPS, on_device, permuted, two_layers, with_strides
 from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda.activations import FUNCTIONS
+from fpi_cuda.loops.fused.cell_loop import run
 from fpi_cuda.lowered import Layer, Lowered
 from fpi_cuda.ops import reference_loop
 from fpi_cuda.ops import triton as engine
