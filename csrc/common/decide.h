@@ -44,19 +44,20 @@ struct Decision {
 };
 
 struct Safeguard {
-  static constexpr double kCap = 0.1;          // relative tolerance against the starting scale
-  static constexpr double kFall = 0.01;        // or against the peak, where ||g|| has since grown
-  static constexpr double kSettled = 4.0;      // by no more than this
-  static constexpr double kDriftFraction = 0.25;      // of that scale
-  static constexpr double kLeastFall = 0.125;  // of the peak, where rounding ends the fall
-  static constexpr double kGrowth = 10.0;      // over the best residual, borne without a restart
+  static constexpr double kCap = 0.1;      // relative tolerance against the starting scale
+  static constexpr double kFall = 0.01;    // or against the peak, where ||g|| has since grown
+  static constexpr double kSettled = 4.0;  // by no more than this
+  static constexpr double kDriftFraction = 0.25;  // of that scale
+  static constexpr double kLeastFall = 0.125;     // of the peak, where rounding ends the fall
+  static constexpr double kGrowth = 10.0;         // over the best residual, borne without a restart
   static constexpr double kPatience = 3.0;
-  static constexpr double kProgress = 0.9;     // of the best residual, to count as a new best
-  static constexpr double kAnchorRelease = 0.35;       // of the best residual at the anchor, to forget it
+  static constexpr double kProgress = 0.9;  // of the best residual, to count as a new best
+  static constexpr double kAnchorRelease =
+      0.35;                                    // of the best residual at the anchor, to forget it
   static constexpr double kFirstPicard = 9.0;  // plain steps at the start
-  static constexpr double kMinFirstPicard = 4.0;   // fewer, where the residual has fallen to
-  static constexpr double kFirstGain = 0.05;   // this part of the first
-  static constexpr double kFirstGrowth = 8.0;  // times kPicardGrowth: a transient may pass
+  static constexpr double kMinFirstPicard = 4.0;  // fewer, where the residual has fallen to
+  static constexpr double kFirstGain = 0.05;      // this part of the first
+  static constexpr double kFirstGrowth = 8.0;     // times kPicardGrowth: a transient may pass
   static constexpr double kPicardLength = 8.0;
   static constexpr double kPicardGrowth = 4.0;  // since the phase began; ends it early
   static constexpr double kDivergence = 1e6;    // of the first residual
