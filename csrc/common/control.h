@@ -7,7 +7,7 @@ namespace fpi {
 
 // The tensor is float64; what needs no more than float32 lies two to a number at its end. Counters
 // are exact to 2^24, and far beyond it off by a part in as many. The order is that of
-// fpi_cuda/control.py.
+// fpi_cuda/ops/solver_state.py.
 struct Control {
   double scale0;         // max(||x0||, ||g(x0)||)
   double first;          // residual at x0

@@ -1,4 +1,5 @@
-// The rules that end a sample's solve or choose its next step: one copy for every backend.
+// The rules that end a sample's solve or choose its next step: one copy for the CPU and CUDA.
+// fpi_cuda/ops/rules.py says the same in torch, and tests hold the two together.
 #pragma once
 
 #include <cmath>

@@ -17,6 +17,7 @@ from fpi_cuda.loops.stepping import step
 from fpi_cuda.norms import row_norm
 from fpi_cuda.ops import reference, rules
 from fpi_cuda.ops.solver_state import COUNTERS, NORMS
+from fpi_cuda.options import BACKENDS as KNOWN
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solution import Status
 from fpi_cuda.testing import backends_available
@@ -25,7 +26,7 @@ native = pytest.mark.skipif(
     "native" not in backends_available(), reason="built without the extension"
 )
 
-# Triton's interpreter would take minutes here; tests/test_triton.py holds that backend to its twin.
+# Triton's interpreter would take minutes here; test_triton.py holds that backend to its twin.
 BACKENDS = [name for name in backends_available() if name != "triton"]
 
 DIMS = [1, 31, 33, 129]
@@ -277,3 +278,7 @@ def test_the_look_checks_its_arrays() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.native.num_moved(*wrong)
+
+
+def test_what_may_be_asked_for_is_what_there_is() -> None:
+    assert ops.NAMES == KNOWN
