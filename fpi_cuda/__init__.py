@@ -9,6 +9,7 @@ from fpi_cuda._extension import build_info, native_available, version, warn_if_m
 from fpi_cuda.diagnostics import contract_, jacobian_penalty, spectral_radius
 from fpi_cuda.fixed_point import fixed_point
 from fpi_cuda.layer import FPILayer
+from fpi_cuda.loops import device as device_loop
 from fpi_cuda.options import (
     GMRES,
     Anderson,
@@ -47,6 +48,7 @@ __all__ = [
     "build_info",
     "cells",
     "contract_",
+    "device_loop",
     "fixed_point",
     "jacobian_penalty",
     "native_available",
