@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from fpi_cuda import cells, options, solution
+from fpi_cuda import activations, cells, options, solution
 from fpi_cuda._extension import build_info, native_available, version, warn_if_missing
 from fpi_cuda.diagnostics import contract_, jacobian_penalty, spectral_radius
 from fpi_cuda.fixed_point import fixed_point
@@ -58,7 +58,8 @@ __all__ = [
 
 # Pickles of an earlier layout name these modules.
 sys.modules["fpi_cuda.request"] = options
-sys.modules["fpi_cuda.solution"] = solution
+sys.modules["fpi_cuda.result"] = solution
+sys.modules["fpi_cuda.elementwise"] = sys.modules["fpi_cuda.cells.activation"] = activations
 
 warn_if_missing()
 del version, warn_if_missing

@@ -12,6 +12,9 @@ from torch import Tensor
 from fpi_cuda.activations import FUNCTIONS, identity
 from fpi_cuda.declined import Declined
 
+ACTIVATIONS = tuple(FUNCTIONS)
+"""What a Layer's activation may be: names that all kernels know."""
+
 
 class NotLowered(Declined):
     """Raised by a cell's lower(): why the fused loop cannot run it as it is."""

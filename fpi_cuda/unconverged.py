@@ -237,7 +237,12 @@ def look_at_waiting(caller: Notice | None = None, solution: Any = None) -> None:
 
 def notice_here() -> Notice:
     """The notice of the line that called into this package."""
-    return notice_of(call_site() or NOWHERE)
+    site = call_site() or NOWHERE
+    with ONE_EACH:  # of threads that come for the first time at once, each would get its own
+        return notice_of(site)
+
+
+ONE_EACH = threading.Lock()
 
 
 @functools.lru_cache(MOST_SITES)

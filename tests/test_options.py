@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -178,3 +179,19 @@ def test_a_history_wider_than_the_differences_holds_the_same_numbers() -> None:
 
     assert torch.equal(solve(torch.float64, torch.float32), solve(None, torch.float32))
     assert torch.equal(solve(torch.bfloat16, torch.float64), solve(None, torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("request", "Options"),
+        ("result", "Solution"),
+        ("unconverged", "Notice"),
+        ("cells.activation", "Activation"),
+        ("elementwise", "gelu_derivative"),
+        ("cells.dense", "Dense"),
+    ],
+)
+def test_pickles_of_the_first_layout_find_their_classes(module: str, name: str) -> None:
+    found = pickle.loads(f"cfpi_cuda.{module}\n{name}\n.".encode())
+    assert found.__name__ == name

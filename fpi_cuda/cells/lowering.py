@@ -20,7 +20,7 @@ from fpi_cuda.evaluation.state import Layout
 from fpi_cuda.lowered import Layer, Lowered, NotLowered
 
 # How a cell may be evaluated otherwise than by what lower() says.
-EVALUATION = ("prepare", "step", "forward", "__call__")
+EVALUATION = ("prepare", "step", "_hidden_input", "forward", "__call__")
 # A kernel's and torch's rounding of the same numbers, in units of the terms that are summed.
 MOST_UNITS = 256
 WRONG_SHAPE = "a tensor of it has shape {}, not {}"

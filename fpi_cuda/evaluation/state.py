@@ -301,6 +301,8 @@ def require_arity(g: Callable[..., Any], z: tuple[object, ...]) -> None:
         signature.bind(*given)
     except TypeError as mismatch:
         name = getattr(called, "__qualname__", type(called).__name__)
+        if hoisted and called is not g:  # by the user's class, wherever prepare is inherited from
+            name = f"{type(g).__name__}.prepare"
         raise TypeError(
             f"fixed_point: g must take x and every z, but {name}{signature} cannot take the "
             f"{len(z)} z given: {mismatch}. Bind other arguments with "
