@@ -118,8 +118,7 @@ def steps_agree(
     for engine in (ours(dtype, backend), reference):
         room = torch.zeros(batch * dim + offset, dtype=dtype, device=here())
         x = room[offset:].view(batch, dim)
-        work = allocate(x, solver, 0.0)
-        work.scratch = engine.scratch(x)
+        work = allocate(x, solver, 0.0, engine.scratch(x))
         for _ in range(14):
             gx = (scale * torch.tanh(x) + z).contiguous()
             step(engine, solver, work, x, gx, None, 1e-9, 500)
@@ -195,7 +194,7 @@ def whole_solve(batch: int, dim: int, solver: Any) -> Callable[..., Any]:
     """A row-wise problem that reads nothing from the device; call it with rowwise=."""
     import torch
 
-    from fpi_cuda.loops.host import iterate as solve
+    from fpi_cuda.loops.host import iterate
 
     torch.manual_seed(0)
     z = torch.randn(batch, dim, device=here())
@@ -205,7 +204,7 @@ def whole_solve(batch: int, dim: int, solver: Any) -> Callable[..., Any]:
 
     def run(rowwise: bool = False) -> Any:
         options = {"rtol": 1e-5, "atol": 0.0, "max_steps": 200, "backend": ours()}
-        return solve(g, torch.zeros_like(z), solver, rowwise=rowwise, **options)
+        return iterate(g, torch.zeros_like(z), solver, rowwise=rowwise, **options)
 
     return run
 

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from bench.fuzz_layers import fuzz_layer
 from fpi_cuda import ops
-from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.options import MAX_DEPTH, Anderson, Broyden, Picard
 from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing.random_maps import ALWAYS, NEVER, NO_FIXED_POINT, RandomMaps, draw_maps
@@ -147,7 +147,9 @@ def run(case: Case, backend_name: str | None) -> tuple[SolveResult, Trace]:
         return gx
 
     options = {"rtol": case.rtol, "atol": case.atol, "max_steps": case.max_steps}
-    result = solve(evaluate, maps.x0, case.solver, **options, backend=backend, rowwise=case.rowwise)
+    result = iterate(
+        evaluate, maps.x0, case.solver, **options, backend=backend, rowwise=case.rowwise
+    )
     return result, trace
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bench.data import BIBTEX_FEATURES, BIBTEX_LABELS, load_bibtex
 from fpi_cuda import ops
-from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.loops.stepping import Evaluate
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
@@ -119,7 +119,7 @@ def flat_solve(
 ) -> SolveResult:
     """The library's loop with the best backend."""
     backend = ops.resolve(None, x0.device, x0.dtype)
-    return solve(evaluate, x0, solver, rtol=rtol, atol=0.0, max_steps=max_steps, backend=backend)
+    return iterate(evaluate, x0, solver, rtol=rtol, atol=0.0, max_steps=max_steps, backend=backend)
 
 
 def fixed_points(layer: Layer, z: Tensor, rtol: float) -> Tensor:

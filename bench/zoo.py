@@ -21,7 +21,7 @@ from tqdm import tqdm
 from bench import machine
 from bench.json_files import write_json
 from fpi_cuda import ops
-from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.options import Anderson, Broyden, Picard
 from fpi_cuda.solution import Status
 from fpi_cuda.testing import Problem, names, problem
@@ -144,7 +144,7 @@ def run(
     contract 5 can solve what Picard solves in its last step.
     """
     start = time.perf_counter()
-    result = solve(
+    result = iterate(
         p.evaluate,
         p.flat_x0,
         parse_solver(label),

@@ -270,8 +270,7 @@ def joint_solve(
     shape, solver, backend = x.shape, system.solver, system.backend
     each = system.together
     x = x.reshape(len(x) // each, -1).clone(memory_format=torch.contiguous_format)
-    work = allocate(x, solver, 0.0)
-    work.scratch = backend.scratch(x)
+    work = allocate(x, solver, 0.0, backend.scratch(x))
     judge = JointTest(system, scale, shape[0])
     noise = noise_of(system.arithmetic, x.dtype, system.max_steps)
     least = torch.full_like(work.residual, torch.nan)

@@ -102,9 +102,7 @@ def iterate(
                 gx = apart_from(x, gx)
             if number == 0:
                 # Only now: the first evaluation may need a copy of x besides these arrays.
-                scratch = backend.scratch(x0)
-                work = allocate(x0, solver, atol)
-                work.scratch = scratch
+                work = allocate(x0, solver, atol, backend.scratch(x0))
                 op, arrays, numbers = step_of(backend, solver, work, rtol, max_steps)
                 exact = arithmetic is None or arithmetic == x0.dtype
                 noise = None if exact else noise_of(arithmetic, x0.dtype, max_steps)

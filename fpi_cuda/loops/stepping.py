@@ -69,10 +69,13 @@ def depth_of(solver: FixedPointSolver, dim: int) -> int:
     return solver.m if isinstance(solver, Broyden) else 0
 
 
-def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Workspace:
+def allocate(
+    x0: Tensor, solver: FixedPointSolver, atol: float | Tensor, scratch: Tensor | None = None
+) -> Workspace:
     """Arrays for a solve from x0 (B, D): 2m + 2 times the state, and what the rules remember.
 
     That is 4 m (m + 1) + 8 CONTROL_SIZE + 21 bytes a sample: nothing beside a large one.
+    `scratch` is what the backend asks for besides.
     """
     batch, dim = x0.shape
     depth = depth_of(solver, dim)
@@ -97,6 +100,7 @@ def allocate(x0: Tensor, solver: FixedPointSolver, atol: float | Tensor) -> Work
         status=torch.zeros(batch, dtype=torch.int8, device=x0.device),
         num_steps=torch.zeros(batch, dtype=torch.int32, device=x0.device),
         residual=torch.full((batch,), torch.inf, **scalar),
+        scratch=scratch,
     )
 
 

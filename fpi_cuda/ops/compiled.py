@@ -66,7 +66,7 @@ class Native(Compiled):
         Args:
             dim, hidden: features of x and of the layer between, 0 for one layer.
             depth: of Anderson's history, 0 for Picard.
-            precision: place in fpi_cuda.PRECISIONS.
+            precision: place in options.PRECISIONS.
         """
         double = dtype == torch.float64
         tile = torch.ops.fpi_cuda.cell_loop_tile(PLENTY, dim, hidden, depth, double)

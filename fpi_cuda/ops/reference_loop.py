@@ -71,7 +71,7 @@ def cell_loop_(
         activation1, activation2: see fpi_cuda.activations.CODES.
         depth: of Anderson's history, 0 to 16; 0 for Picard.
         rtol, max_steps, beta, ridge: as in anderson_step_.
-        precision: of the products with the weights, a place in fpi_cuda.PRECISIONS.
+        precision: of the products with the weights, a place in options.PRECISIONS.
     """
     batch, dim = x.shape
     apart = batch if depth and x.dtype not in (torch.float32, torch.float64) else 0

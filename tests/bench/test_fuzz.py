@@ -98,8 +98,8 @@ def false_steps(result: SolveResult) -> SolveResult:
 def test_a_lie_is_found(
     lie: Callable[[SolveResult], SolveResult], found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = fuzz.solve
-    monkeypatch.setattr(fuzz, "solve", lambda *a, **k: lie(honest(*a, **k)))
+    honest = fuzz.iterate
+    monkeypatch.setattr(fuzz, "iterate", lambda *a, **k: lie(honest(*a, **k)))
     report = fuzz.fuzz(0, range(12), 64, None, resolve_every=10**9)
     assert any(line.startswith(found) for line in report.violations)
 
@@ -107,12 +107,12 @@ def test_a_lie_is_found(
 def test_a_map_that_looks_at_its_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     if "native" not in backends_available():
         pytest.skip("built without the extension")
-    honest = fuzz.solve
+    honest = fuzz.iterate
 
     def leaking(evaluate: Callable[..., Tensor], *a: object, **k: object) -> SolveResult:
         return honest(lambda x, rows: evaluate(x, rows) * (1 + 1e-6 * x.shape[0]), *a, **k)
 
-    monkeypatch.setattr(fuzz, "solve", leaking)
+    monkeypatch.setattr(fuzz, "iterate", leaking)
     report = fuzz.fuzz(0, range(4), 64, "native", resolve_every=1)
     assert any(line.startswith("moves when solved") for line in report.violations)
 
@@ -120,7 +120,7 @@ def test_a_map_that_looks_at_its_batch_is_found(monkeypatch: pytest.MonkeyPatch)
 def test_the_command_prints_a_reproducer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest = fuzz.solve
-    monkeypatch.setattr(fuzz, "solve", lambda *a, **k: false_label(honest(*a, **k)))
+    honest = fuzz.iterate
+    monkeypatch.setattr(fuzz, "iterate", lambda *a, **k: false_label(honest(*a, **k)))
     assert fuzz.main(["--solves", "64", "--batch", "64", "--seed", "3"]) == 1
     assert "python -m bench.fuzz --seed 3 --batch 64 --only 0" in capsys.readouterr().out

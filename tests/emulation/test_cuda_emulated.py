@@ -25,7 +25,7 @@ from stepping import (
 )
 from torch import Tensor
 
-from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.loops.stepping import step
 from fpi_cuda.ops import reference
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
@@ -111,7 +111,7 @@ def test_whole_solves_agree_with_the_reference(
 
     def run(backend: Any, rowwise: bool) -> list[Tensor]:
         return list(
-            solve(
+            iterate(
                 lambda x, rows: scale * x + torch.tanh(0.1 * x) + (z if rows is None else z[rows]),
                 0 * z,
                 solver,
@@ -185,7 +185,7 @@ def bits(backend: Emulated, solver: FixedPointSolver, start: Tensor, z: Tensor,
          samples: Tensor, rowwise: bool = False) -> list[Tensor]:  # fmt: skip
     """The account of some samples of one problem, in the order asked for."""
     return list(
-        solve(
+        iterate(
             lambda x, rows: g(x, z, samples if rows is None else samples[rows]),
             start[samples],
             solver,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import _extension, ops
-from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.ops import reference
 from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solution import Status
@@ -71,7 +71,7 @@ def account(backend: Any, solver: FixedPointSolver, x: Tensor, z: Tensor, sample
     """The whole solve of some samples of one problem, in the order asked for."""
     chosen = torch.tensor(samples, device=x.device)
     return list(
-        solve(
+        iterate(
             lambda x, rows: g(x, z, chosen if rows is None else chosen[rows]),
             x[chosen], solver, rtol=1e-4, atol=0.0, max_steps=60, backend=backend, rowwise=rowwise,
         )
@@ -137,11 +137,11 @@ def smooth(z: Tensor) -> Any:
 def test_a_solve_makes_no_blocking_call(cuda: Any, solver: FixedPointSolver, rowwise: bool) -> None:
     z = torch.randn(256, 128, device="cuda") * torch.logspace(-6, 0, 256, device="cuda")[:, None]
     options: dict[str, Any] = {"rtol": 0.0, "atol": 1e-4, "max_steps": 200, "backend": cuda}
-    solve(smooth(z), torch.zeros_like(z), solver, rowwise=rowwise, **options)
+    iterate(smooth(z), torch.zeros_like(z), solver, rowwise=rowwise, **options)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = solve(smooth(z), torch.zeros_like(z), solver, rowwise=rowwise, **options)
+        result = iterate(smooth(z), torch.zeros_like(z), solver, rowwise=rowwise, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (result.status == Status.CONVERGED).all()
@@ -152,7 +152,7 @@ def test_steps_run_on_the_callers_stream(cuda: Any, dim: int) -> None:
     """Solves on two streams at once, each behind work that only its own stream waits for."""
     z = [torch.randn(8, dim, device="cuda") for _ in range(2)]
     options: dict[str, Any] = {"rtol": 1e-5, "atol": 0.0, "max_steps": 100, "backend": cuda}
-    expected = [solve(smooth(t), torch.zeros_like(t), Anderson(m=3), **options) for t in z]
+    expected = [iterate(smooth(t), torch.zeros_like(t), Anderson(m=3), **options) for t in z]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in z]
     results = []
@@ -161,7 +161,7 @@ def test_steps_run_on_the_callers_stream(cuda: Any, dim: int) -> None:
             late = torch.full_like(t, torch.nan)
             torch.cuda._sleep(20_000_000)
             late.copy_(t)
-            results.append(solve(smooth(late), torch.zeros_like(t), Anderson(m=3), **options))
+            results.append(iterate(smooth(late), torch.zeros_like(t), Anderson(m=3), **options))
     torch.cuda.synchronize()
     for one, other in zip(results, expected, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -172,7 +172,7 @@ def test_steps_run_on_the_callers_stream(cuda: Any, dim: int) -> None:
 def test_steps_run_on_the_device_of_the_state(cuda: Any) -> None:
     z = torch.randn(4, 65, device="cuda:1")
     with torch.cuda.device(0):
-        result = solve(smooth(z), torch.zeros_like(z), Anderson(m=3), rtol=1e-5, atol=0.0,
+        result = iterate(smooth(z), torch.zeros_like(z), Anderson(m=3), rtol=1e-5, atol=0.0,
                        max_steps=100, backend=cuda)  # fmt: skip
     assert result.x.device == z.device
     assert (result.status == Status.CONVERGED).all()

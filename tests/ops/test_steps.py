@@ -12,7 +12,7 @@ from stepping import MAPS, SOLVERS, advance, arrays, assert_same_step, begin, g,
 from torch import Tensor
 
 from fpi_cuda import ops
-from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.loops.stepping import step
 from fpi_cuda.norms import row_norm
 from fpi_cuda.ops import reference, rules
@@ -134,7 +134,7 @@ def test_a_sample_gets_the_same_bits_in_any_batch(solver: FixedPointSolver, dim:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            out = solve(
+            out = iterate(
                 lambda x, rows: g(x, z, samples if rows is None else samples[rows]),
                 start[samples],
                 solver,

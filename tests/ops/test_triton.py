@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fpi_cuda as fpi
 from fpi_cuda import ops
-from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.loops.stepping import allocate, step
 from fpi_cuda.ops import reference
 from fpi_cuda.ops import triton as engine
@@ -205,7 +205,7 @@ def test_a_sample_gets_the_same_bits_in_any_batch(
         def evaluate(x: Tensor, rows: Tensor | None) -> Tensor:
             return g(x, z, samples if rows is None else [samples[i] for i in rows.tolist()])
 
-        out = solve(
+        out = iterate(
             evaluate,
             start[samples],
             solver,

@@ -11,7 +11,7 @@ from zoo_runs import MAX_STEPS, every_problem, settings, solved
 
 from bench.zoo import missed_samples, parse_solver
 from fpi_cuda import ops
-from fpi_cuda.loops.host import iterate as solve
+from fpi_cuda.loops.host import iterate
 from fpi_cuda.options import Anderson, Picard
 from fpi_cuda.solution import SolveResult, Status
 from fpi_cuda.testing import NUM_SAMPLES, Problem, backends_available, names, problem
@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 def solve_with(p: Problem, solver: str, rtol: float, max_steps: int = MAX_STEPS) -> SolveResult:
     backend = ops.resolve(None, p.x0.device, p.x0.dtype)
     options = {"rtol": rtol, "atol": 0.0, "max_steps": max_steps, "backend": backend}
-    return solve(p.evaluate, p.flat_x0, parse_solver(solver), **options)
+    return iterate(p.evaluate, p.flat_x0, parse_solver(solver), **options)
 
 
 @settings
@@ -139,13 +139,13 @@ def test_native_gives_a_sample_the_same_bits_in_any_batch(
     p = problem(name, torch.float32)
     native = ops.resolve("native", p.x0.device, p.x0.dtype)
     options = {"rtol": 1e-5, "atol": 0.0, "max_steps": 60, "backend": native}
-    whole = solve(p.evaluate, p.flat_x0, parse_solver(solver), **options, rowwise=rowwise)
+    whole = iterate(p.evaluate, p.flat_x0, parse_solver(solver), **options, rowwise=rowwise)
     part = torch.tensor([7, 2, 5])
 
     def evaluate(x: Tensor, rows: Tensor | None) -> Tensor:
         return p.evaluate(x, part if rows is None else part[rows])
 
-    alone = solve(evaluate, p.flat_x0[part], parse_solver(solver), **options)
+    alone = iterate(evaluate, p.flat_x0[part], parse_solver(solver), **options)
     for one, other in zip(whole, alone, strict=True):
         torch.testing.assert_close(one[part], other, rtol=0, atol=0, equal_nan=True)
 

@@ -113,8 +113,8 @@ class Plan:
         self._device = x.device
         with torch.inference_mode(False), torch.no_grad():
             self._x = torch.empty_like(x.detach(), memory_format=torch.contiguous_format)
-            self._work = allocate(self._x, method.solver, 0.0)
-            self._work.scratch = method.backend.scratch(self._x)
+            scratch = method.backend.scratch(self._x)
+            self._work = allocate(self._x, method.solver, 0.0, scratch)
             self._rounds = torch.zeros(1, dtype=torch.int32, device=x.device)
             self._static_inputs = [
                 empty_with_strides(t.detach()).requires_grad_(t.requires_grad)

@@ -43,7 +43,7 @@ def solve_fused(
         solver: Picard or Anderson.
         atol: one number, or (B,) float64.
         backend: that has cell_loop_, in the schema of csrc/cell_ops.cpp.
-        precision: of the products with the weights, one of fpi_cuda.PRECISIONS. A float64
+        precision: of the products with the weights, one of options.PRECISIONS. A float64
             state, and a cap that leaves no step besides those that verify, are for "ieee".
     """
     room = max_steps - evaluations_to_verify(rtol)
