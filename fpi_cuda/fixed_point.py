@@ -284,6 +284,8 @@ def solve_flat(
                 except Declined as reason:
                     plan = after_decline(g, plan, reason)
         record.route = Route(plan.loop.name, plan.reasons)
+        if plan.loop.is_rowwise:
+            coupling = None
         value, result = reported(
             Solved(plan, bound_map, *solved), record, coupling, born_after if grad else None
         )

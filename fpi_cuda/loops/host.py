@@ -22,6 +22,7 @@ from fpi_cuda.solution import SolveResult, Status
 name = "host"
 is_late = False
 sees_all_rows = False
+is_rowwise = False
 why_not = None
 adjoint = None
 

@@ -63,11 +63,13 @@ class Loop(Protocol):
             the same at every step, for the trace of each solve is compared.
         sees_all_rows: where g is not this package's own, it was evaluated on all rows together at
             the solution.
+        is_rowwise: the maps that it runs have rows that do not depend on one another, as they show.
     """
 
     name: str
     is_late: bool
     sees_all_rows: bool
+    is_rowwise: bool
 
     @property
     def why_not(self) -> Callable[[Any, Plan, bool], str | None] | None:

@@ -32,6 +32,7 @@ from fpi_cuda.solution import SolveResult
 name = "device"
 is_late = True
 sees_all_rows = False
+is_rowwise = False
 
 plans = PlanCache()
 """The captured solves of this process: plans.memory() is what they hold, plans.clear() frees it."""

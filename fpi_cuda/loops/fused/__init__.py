@@ -26,6 +26,7 @@ from fpi_cuda.evaluation.context import rehearsed
 from fpi_cuda.evaluation.same_value import version_of
 from fpi_cuda.evaluation.shortcuts import why_rows_unknown
 from fpi_cuda.loops.coupled import retold
+from fpi_cuda.loops.fused import capture
 from fpi_cuda.loops.fused.cell_layer import FusedEvaluation, fused_evaluation
 from fpi_cuda.loops.fused.cell_loop import solve_fused
 from fpi_cuda.loops.plan import Plan, Solved
@@ -37,6 +38,7 @@ from fpi_cuda.solution import SolveResult
 name = "fused"
 is_late = False
 sees_all_rows = True
+is_rowwise = True
 
 DRAWN = "its weights are drawn at random"
 
@@ -44,14 +46,23 @@ DRAWN = "its weights are drawn at random"
 def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
     """See Loop."""
     layout, options = plan.layout, plan.options
+    reason = why_not_served(options.solver, layout.dtype, plan.engine)
+    if reason is None and (layout.is_tuple or len(layout.shapes[0]) != 1 or not layout.batch_dims):
+        reason = "the state is not one tensor (B, features)"
+    if reason is not None:
+        return reason
+    if not says_how(g):
+        return capture.why_not_capturable(g) if rehearse else None
     rows_known = plan.rowwise and options.rowwise is None
     reason = why_not_lowerable(g, plan.whole, rows_known=rows_known)
     if reason is None and not plan.rowwise:
         reason = why_rows_unknown(g) or "rowwise is not True"
-    reason = reason or why_not_served(options.solver, layout.dtype, plan.engine)
-    if reason is None and (layout.is_tuple or len(layout.shapes[0]) != 1):
-        reason = "the state is not one tensor (B, features)"
     return reason or (why_declined(g, layout.device) if rehearse else None)
+
+
+def says_how(g: Any) -> bool:
+    """Whether g has a lower(); another one may be captured."""
+    return callable(getattr(g, "lower", None))
 
 
 def why_not_served(
@@ -86,7 +97,7 @@ def solve(
 ) -> tuple[SolveResult, FusedMap]:
     """See Loop."""
     options = plan.options
-    fused = fused_map(bound_map)
+    fused = fused_map(bound_map, x0)
     if options.route is None:
         require_worth(fused, plan)
     result = solve_fused(
@@ -99,6 +110,8 @@ def solve(
         backend=plan.engine,
         precision=options.precision,
     )
+    if fused.unverified is not None:
+        verify(bound_map, fused, result.x)
     if not fused.ours:
         gx = value_of_step(bound_map, fused, result.x)
         # Terms that cancel may hide a difference in their rounding.
@@ -138,8 +151,9 @@ class FusedMap(NamedTuple):
     Attributes:
         described: the map, with its graph.
         lowered: the same without.
-        ours: lower() is this package's own, so nobody's word is needed for it.
+        ours: lower() is this package's own, or g was captured: nobody's word is needed for it.
         sources, versions: the tensors that it was made from, and how often each was written to.
+        unverified: the capture that it was made by, if nobody has compared that with g so far.
     """
 
     described: Lowered
@@ -147,11 +161,14 @@ class FusedMap(NamedTuple):
     ours: bool
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
+    unverified: capture.Capture | None = None
 
 
-def fused_map(bound_map: BoundMap) -> FusedMap:
+def fused_map(bound_map: BoundMap, x0: Tensor) -> FusedMap:
     """g with its inputs bound, as the fused loop runs it.
 
+    Args:
+        x0: (B, D) a state.
     Raises:
         NotLowered: it cannot, and why.
     """
@@ -159,11 +176,18 @@ def fused_map(bound_map: BoundMap) -> FusedMap:
     g: Any = bound_map.g
     if bound_map.context.autocast_dtype is not None:
         raise NotLowered("autocast is on")
+    captured, held = None, ()
+    if says_how(g):
+        describe = functools.partial(described, g, bound_map.read)
+        held = (*g.parameters(), *g.buffers())
+    else:
+        captured = capture.capture_of(g, x0, bound_map.z)
+        given = captured.reads(g, x0, bound_map.z)
+        held = tuple(t for t in given if isinstance(t, Tensor) and t is not x0)
+        describe = functools.partial(described_by, captured, given)
     # Not by the context: the first evaluation of g is yet to come.
     with torch.enable_grad():
-        (result, ours), random = rehearsed(
-            functools.partial(described, g, bound_map.read), layout.device, g, "lower"
-        )
+        (result, ours), random = rehearsed(describe, layout.device, g, "lower")
     if random:
         raise NotLowered(DRAWN)
     for layer in result.layers:
@@ -172,8 +196,36 @@ def fused_map(bound_map: BoundMap) -> FusedMap:
     plain = result.detached()
     tensors = plain.tensors()
     require_shapes(plain, tensors, layout)
-    sources = (*g.parameters(), *g.buffers(), *tensors)
-    return FusedMap(result, plain, ours, sources, tuple(map(version_of, sources)))
+    sources = (*held, *tensors)
+    unverified = None if captured is None or captured.verified else captured
+    return FusedMap(result, plain, ours, sources, tuple(map(version_of, sources)), unverified)
+
+
+def described_by(captured: capture.Capture, given: tuple[Any, ...]) -> tuple[Lowered, bool]:
+    """The same as `described` for a g that was captured."""
+    return captured.lowered(given), True
+
+
+def verify(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> None:
+    """Compare what was captured with g itself, in value and derivative, at x (B, D) and near.
+
+    Raises:
+        NotLowered: it is another map, or g draws random numbers.
+    """
+    captured = fused.unverified
+    assert captured is not None
+    reason = None
+    for points in points_to_compare(x):
+        expected = bound_map.evaluate(points.clone(), None)
+        if bound_map.context.stochastic:
+            reason = "it draws random numbers"
+        elif bool(difference(fused.lowered, points, expected)[1].any()):
+            reason = "its trace has another value than it has itself"
+    reason = reason or why_other_derivative(bound_map, fused, x)
+    if reason is not None:
+        capture.refuse(captured, bound_map.g, x, bound_map.z, reason)
+        raise NotLowered(reason)
+    captured.verified = True
 
 
 def require_worth(fused: FusedMap, plan: Plan) -> None:
@@ -202,12 +254,8 @@ def value_of_step(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> Tensor:
         ValueError: it does not.
         NotLowered: step() draws random numbers, which lower() cannot.
     """
-    # Besides x itself, for where that is zero, or weights are, an error of the other is hidden.
-    size = x.abs().amax(1, keepdim=True)
-    size = torch.where(size.isfinite() & (size > 0), size, 1.0)
-    away = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype, device=x.device)
     found = []
-    for points in (x, x + size * away):
+    for points in points_to_compare(x):
         expected = bound_map.evaluate(points.clone(), None)
         if bound_map.context.stochastic:
             raise NotLowered("step() draws random numbers")
@@ -216,12 +264,28 @@ def value_of_step(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> Tensor:
     return found[0]
 
 
+def points_to_compare(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (B, D), and points around it.
+
+    Where x is zero, or weights are, an error of the other is hidden.
+    """
+    size = x.abs().amax(1, keepdim=True)
+    size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+    away = torch.linspace(-1, 1, x.shape[1], dtype=x.dtype, device=x.device)
+    return x, x + size * away
+
+
 def why_no_adjoint(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> str | None:
     """Why the derivative of a fused map at x (B, D) is not for the fused loop, or None."""
     if fused.lowered.x_factor is not None:
         return "the adjoint of a map with an x_factor is none that it runs"
-    if fused.ours or len(x) == 0:
-        return None
+    return None if fused.ours or len(x) == 0 else why_other_derivative(bound_map, fused, x)
+
+
+def why_other_derivative(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> str | None:
+    """Why the derivative of g at x (B, D) is not that of the fused map, or None."""
+    if fused.lowered.x_factor is not None:
+        return None  # nobody takes it from there
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         gx = bound_map(leaf)
@@ -233,7 +297,8 @@ def why_no_adjoint(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> str | Non
         adjoint = fused.lowered.adjoint(x, torch.zeros_like(x))
         if not bool(difference(adjoint, v, expected)[1].any()):
             return None
-    return "step() has another derivative than what lower() describes"
+    what = "step() has another derivative than what lower() describes"
+    return what if says_how(bound_map.g) else "its trace has another derivative than it has itself"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,290 @@
+"""A user's g, traced by Dynamo and kept for as long as nothing that the trace rests on changes."""
+
+from __future__ import annotations
+
+import dis
+import operator
+import os
+import threading
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fpi_cuda.evaluation.modules import modules_of
+from fpi_cuda.evaluation.shortcuts import HOOKS, hooks_on_all, why_modes_matter
+from fpi_cuda.loops.fused.recognise import Form, recognised
+from fpi_cuda.lowered import Lowered, NotLowered
+
+MOST_CAPTURES = 32
+"""Of one kind of g: for so many shapes, modes and states of it. Others are not looked at."""
+
+SWITCH = "FPI_CUDA_CAPTURE"
+SWITCHED_OFF = f"{SWITCH}=0: no g is to be captured"
+TOO_MANY = f"{MOST_CAPTURES} other forms of it were captured"
+WITH_EFFECTS = "an evaluation of it does more than compute its value"
+
+KNOWN_MODULES = frozenset(
+    (
+        nn.Linear, nn.Identity, nn.Dropout, nn.Tanh, nn.ReLU, nn.Sigmoid, nn.GELU, nn.Softplus,
+        nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
+    )
+)  # fmt: skip
+"""Modules of torch that a map of the kernels' form is made of."""
+
+NOT_FUNCTIONS = frozenset(vars(nn.Module)) | frozenset(vars(object))
+
+
+class Capture:
+    """One trace of g, in the kernels' form.
+
+    Attributes:
+        form: what it was recognised as.
+        verified: it was compared with g itself.
+    """
+
+    def __init__(self, form: Form, guards: Any, function: Callable[..., Any], g: Any) -> None:
+        self.form = form
+        self.verified = False
+        self._guards = guards
+        self._function = function
+        self._classes = classes_of(g)
+
+    def holds(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> bool:
+        """Whether a trace of g would be the same now. Under the grad mode of the trace."""
+        guards = self._guards
+        # Dynamo lets go of an entry when something that it knows by its address is gone.
+        if guards.cache_entry is None or not guards.check({"g": g, "x": x, "z": z}):
+            return False
+        return not hooks_on_all() and all(read(of) == known for of, read, known in self._classes)
+
+    def reads(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What an evaluation of g reads, where the trace holds: as it is now, x among it."""
+        given: tuple[Any, ...] = self._function(g, x, z)
+        return given
+
+    def lowered(self, given: tuple[Any, ...]) -> Lowered:
+        """The map that g is where it reads these, with the graph that the grad mode allows."""
+        return self.form.lowered(self.form.hoisted(*given))
+
+
+def classes_of(g: Any) -> list[tuple[Any, Callable[[Any], Any], Any]]:
+    """What classes of g and of its modules hold: Dynamo trusts that a class stays as it is."""
+    kinds: dict[type, None] = {}
+    for part in (g, *modules_of(g)):
+        kinds |= dict.fromkeys(type(part).__mro__)
+    found = []
+    for kind in kinds:
+        if kind.__module__ in ("builtins", "typing"):
+            continue
+        of = vars(kind)
+        names = [name for name, value in of.items() if callable(value) or isinstance(value, LOOKED)]
+        if kind is nn.Module:
+            names = ["__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"]
+        if len(names) > 1:
+            read = operator.itemgetter(*names)
+            found.append((of, read, read(of)))
+        elif names:
+            read = operator.itemgetter(names[0], names[0])
+            found.append((of, read, read(of)))
+    return found
+
+
+LOOKED = (staticmethod, classmethod, property)
+
+
+class Kind:
+    """What is known of the g that share a class or a piece of code.
+
+    Attributes:
+        captures: newest first.
+        refusals: why such a g, with such a state and inputs, has no capture.
+    """
+
+    def __init__(self) -> None:
+        self.captures: list[Capture] = []
+        self.refusals: dict[Hashable, str] = {}
+        self.evaluation = types.FunctionType(call_g.__code__.replace(), globals())
+
+
+def call_g(g: Any, x: Any, z: Any) -> Any:
+    """What is traced. Each kind has a copy, for Dynamo keeps its traces by code."""
+    return g(x, *z)
+
+
+lock = threading.RLock()
+kinds: weakref.WeakKeyDictionary[Any, Kind] = weakref.WeakKeyDictionary()
+
+
+def kind_of(g: Any) -> Kind:
+    """That of a module's or object's class, or of a function's code."""
+    called = getattr(g, "__func__", g)
+    key = called.__code__ if isinstance(called, types.FunctionType) else type(g)
+    found = kinds.get(key)
+    return kinds.setdefault(key, Kind()) if found is None else found
+
+
+def clear() -> None:
+    """Forget every capture."""
+    with lock:
+        kinds.clear()
+
+
+def is_wanted() -> bool:
+    """Whether g are to be captured at all."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+def why_not_capturable(g: Any) -> str | None:
+    """What speaks against a trace before anything is traced; None: nothing that shows at once."""
+    if not is_wanted():
+        return SWITCHED_OFF
+    if hooks_on_all():
+        return "there are hooks on all modules"
+    for part in modules_of(g):
+        kind = type(part)
+        if kind.__module__.startswith("torch.nn.modules.") and kind not in KNOWN_MODULES:
+            return f"{kind.__name__} is none of the layers that the kernels run"
+        if any(part.__dict__.get(name) for name in HOOKS):
+            return f"{kind.__name__} has hooks, which must see its evaluations"
+    return None
+
+
+def known_capture(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture | None:
+    """A capture that holds for g; None where there is none."""
+    kind = kind_of(g)
+    for place, capture in enumerate(kind.captures):
+        if capture.holds(g, x, z):
+            if place:
+                kind.captures.remove(capture)
+                kind.captures.insert(0, capture)
+            return capture
+    return None
+
+
+def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
+    """A trace of g that holds, made here if there is none.
+
+    Args:
+        x: plain, (B, D). z: inputs of g.
+    Raises:
+        NotLowered: g cannot be traced, or has not the kernels' form.
+    """
+    with torch.enable_grad(), lock:
+        found = known_capture(g, x, z)
+        if found is not None:
+            return found
+        kind, key = kind_of(g), key_of(g, x, z)
+        reason = kind.refusals.get(key)
+        if reason is None and len(kind.captures) + len(kind.refusals) >= MOST_CAPTURES:
+            reason = TOO_MANY
+        reason = reason or why_modes_matter()
+        if reason is not None:
+            raise NotLowered(reason)
+        try:
+            capture = traced(kind.evaluation, g, x, z)
+        except NotLowered as refusal:
+            kind.refusals[key] = str(refusal)
+            raise
+        kind.captures.insert(0, capture)
+        return capture
+
+
+def refuse(capture: Capture, g: Any, x: Tensor, z: tuple[Any, ...], reason: str) -> None:
+    """Let go of a capture that is not what g computes."""
+    with lock:
+        kind = kind_of(g)
+        kind.captures.remove(capture)
+        kind.refusals[key_of(g, x, z)] = reason
+
+
+def key_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Hashable:
+    """Equal for the same g, as far as that shows, with a state and inputs of the same shapes."""
+    shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in (x, *z) if isinstance(t, Tensor))
+    which = (weakref.ref(g), g.training) if isinstance(g, nn.Module) else None
+    return which, shapes
+
+
+def traced(evaluation: Callable[..., Any], g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
+    """A trace of g, made now."""
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as entries_of
+
+    found: list[Form | NotLowered] = []
+
+    def read(module: Any, _: object) -> Callable[..., Any]:
+        """What Dynamo calls with the graph, and then with what the graph reads."""
+        try:
+            form = recognised(module.graph, state_in(module.graph))
+        except NotLowered as reason:
+            found.append(reason)
+            return lambda *_: (None,)
+        found.append(form)
+        return lambda *given: (given,)
+
+    code = evaluation.__code__
+    before = {id(entry.code) for entry in entries_of(code)}
+    try:
+        with tracing_for_guards():
+            torch.compile(evaluation, backend=read, fullgraph=True)(g, x, z)
+    except NotLowered:
+        raise
+    except Exception as error:
+        if len(found) != 1:
+            said = (str(error).splitlines() or [""])[0]
+            raise NotLowered(f"it was not traced ({type(error).__name__}: {said})") from error
+    if len(found) != 1:
+        raise NotLowered("it was not traced: Dynamo is switched off, or does not look into it")
+    (form,) = found
+    if isinstance(form, NotLowered):
+        raise form
+    new = [entry for entry in entries_of(code) if id(entry.code) not in before]
+    if len(new) != 1 or has_effects(new[0].code):
+        raise NotLowered(WITH_EFFECTS)
+    function = types.FunctionType(new[0].code, evaluation.__globals__)
+    return Capture(form, new[0].guard_manager, function, g)
+
+
+@contextmanager
+def tracing_for_guards() -> Iterator[None]:
+    """Dynamo with guards on hooks, and with derivatives that g takes of itself in the trace."""
+    from torch._dynamo import config
+
+    wanted = {
+        "skip_nnmodule_hook_guards": False,
+        "trace_autograd_ops": True,
+        "recompile_limit": 4 * MOST_CAPTURES,
+        "accumulated_recompile_limit": 4 * MOST_CAPTURES,
+    }
+    with config.patch({name: v for name, v in wanted.items() if hasattr(config, name)}):
+        yield
+
+
+def state_in(graph: Any) -> Any:
+    """The node of a trace that is the state."""
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            name = getattr(source, "name", None)
+            if (name() if callable(name) else name) == "L['x']":
+                return node
+    raise NotLowered("its value does not depend on x")
+
+
+def has_effects(code: types.CodeType) -> bool:
+    """Whether what Dynamo made of an evaluation does more than hand its inputs to the graph."""
+    handed_over = False
+    for step in dis.get_instructions(code):
+        name = step.opname
+        if name == "LOAD_GLOBAL" and str(step.argval).startswith("__compiled_fn"):
+            handed_over = False
+        if name.startswith(("STORE", "DELETE")) and "FAST" not in name:
+            return True
+        if name == "STORE_FAST" and "graph_out" in str(step.argval):
+            handed_over = True
+        elif handed_over and name.startswith("CALL"):
+            return True
+    return not handed_over
