@@ -12,6 +12,7 @@ from fpi_cuda.evaluation.shortcuts import why_rows_unknown
 from fpi_cuda.evaluation.state import Layout
 from fpi_cuda.loops import plan_of
 from fpi_cuda.loops.adjoint import LOOSEST_BY_ATOL
+from fpi_cuda.loops.fused import says_how
 from fpi_cuda.loops.plan import Plan, Unavailable
 from fpi_cuda.options import (
     MAX_DEPTH,
@@ -62,7 +63,12 @@ def explain(
         "backend": backend_line(options, device, dtype),
         "solver": f"{options.solver}; a sample stops at ||g(x) - x|| <= {options.atol:g} + "
         f"{options.rtol:g} ||g(x)||, or after {options.max_steps} evaluations",
-        "samples": samples_line(plan, g, joint=record is not None and record.joint),
+        "samples": samples_line(
+            plan,
+            g,
+            joint=record is not None and record.joint,
+            captured=record is not None and record.route is not None and bool(record.route.form),
+        ),
         "inputs": inputs_line(plan.whole),
         "adjoint": adjoint_line(options),
     }
@@ -76,6 +82,11 @@ def explain(
 def foreseen(plan: Plan, g: object) -> str:
     """Who will run the loop, as far as that is known before a solve."""
     way = Route(plan.loop.name, plan.reasons)
+    if way.name == "fused" and not says_how(g):
+        return (
+            f"{HOST_LOOP}; or the fused loop, where the first solve finds that g, once traced, "
+            "has a form that the kernels run"
+        )
     if way.name == "fused":
         return (
             f"{fused_loop(plan, g)}. Where x is not (batch, features), under autocast and inside "
@@ -96,6 +107,8 @@ def taken(plan: Plan, g: object, record: AdjointRecord) -> str:
     if way.name == "host":
         return f"{HOST_LOOP} ({way.reason})"
     words = fused_loop(plan, g) if way.name == "fused" else DEVICE_LOOP
+    if way.form is not None:
+        words = f"{words}. g was captured as {way.form}"
     if adjoint is None:
         return words
     if adjoint.name == "host":
@@ -139,15 +152,18 @@ def backend_line(options: Options, device: torch.device, dtype: torch.dtype) -> 
     return f"{name} for {dtype} on {device} ({reason})"
 
 
-def samples_line(plan: Plan, g: object, *, joint: bool) -> str:
+def samples_line(plan: Plan, g: object, *, joint: bool, captured: bool) -> str:
     """What becomes of samples that have stopped.
 
     Args:
+        captured: g was, in the latest solve.
         joint: rows were seen to depend on one another in the latest solve.
     """
     options = plan.options
     if not options.batch_dims:
         return "the whole state is one (batch_dims=0)"
+    if captured:
+        return "stopped ones leave the batch: the form of g shows that its rows are independent"
     if joint:
         return "all were solved as one, for rows of g were seen to depend on one another"
     source = "g.rowwise" if options.rowwise is None else "rowwise"

@@ -55,6 +55,7 @@ from fpi_cuda.loops.adjoint import (
     strategy_for,
     truncation_of,
 )
+from fpi_cuda.loops.fused.kept import kept_solution
 from fpi_cuda.loops.host import iterate
 from fpi_cuda.loops.stepping import Backend
 from fpi_cuda.loops.unroll import unroll
@@ -176,6 +177,10 @@ def solve_as_told(
     g: Callable[..., Any], x0: Any, z: tuple[Tensor, ...], options: Options
 ) -> Solution:
     """fixed_point, with all of its options in one, which are sensible."""
+    found = kept_solution(g, x0, z, options)
+    if found is not None:
+        solution, worst = found
+        return solution if worst == Status.CONVERGED else report(solution, options)
     layout = layout_of(x0, options.batch_dims)
     require_inputs(z)
     if options.batch_dims:
@@ -283,12 +288,11 @@ def solve_flat(
                     solved = plan.loop.solve(plan, bound_map, start.detach(), coupling)
                 except Declined as reason:
                     plan = after_decline(g, plan, reason)
-        record.route = Route(plan.loop.name, plan.reasons)
+        done = Solved(plan, bound_map, *solved)
+        record.route = Route(plan.loop.name, plan.reasons, done.form)
         if plan.loop.is_rowwise:
             coupling = None
-        value, result = reported(
-            Solved(plan, bound_map, *solved), record, coupling, born_after if grad else None
-        )
+        value, result = reported(done, record, coupling, born_after if grad else None)
     for buffers in bound_map.buffers:
         buffers.over()
     record.joint = coupling is not None and coupling.joint

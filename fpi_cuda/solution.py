@@ -104,10 +104,12 @@ class Route(NamedTuple):
     Attributes:
         name: "host", "device" or "fused".
         reasons: why each loop ahead of it did not.
+        form: what g was recognised as, where it was captured.
     """
 
     name: str
     reasons: tuple[Reason, ...] = ()
+    form: str | None = None
 
     @property
     def reason(self) -> str:

@@ -53,6 +53,11 @@ class Solved(NamedTuple):
     result: SolveResult
     kept: Any
 
+    @property
+    def form(self) -> str | None:
+        """What g was recognised as, where it was captured."""
+        return getattr(self.kept, "form", None)
+
 
 class Loop(Protocol):
     """One way to run a solve.

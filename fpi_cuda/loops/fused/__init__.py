@@ -26,7 +26,7 @@ from fpi_cuda.evaluation.context import rehearsed
 from fpi_cuda.evaluation.same_value import version_of
 from fpi_cuda.evaluation.shortcuts import why_rows_unknown
 from fpi_cuda.loops.coupled import retold
-from fpi_cuda.loops.fused import capture
+from fpi_cuda.loops.fused import capture, kept
 from fpi_cuda.loops.fused.cell_layer import FusedEvaluation, fused_evaluation
 from fpi_cuda.loops.fused.cell_loop import solve_fused
 from fpi_cuda.loops.plan import Plan, Solved
@@ -110,7 +110,7 @@ def solve(
         backend=plan.engine,
         precision=options.precision,
     )
-    if fused.unverified is not None:
+    if fused.captured is not None and not fused.captured.verified:
         verify(bound_map, fused, result.x)
     if not fused.ours:
         gx = value_of_step(bound_map, fused, result.x)
@@ -119,6 +119,11 @@ def solve(
         if bool((told.status != result.status).any()):
             raise NotLowered("step() is not within the tolerance where lower() was")
         result = told
+    else:
+        kept.keep(bound_map.g, options, plan, fused.lowered, fused.captured)
+        if fused.captured is not None:
+            evaluate = functools.partial(bound_map.evaluate, rows=None)
+            result = kept.told_by_g(result, evaluate, options)
     return result, fused
 
 
@@ -153,7 +158,7 @@ class FusedMap(NamedTuple):
         lowered: the same without.
         ours: lower() is this package's own, or g was captured: nobody's word is needed for it.
         sources, versions: the tensors that it was made from, and how often each was written to.
-        unverified: the capture that it was made by, if nobody has compared that with g so far.
+        captured: the capture that it was made by, if it was.
     """
 
     described: Lowered
@@ -161,7 +166,12 @@ class FusedMap(NamedTuple):
     ours: bool
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    unverified: capture.Capture | None = None
+    captured: capture.Capture | None = None
+
+    @property
+    def form(self) -> str | None:
+        """What g was recognised as, where it was captured."""
+        return None if self.captured is None else self.captured.form.words
 
 
 def fused_map(bound_map: BoundMap, x0: Tensor) -> FusedMap:
@@ -197,8 +207,7 @@ def fused_map(bound_map: BoundMap, x0: Tensor) -> FusedMap:
     tensors = plain.tensors()
     require_shapes(plain, tensors, layout)
     sources = (*held, *tensors)
-    unverified = None if captured is None or captured.verified else captured
-    return FusedMap(result, plain, ours, sources, tuple(map(version_of, sources)), unverified)
+    return FusedMap(result, plain, ours, sources, tuple(map(version_of, sources)), captured)
 
 
 def described_by(captured: capture.Capture, given: tuple[Any, ...]) -> tuple[Lowered, bool]:
@@ -212,7 +221,7 @@ def verify(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> None:
     Raises:
         NotLowered: it is another map, or g draws random numbers.
     """
-    captured = fused.unverified
+    captured = fused.captured
     assert captured is not None
     reason = None
     for points in points_to_compare(x):

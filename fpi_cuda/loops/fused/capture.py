@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import operator
 import os
+import random
 import threading
 import types
 import weakref
@@ -24,8 +25,9 @@ MOST_CAPTURES = 32
 """Of one kind of g: for so many shapes, modes and states of it. Others are not looked at."""
 
 SWITCH = "FPI_CUDA_CAPTURE"
-SWITCHED_OFF = f"{SWITCH}=0: no g is to be captured"
-TOO_MANY = f"{MOST_CAPTURES} other forms of it were captured"
+SWITCHED_OFF = f"{SWITCH}=0 says that no g is to be captured"
+TOO_MANY = f"{MOST_CAPTURES} others like it were looked at"
+NO_LOWER = "has no lower(prepared)"
 WITH_EFFECTS = "an evaluation of it does more than compute its value"
 
 KNOWN_MODULES = frozenset(
@@ -120,10 +122,17 @@ lock = threading.RLock()
 kinds: weakref.WeakKeyDictionary[Any, Kind] = weakref.WeakKeyDictionary()
 
 
+def key_of_kind(g: Any) -> Any:
+    """The class of a module or object, the code of a function."""
+    kind = type(g)
+    if kind is types.FunctionType:
+        return g.__code__
+    return g.__func__.__code__ if kind is types.MethodType else kind
+
+
 def kind_of(g: Any) -> Kind:
-    """That of a module's or object's class, or of a function's code."""
-    called = getattr(g, "__func__", g)
-    key = called.__code__ if isinstance(called, types.FunctionType) else type(g)
+    """That which g is of."""
+    key = key_of_kind(g)
     found = kinds.get(key)
     return kinds.setdefault(key, Kind()) if found is None else found
 
@@ -182,14 +191,14 @@ def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
         reason = kind.refusals.get(key)
         if reason is None and len(kind.captures) + len(kind.refusals) >= MOST_CAPTURES:
             reason = TOO_MANY
-        reason = reason or why_modes_matter()
+        reason = reason or why_not_capturable(g) or why_modes_matter()
         if reason is not None:
-            raise NotLowered(reason)
+            raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {reason}")
         try:
             capture = traced(kind.evaluation, g, x, z)
         except NotLowered as refusal:
             kind.refusals[key] = str(refusal)
-            raise
+            raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {refusal}") from refusal
         kind.captures.insert(0, capture)
         return capture
 
@@ -228,7 +237,7 @@ def traced(evaluation: Callable[..., Any], g: Any, x: Tensor, z: tuple[Any, ...]
     code = evaluation.__code__
     before = {id(entry.code) for entry in entries_of(code)}
     try:
-        with tracing_for_guards():
+        with tracing_for_guards(), generators_left_alone():
             torch.compile(evaluation, backend=read, fullgraph=True)(g, x, z)
     except NotLowered:
         raise
@@ -261,6 +270,29 @@ def tracing_for_guards() -> Iterator[None]:
     }
     with config.patch({name: v for name, v in wanted.items() if hasattr(config, name)}):
         yield
+
+
+@contextmanager
+def generators_left_alone() -> Iterator[None]:
+    """Dynamo does not wind back the generators of the process, from which other threads draw."""
+    here = threading.get_ident()
+
+    def unless_here(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return None if threading.get_ident() == here else function(*args, **kwargs)
+
+        return call
+
+    places: list[tuple[Any, str]] = [(random, "setstate"), (torch.random, "set_rng_state")]
+    places.append((torch.cuda, "set_rng_state"))
+    before = [getattr(*place) for place in places]
+    try:
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, unless_here(function))
+        yield
+    finally:
+        for (owner, name), function in zip(places, before, strict=True):
+            setattr(owner, name, function)
 
 
 def state_in(graph: Any) -> Any:

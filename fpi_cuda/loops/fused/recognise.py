@@ -86,11 +86,13 @@ class Form:
         carry: see Lowered.
         hoisted: what does not depend on x: called as the trace is, it returns weight, bias, shift
             and factor of each layer in turn, and x_factor.
+        words: the same for people.
     """
 
     activations: tuple[str, ...]
     carry: float
     hoisted: Callable[..., tuple[Any, ...]]
+    words: str
 
     def lowered(self, tensors: tuple[Any, ...]) -> Lowered:
         """The map made of what hoisted() has returned."""
@@ -309,7 +311,8 @@ class Reader:
         self.hoisted.eliminate_dead_code()
         module = fx.GraphModule(torch.nn.Module(), self.hoisted)
         # Its function alone: a call of the module would look for hooks.
-        return Form(tuple(layer.activation for layer in layers), carry, module.forward)
+        names = tuple(layer.activation for layer in layers)
+        return Form(names, carry, module.forward, in_words(layers, outputs, carry))
 
     def rows(self, factor: Any, width: int) -> Any:
         """A factor as (B, width); None for one."""
@@ -319,6 +322,18 @@ class Reader:
         """What function(*args) gives, as a part of what is hoisted."""
         nodes = [a.node if isinstance(a, fx.Proxy) else a for a in args]
         return fx.Proxy(self.hoisted.call_function(function, tuple(nodes)), self.tracer)
+
+
+def in_words(layers: list[Value], outputs: list[Any], carry: float) -> str:
+    """A form as a formula."""
+    h = "x" if outputs[-1] is None else "(c x)"
+    for place, layer in enumerate(layers):
+        number = str(place + 1) if len(layers) > 1 else ""
+        u = f"W{number} {h}{f' + b{number}' if layer.sum.terms else ''}"
+        h = u if layer.activation == "identity" else f"{layer.activation}({u})"
+        if outputs[4 * place + 3] is not None:
+            h = f"a{number} ({h})" if h is u else f"a{number} {h}"
+    return f"{h} + {carry:g} x" if carry else h
 
 
 def example(node: Any) -> Tensor:

@@ -1,0 +1,568 @@
+"""Solves that are like an earlier one: a guard, one call of native code, one autograd node."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fpi_cuda import _extension
+from fpi_cuda.activations import CODES, DERIVATIVES
+from fpi_cuda.autograd import Account, BoundMap, Strategy, attach, sequence_number
+from fpi_cuda.autograd.closed_over import here
+from fpi_cuda.evaluation import transforms
+from fpi_cuda.evaluation.modules import modules_in
+from fpi_cuda.evaluation.recomputed import hooks_on_saved_tensors
+from fpi_cuda.evaluation.shortcuts import (
+    FUNCTIONAL_LINEAR,
+    LINEAR,
+    hooks_on_all,
+    is_ours,
+    why_own_call_matters,
+)
+from fpi_cuda.loops.adjoint import strategy_for
+from fpi_cuda.loops.fused import capture
+from fpi_cuda.loops.plan import Plan
+from fpi_cuda.loops.stepping import depth_of
+from fpi_cuda.lowered import Layer, Lowered, NotLowered
+from fpi_cuda.norms import difference_norm, row_norm
+from fpi_cuda.options import Anderson, Implicit, Options, Picard, Unroll
+from fpi_cuda.solution import AdjointRecord, Route, Solution, SolveResult, Stats, Status
+
+MOST_PLANS = 16
+"""Of one g, or one kind of g; the one that has rested longest makes room."""
+
+CONVERGED, DIVERGED = int(Status.CONVERGED), int(Status.DIVERGED)
+ROUNDINGS = 4.0
+"""Of the state: a tolerance below so many is one for g itself."""
+
+DECLINED = -1
+"""What an adjoint solve says of a gradient whose numbers have to be scaled first."""
+
+ROUTE = Route("fused")
+
+
+def is_plain_call(*, grad: bool) -> bool:
+    """Whether nothing around the call changes or watches what torch computes."""
+    return not (
+        transforms.active()
+        or torch._C._len_torch_function_stack()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._get_tracing_state() is not None
+        or here.substitution is not None
+        or transforms.in_dual_level()
+        or (grad and hooks_on_saved_tensors() is not None)
+    )
+
+
+class OwnCell:
+    """A cell of this package, as it was found: what its lower() says needs nobody's word.
+
+    Args:
+        g: for which fpi_cuda.loops.fused.why_not has nothing to say.
+    """
+
+    capture = None
+
+    def __init__(self, g: nn.Module) -> None:
+        self._parts = [
+            (part.__dict__, type(part), part, part._modules, [*part._modules.values()])
+            for part in modules_in(g)
+        ]
+        self._classes = capture.classes_of(g)
+
+    @staticmethod
+    def can_keep(g: Any) -> bool:
+        """Whether all of it is this package's own, or a Linear."""
+        return isinstance(g, nn.Module) and all(
+            type(part) is LINEAR or is_ours(part) for part in modules_in(g)
+        )
+
+    def lowered(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Lowered | None:
+        """What the cell is now; None where that has to be looked into."""
+        if hooks_on_all() or functional.linear is not FUNCTIONAL_LINEAR:
+            return None
+        for own, kind, part, modules, children in self._parts:
+            if (
+                type(part) is not kind
+                or own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or "forward" in own
+                or own["_modules"] is not modules
+                or [*modules.values()] != children
+                or (kind is not LINEAR and why_own_call_matters(part))
+            ):
+                return None
+        if not all(read(of) == known for of, read, known in self._classes):
+            return None
+        lowered: Lowered = g.lower(g.prepare(*z))
+        return lowered
+
+
+class Captured:
+    """A g of which there is a capture."""
+
+    def __init__(self, found: capture.Capture) -> None:
+        self.capture = found
+
+    def lowered(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Lowered | None:
+        """What g is now; None where that has to be looked into."""
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        try:
+            holds = self.capture.holds(g, x, z)
+        finally:
+            torch._C._set_grad_enabled(grad)
+        return self.capture.lowered(self.capture.reads(g, x, z)) if holds else None
+
+
+class KeptPlan:
+    """What solves of one g, with states of one shape and the same options, have in common.
+
+    Args:
+        options: as they were given.
+        plan: of an earlier solve, by the fused loop in native code.
+        lowered: what was solved.
+        source: reads the same off g as it is at a call.
+    """
+
+    def __init__(
+        self, options: Options, plan: Plan, lowered: Lowered, source: OwnCell | Captured
+    ) -> None:
+        layout = plan.layout
+        self.options = options
+        self.plan = plan
+        self.source = source
+        self.shape = torch.Size((layout.batch, layout.dim))
+        self.dtype = layout.dtype
+        first, *rest = lowered.layers
+        self._widths = [len(layer.weight) for layer in lowered.layers]
+        self._activations = [layer.activation for layer in lowered.layers]
+        self._carry = lowered.carry
+        self._has = [t is not None for layer in lowered.layers for t in layer.tensors()]
+        self._has.append(lowered.x_factor is not None)
+        self.solver = plan.adjoint_solver
+        adjoint = options.adjoint
+        self.differentiable = (
+            isinstance(adjoint, Implicit)
+            and isinstance(self.solver, (Picard, Anderson))
+            and (adjoint.solver is None)
+            and (options.atol <= 0 or adjoint.rtol is not None)
+            and lowered.x_factor is None
+            and all(layer.factor is None for layer in lowered.layers)
+            # A first layer without a slope says nothing of where its values are wanted.
+            and (len(lowered.layers) == 1 or lowered.layers[0].activation != "identity")
+        )
+        self.adjoint_rtol = options.rtol
+        if isinstance(adjoint, Implicit) and adjoint.rtol is not None:
+            self.adjoint_rtol = adjoint.rtol
+        depth, beta, ridge = numbers_of(options.solver, layout.dim)
+        most = plan.engine.CELL_LOOP_MAX_DEPTH  # type: ignore[attr-defined]
+        adjoint_depth, adjoint_beta, adjoint_ridge = numbers_of(self.solver, layout.dim)
+        codes = [CODES[name] for name in self._activations]
+        slopes = [CODES[DERIVATIVES.get(name, "one")] for name in self._activations]
+        from fpi_cuda._C import CellPlan  # only where _extension.module_error is None
+
+        self._native = CellPlan(
+            float64=layout.dtype == torch.float64,
+            dim=layout.dim,
+            hidden=self._widths[0] if rest else 0,
+            activations=(codes[0], codes[-1] if rest else 0),
+            derivatives=(slopes[0], slopes[-1] if rest else 0),
+            carry=lowered.carry,
+            depth=depth,
+            beta=beta,
+            ridge=ridge,
+            rtol=options.rtol,
+            atol=options.atol,
+            max_steps=options.max_steps,
+            precision=0,
+            adjoint_depth=min(adjoint_depth, most),
+            adjoint_beta=adjoint_beta,
+            adjoint_ridge=adjoint_ridge,
+            adjoint_rtol=self.adjoint_rtol,
+            adjoint_max_steps=options.adjoint_steps,
+        )
+        self.bytes = self._native.bytes
+        self.clear = self._native.clear
+        self.solve_natively = self._native.solve
+        self.solve_adjoint = self._native.adjoint
+        self.gradients = self._native.gradients
+        self._tight = is_tight(options, layout.dtype)
+        found = source.capture
+        self.route = Route("fused", plan.reasons, None if found is None else found.form.words)
+
+    def serves(self, x0: Any, options: Options) -> bool:
+        """Whether it is for such a state and these options."""
+        return (
+            type(x0) is Tensor
+            and x0.shape == self.shape
+            and x0.dtype is self.dtype
+            and x0.device.type == "cpu"
+            and (options is self.options or options == self.options)
+        )
+
+    def tensors_of(self, lowered: Lowered) -> list[Tensor | None] | None:
+        """Weight, bias, shift and factor of each layer, and x_factor; None if they do not fit."""
+        if lowered.carry != self._carry or len(lowered.layers) != len(self._widths):
+            return None
+        batch, width = self.shape
+        found: list[Tensor | None] = []
+        for layer, name, outputs in zip(
+            lowered.layers, self._activations, self._widths, strict=True
+        ):
+            if layer.activation != name:
+                return None
+            given = layer.tensors()
+            rows = (batch, outputs)
+            for t, shape in zip(given, ((outputs, width), (outputs,), rows, rows), strict=True):
+                if t is not None and not self._fits(t, shape):
+                    return None
+            found += given
+            width = outputs
+        found.append(lowered.x_factor)
+        if found[-1] is not None and not self._fits(found[-1], self.shape):
+            return None
+        return found if [t is not None for t in found] == self._has else None
+
+    def _fits(self, t: Tensor, shape: tuple[int, ...]) -> bool:
+        return (
+            t.shape == shape
+            and t.dtype is self.dtype
+            and type(t) in (Tensor, nn.Parameter)
+            and t.device.type == "cpu"
+            and t.layout is torch.strided
+        )
+
+    def layers_of(self, tensors: list[Tensor | None]) -> tuple[tuple[int, ...], ...]:
+        """Addresses and strides of the layers, as fpi_cuda._C.CellPlan takes them."""
+        found = []
+        for place in range(0, len(tensors) - 1, 4):
+            weight, bias, shift, factor = tensors[place : place + 4]
+            assert weight is not None
+            found.append(
+                (weight.data_ptr(), *weight.stride(), address(bias), address(shift), address(factor))
+            )
+        return tuple(found)
+
+    def solve(
+        self, tensors: list[Tensor | None], x0: Tensor, evaluate: Callable[[Tensor], Tensor]
+    ) -> tuple[Solution, int] | None:
+        """The solution and its worst status; None where the ordinary way has to tell of it.
+
+        Args:
+            tensors: see tensors_of.
+            evaluate: g, with its inputs.
+        """
+        batch, dim = self.shape
+        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if (grad and not self.differentiable) or (
+            x0.requires_grad and isinstance(self.options.adjoint, Unroll)
+        ):
+            return None
+        x = x0.detach().clone(memory_format=torch.contiguous_format)
+        plain = [
+            t if t is None or t.dim() != 2 or t.is_contiguous() or not place % 4
+            else t.contiguous()
+            for place, t in enumerate(tensors)
+        ]  # fmt: skip
+        status = torch.empty(batch, dtype=torch.int8)
+        num_steps = torch.empty(batch, dtype=torch.int32)
+        residual = torch.empty(batch, dtype=torch.float64)
+        hidden, slopes = None, ()
+        if grad:
+            slopes = tuple(
+                None if name == "identity" else x.new_empty((batch, width))
+                for name, width in zip(self._activations, self._widths, strict=True)
+            )
+            if len(slopes) == 2:
+                hidden = x.new_empty((batch, self._widths[0]))
+        worst = self.solve_natively(
+            batch,
+            self.layers_of(plain),
+            address(plain[-1]),
+            x.data_ptr(),
+            status.data_ptr(),
+            num_steps.data_ptr(),
+            residual.data_ptr(),
+            address(hidden),
+            pair(slopes) if grad else (0, 0),
+        )
+        if worst >= DIVERGED:
+            return None
+        if self.source.capture is not None and (self._tight or worst > CONVERGED):
+            found = SolveResult(x, status, num_steps, residual)
+            try:
+                with torch.no_grad():
+                    residual = told_by_g(found, evaluate, self.options).residual
+            except NotLowered:
+                return None
+        record = AdjointRecord(self.options.notice.look_at_adjoint)
+        record.route = self.route
+        if grad:
+            record.adjoint_route = ROUTE
+            x = Repeated.apply(Run(self, record, status, x, hidden, slopes), *tensors)
+        told = residual.to(torch.promote_types(self.dtype, torch.float32))
+        return Solution(x, status, num_steps, told, record), worst
+
+
+def is_tight(options: Options, dtype: torch.dtype) -> bool:
+    """Whether rounding may decide what is within the tolerance."""
+    return options.rtol < ROUNDINGS * torch.finfo(dtype).eps
+
+
+def told_by_g(
+    result: SolveResult, evaluate: Callable[[Tensor], Tensor], options: Options
+) -> SolveResult:
+    """`result` of a g that was captured, with the residuals of samples that fail those of g.
+
+    Those of all samples, where the tolerance is near the rounding of the kernels, which is another
+    than that of g.
+
+    Args:
+        evaluate: g on (B, D).
+    Raises:
+        NotLowered: by g a sample has not converged, which by the kernels has.
+    """
+    x, status, residual = result.x, result.status, result.residual
+    tight = is_tight(options, x.dtype)
+    told = status > CONVERGED
+    if not tight and not bool(told.any()):
+        return result
+    gx = evaluate(x.clone())
+    by_g = difference_norm(gx, x)
+    if tight:
+        told = torch.ones_like(told)
+        within = by_g <= options.atol + options.rtol * row_norm(gx)
+        if bool((~within & (status == CONVERGED)).any()):
+            raise NotLowered("at such a tolerance the rounding of its own evaluation decides")
+    return result._replace(residual=torch.where(told, by_g, residual))
+
+
+def numbers_of(solver: Any, dim: int) -> tuple[int, float, float]:
+    """Depth, beta and ridge of a solver, as kernels take them."""
+    if isinstance(solver, Anderson):
+        return depth_of(solver, dim), solver.beta, solver.ridge
+    return 0, getattr(solver, "damping", 1.0), 0.0
+
+
+def address(t: Tensor | None) -> int:
+    """Where a tensor lies; 0 for none."""
+    return 0 if t is None else t.data_ptr()
+
+
+def pair(tensors: Any) -> tuple[int, int]:
+    """Addresses of one or two tensors."""
+    first, *rest = map(address, tensors)
+    return first, rest[0] if rest else 0
+
+
+class Run:
+    """What the gradient of one solve starts from.
+
+    Attributes:
+        plan: of the solve. record: where its adjoint is told of. status: (B,) how it ended.
+        x: (B, D) the solution; None once the node has it, which would hold itself otherwise.
+        hidden, slopes: at the solution; see fpi_cuda._C.CellPlan.
+    """
+
+    __slots__ = ("hidden", "plan", "record", "slopes", "status", "x")
+
+    def __init__(
+        self, plan: KeptPlan, record: AdjointRecord, status: Tensor, x: Tensor,
+        hidden: Tensor | None, slopes: tuple[Tensor | None, ...],
+    ) -> None:  # fmt: skip
+        self.plan = plan
+        self.record = record
+        self.status = status
+        self.x: Tensor | None = x
+        self.hidden = hidden
+        self.slopes = slopes
+
+
+class Repeated(torch.autograd.Function):
+    """The fixed point as a function of the tensors that its map is made of."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *tensors: Tensor | None) -> Tensor:
+        x, run.x = run.x, None
+        assert x is not None
+        ctx.run = run
+        ctx.save_for_backward(x, *tensors)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        batched = transforms.active() or transforms.is_legacy_batched(v)
+        if batched or torch.is_grad_enabled() or transforms.in_dual_level():
+            return (None, *differentiated(ctx.run, x, tensors, needed, v))
+        return (None, *pulled(ctx.run, x.detach(), tensors, needed, v.contiguous()))
+
+
+def pulled(
+    run: Run, x: Tensor, tensors: list[Tensor | None], needed: tuple[bool, ...], v: Tensor
+) -> list[Tensor | None]:
+    """v times the derivative of the fixed point in each of the tensors that need it.
+
+    Args:
+        x: (B, D) the fixed point. v: (B, D), contiguous.
+    """
+    plan = run.plan
+    batch = len(x)
+    found: list[Tensor | None] = [None] * len(tensors)
+    deltas, weights, biases = [], [], []
+    for layer, width in enumerate(plan._widths):
+        by_weight, by_bias, by_shift, _ = needed[4 * layer : 4 * layer + 4]
+        for wanted, place, sizes, into in (
+            (by_weight, 0, None, weights),
+            (by_bias, 1, (width,), biases),
+            (by_shift, 2, (batch, width), deltas),
+        ):
+            weight = tensors[4 * layer]
+            assert weight is not None
+            t = x.new_empty(weight.shape if sizes is None else sizes) if wanted else None
+            found[4 * layer + place] = t
+            into.append(t)
+    c = torch.empty_like(v)
+    status = torch.empty(batch, dtype=torch.int8)
+    num_steps = torch.empty(batch, dtype=torch.int32)
+    residual = torch.empty(batch, dtype=torch.float64)
+    layers = plan.layers_of(
+        [t if t is None or not place % 4 else None for place, t in enumerate(tensors)]
+    )
+    at = (layers, x.data_ptr(), address(run.hidden), pair(run.slopes))
+    wanted = (pair(deltas), pair(weights), pair(biases))
+    told = status.data_ptr(), num_steps.data_ptr(), residual.data_ptr()
+    worst = plan.solve_adjoint(batch, *at, v.data_ptr(), c.data_ptr(), *told, *wanted)
+    if worst == CONVERGED:
+        record = run.record
+        size = residual.to(torch.promote_types(plan.dtype, torch.float32))
+        record.stats = Stats(status, num_steps, size)
+        return found
+
+    def solve(_: object, b: Tensor, __: Tensor) -> SolveResult:
+        b, y = b.contiguous(), torch.empty_like(b)
+        none = (0, 0)
+        result = SolveResult(y, *(torch.empty_like(t) for t in (status, num_steps, residual)))
+        told = (t.data_ptr() for t in result[1:])
+        again = plan.solve_adjoint(batch, *at, b.data_ptr(), y.data_ptr(), *told, none, none, none)
+        if again == DECLINED:
+            raise RuntimeError("fixed_point: a scaled gradient was declined")
+        return result
+
+    account = Account(run.status, run.record)
+    strategy = Strategy(account, plan.dtype, rtol=plan.adjoint_rtol, on_device=solve)
+    c, _ = strategy.solve(v, NO_MATRIX, transpose=True)
+    plan.gradients(batch, *at, c.data_ptr(), *wanted)
+    return found
+
+
+NO_MATRIX: Any = None
+"""The adjoint solve by native code needs none."""
+
+
+def differentiated(
+    run: Run, x: Tensor, tensors: list[Tensor | None], needed: tuple[bool, ...], v: Tensor
+) -> list[Tensor | None]:
+    """The same as a function of v and the tensors, or of many v at once.
+
+    What was solved is attached again, by what serves any map, to the map in torch.
+    """
+    plan = run.plan.plan
+    present = [t for t in tensors if t is not None]
+    form = run.plan
+
+    def g(x: Tensor, *given: Tensor) -> Tensor:
+        left = iter(given)
+        parts = [None if t is None else next(left) for t in tensors]
+        layers = tuple(
+            Layer(parts[4 * i], name, *parts[4 * i + 1 : 4 * i + 4])  # type: ignore[arg-type]
+            for i, name in enumerate(form._activations)
+        )
+        return Lowered(layers, parts[-1], form._carry)(x)
+
+    born_after = sequence_number()
+    bound_map = BoundMap(g, plan.layout, tuple(present))
+    account = Account(run.status, run.record)
+    strategy = strategy_for(
+        plan.options, plan.engine, account, bound_map, x.detach(), None, plan.adjoint_solver
+    )
+    value = attach(bound_map, x.detach(), None, strategy, born_after)
+    inputs = [t for t, wanted in zip(tensors, needed, strict=True) if wanted]
+    grads = iter(
+        torch.autograd.grad(
+            value, inputs, v, create_graph=torch.is_grad_enabled(), allow_unused=True
+        )
+    )
+    return [next(grads) if wanted else None for wanted in needed]
+
+
+lock = threading.Lock()
+known: weakref.WeakKeyDictionary[Any, tuple[KeptPlan, ...]] = weakref.WeakKeyDictionary()
+"""By g, or by the class or the code of what was captured; those used last come first."""
+
+
+def key_of(g: Any) -> Any:
+    """What the plans of g are kept by."""
+    return g if hasattr(type(g), "lower") else capture.key_of_kind(g)
+
+
+def kept_solution(
+    g: Any, x0: Any, z: tuple[Any, ...], options: Options
+) -> tuple[Solution, int] | None:
+    """The solution by a plan that is kept, and its worst status; None where there is none."""
+    key = key_of(g)
+    plans = known.get(key)
+    if not plans or not is_plain_call(grad=torch.is_grad_enabled()):
+        return None
+    for plan in plans:
+        if plan.serves(x0, options):
+            lowered = plan.source.lowered(g, x0, z)
+            tensors = None if lowered is None else plan.tensors_of(lowered)
+            if tensors is not None:
+                if plan is not plans[0]:
+                    known[key] = (plan, *(other for other in plans if other is not plan))
+                return plan.solve(tensors, x0, lambda x: g(x, *z))
+    return None
+
+
+def keep(g: Any, options: Options, plan: Plan, lowered: Lowered, found: Any) -> None:
+    """Make a plan of a solve that has gone well, for others like it.
+
+    Args:
+        found: the capture that it was made by; None for a cell.
+    """
+    served = plan.engine.name == "native" and options.precision == "ieee"
+    if _extension.module_error is not None or not served or not plan.layout.batch:
+        return
+    if found is None and not OwnCell.can_keep(g):
+        return
+    key, shape = key_of(g), (plan.layout.batch, plan.layout.dim)
+    with lock:
+        others = [
+            p for p in known.get(key, ())
+            if not (p.shape == shape and p.options == options and p.source.capture is found)
+        ]  # fmt: skip
+        source = OwnCell(g) if found is None else Captured(found)
+        known[key] = (KeptPlan(options, plan, lowered, source), *others)[:MOST_PLANS]
+
+
+def clear() -> None:
+    """Let go of every plan; those at work are dropped when they are done."""
+    with lock:
+        known.clear()
+
+
+def memory() -> int:
+    """Bytes that plans keep for calls to come."""
+    return sum(plan.bytes() for plans in list(known.values()) for plan in plans)
