@@ -42,3 +42,137 @@ class DeviceLoop:
 
     def close(self) -> None:
         """Free the graph; a launch under way ends as it should."""
+
+class CellPlan:
+    """The solves of one lowered cell on the CPU: it owns the memory that they take.
+
+    Arrays are contiguous, of float32, or float64 where the plan is; 0 stands for none. Several
+    threads may call one plan at once. Weights are read anew in every call.
+
+    Args:
+        float64: the state's dtype, else float32.
+        dim: features of the state.
+        hidden: outputs of the first of two layers; 0: there is one layer.
+        activations, derivatives: codes of fpi_cuda.activations.CODES, of each layer.
+        carry: see fpi_cuda.lowered.Lowered.
+        depth: of Anderson's history; 0 for Picard. beta, ridge: its numbers, or Picard's damping.
+        rtol, atol, max_steps: of the stop test.
+        precision: place in fpi_cuda.options.PRECISIONS.
+        adjoint_depth, adjoint_beta, adjoint_ridge, adjoint_max_steps: likewise of the adjoint.
+        adjoint_rtol: its tolerance, relative to the norm of v.
+    Raises:
+        ValueError: a number is none of those that there are.
+    """
+
+    def __init__(
+        self,
+        *,
+        float64: bool,
+        dim: int,
+        hidden: int,
+        activations: tuple[int, int],
+        derivatives: tuple[int, int],
+        carry: float,
+        depth: int,
+        beta: float,
+        ridge: float,
+        rtol: float,
+        atol: float,
+        max_steps: int,
+        precision: int,
+        adjoint_depth: int,
+        adjoint_beta: float,
+        adjoint_ridge: float,
+        adjoint_rtol: float,
+        adjoint_max_steps: int,
+    ) -> None: ...
+    def solve(
+        self,
+        batch: int,
+        layers: tuple[tuple[int, int, int, int, int, int], ...],
+        x_factor: int,
+        x: int,
+        status: int,
+        num_steps: int,
+        residual: int,
+        hidden: int,
+        slopes: tuple[int, ...],
+    ) -> int:
+        """Solve x = g(x) for every sample; return the highest status.
+
+        Args:
+            layers: (weight, output_stride, input_stride, bias, shift, factor) each.
+            x_factor: (batch, dim).
+            x: (batch, dim) where to start; overwritten with the point to return.
+            status: (batch,) int8. num_steps: (batch,) int32. residual: (batch,) float64.
+            hidden: (batch, hidden) what the first of two layers gives at the point returned;
+                needed with slopes.
+            slopes: (batch, outputs) of each layer: its derivative in its sums there. 0: it is
+                linear, or nobody asks.
+        Raises:
+            ValueError: an array is missing, or hidden or slopes are asked for of a map with
+                factors.
+        """
+
+    def adjoint(
+        self,
+        batch: int,
+        layers: tuple[tuple[int, int, int, int, int, int], ...],
+        x: int,
+        hidden: int,
+        slopes: tuple[int, ...],
+        v: int,
+        c: int,
+        status: int,
+        num_steps: int,
+        residual: int,
+        deltas: tuple[int, ...],
+        weight_gradients: tuple[int, ...],
+        bias_gradients: tuple[int, ...],
+    ) -> int:
+        """Solve c = J^T c + v from c = v; return the highest status.
+
+        Where every sample has converged, the gradients too; else they are left alone. With -1,
+        nothing was done: a row of v that is not zero is to be scaled first or is not finite, see
+        fpi_cuda.autograd.scaling.factor_of, or the plan's precision is not 0, and the map itself
+        has the last word.
+
+        Args:
+            layers, x, hidden, slopes: as `solve` was given them and has left them.
+            v: (batch, dim). c: (batch, dim), written; other memory than v.
+            status, num_steps, residual: as in `solve`.
+            deltas, weight_gradients, bias_gradients: see `gradients`.
+        Raises:
+            ValueError: an array is missing.
+        """
+
+    def gradients(
+        self,
+        batch: int,
+        layers: tuple[tuple[int, int, int, int, int, int], ...],
+        x: int,
+        hidden: int,
+        slopes: tuple[int, ...],
+        c: int,
+        deltas: tuple[int, ...],
+        weight_gradients: tuple[int, ...],
+        bias_gradients: tuple[int, ...],
+    ) -> None:
+        """Write the gradients of <c, g(x)> in what the layers are made of, those asked for.
+
+        Args:
+            layers: of them, the weights and their strides are read.
+            x, hidden, slopes: as `solve` has left them.
+            c: (batch, dim).
+            deltas: (batch, outputs) of each layer: the gradient in its sums, and so in its shift.
+            weight_gradients: (outputs, inputs) of each layer.
+            bias_gradients: (outputs,) of each layer.
+        Raises:
+            ValueError: an array is missing.
+        """
+
+    def bytes(self) -> int:
+        """Memory that is kept for calls to come; that of calls under way is not counted."""
+
+    def clear(self) -> None:
+        """Give that memory back."""
