@@ -73,7 +73,8 @@ void cell_loop_op(Tensor x, std::optional<Tensor> x_factor, Tensor weight1,
   p.precision = static_cast<Precision>(precision);
   if (p.batch == 0) return;
   if (x.is_cuda()) return run_on_cuda(x, p);
-  cell_loop_cpu(p, cell_state(x), torch::stable::get_num_threads(), on_torch_threads);
+  Workspace memory;
+  cell_loop_cpu(p, cell_state(x), torch::stable::get_num_threads(), on_torch_threads, memory);
 }
 
 // Nothing is returned, so a fake run has nothing to do.

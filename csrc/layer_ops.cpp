@@ -41,7 +41,8 @@ void cell_layer_op(Tensor out, std::optional<Tensor> slope, Tensor h, Tensor wei
   p.h = h.const_data_ptr();
   p.out = out.mutable_data_ptr();
   p.batch = batch;
-  cell_layer_cpu(p, state, torch::stable::get_num_threads(), on_torch_threads);
+  Workspace memory;
+  cell_layer_cpu(p, nullptr, state, torch::stable::get_num_threads(), on_torch_threads, memory);
 }
 
 void weight_gradient_op(Tensor out, Tensor delta, Tensor h) {
@@ -61,7 +62,8 @@ void weight_gradient_op(Tensor out, Tensor delta, Tensor h) {
   p.h = h.const_data_ptr();
   p.delta = delta.const_data_ptr();
   p.out = out.mutable_data_ptr();
-  weight_gradient_cpu(p, state, torch::stable::get_num_threads(), on_torch_threads);
+  Workspace memory;
+  weight_gradient_cpu(p, state, torch::stable::get_num_threads(), on_torch_threads, memory);
 }
 
 // Nothing is returned, so a fake run has nothing to do.

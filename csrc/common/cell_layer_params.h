@@ -11,7 +11,7 @@ namespace fpi {
 struct CellLayerParams {
   CellLayer layer;
   const void* h;          // (batch, inputs)
-  void* out;              // (batch, outputs)
+  void* out;              // (batch, outputs) or null
   void* slope;            // (batch, outputs) or null
   Activation derivative;  // of the layer's activation
   int64_t batch;

@@ -1,9 +1,6 @@
 // The products of the fused loop, once for the whole batch. No result depends on the threads.
 #include "cell_layer.h"
 
-#include <memory>
-#include <vector>
-
 #include "panels.h"
 
 namespace fpi {
@@ -14,19 +11,23 @@ constexpr int64_t kBlocks = 8;  // of rows, in what one thread multiplies at a t
 // Rows that one thread multiplies at a time: in blocks, and where their results go.
 template <class T>
 struct RowTile {
-  Arena arena;
   T* blocked;
   int64_t* samples;
   T** out;
+  T* unread;  // where results go that nobody asked for
 
-  RowTile(const PanelShape& shape, int64_t width)
-      : arena(Arena::size_of<T>(blocked_size(shape, rows(shape), width)) +
-              Arena::size_of<int64_t>(rows(shape)) + Arena::size_of<T*>(rows(shape))) {
-    blocked = arena.template take<T>(blocked_size(shape, rows(shape), width));
-    samples = arena.template take<int64_t>(rows(shape));
-    out = arena.template take<T*>(rows(shape));
+  RowTile(const PanelShape& shape, int64_t width, int64_t outputs, Arena& arena) {
+    blocked = arena.take<T>(blocked_size(shape, rows(shape), width));
+    samples = arena.take<int64_t>(rows(shape));
+    out = arena.take<T*>(rows(shape));
+    unread = arena.take<T>(outputs);
   }
   static int64_t rows(const PanelShape& shape) { return kBlocks * shape.block_rows; }
+  static int64_t bytes(const PanelShape& shape, int64_t width, int64_t outputs) {
+    return Arena::size_of<T>(blocked_size(shape, rows(shape), width)) +
+           Arena::size_of<int64_t>(rows(shape)) + Arena::size_of<T*>(rows(shape)) +
+           Arena::size_of<T>(outputs);
+  }
 };
 
 // What is multiplied with a weight: element k of row i lies at i row_stride + k element_stride, of
@@ -72,42 +73,31 @@ void gather_columns(const PanelShape& shape, const Rows<T>& rows, int64_t first,
 // Multiplies all rows, each thread a range of them at a time. The sample of a row is its number.
 template <class T>
 void multiply_all(const PanelShape& shape, const Rows<T>& rows, const T* packed,
-                  const LayerRows<T>& to, T* out, std::vector<std::unique_ptr<RowTile<T>>>& tiles,
+                  const LayerRows<T>& to, T* out, int64_t threads, Workspace& memory,
                   ParallelFor run) {
   const int64_t step = RowTile<T>::rows(shape);
   const int64_t pieces = (rows.count + step - 1) / step;
-  const int64_t threads = static_cast<int64_t>(tiles.size());
-  run(0, threads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tiles = std::min(threads, pieces);
+  memory.reserve_tiles(tiles, RowTile<T>::bytes(shape, rows.width, to.outputs));
+  run(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      RowTile<T>& tile = *tiles[t];
+      const RowTile<T> tile(shape, rows.width, to.outputs, memory.tiles[t]);
       LayerRows<T> here = to;
       here.samples = tile.samples;
       here.out = tile.out;
-      for (int64_t piece = t * pieces / threads; piece < (t + 1) * pieces / threads; ++piece) {
+      for (int64_t piece = t * pieces / tiles; piece < (t + 1) * pieces / tiles; ++piece) {
         const int64_t first = piece * step;
         const int64_t count = std::min(step, rows.count - first);
         rows.element_stride == 1 ? gather_rows(shape, rows, first, count, tile.blocked)
                                  : gather_columns(shape, rows, first, count, tile.blocked);
         for (int64_t r = 0; r < count; ++r) {
           tile.samples[r] = first + r;
-          tile.out[r] = out + (first + r) * to.outputs;
+          tile.out[r] = out ? out + (first + r) * to.outputs : tile.unread;
         }
         multiply_rows(tile.blocked, count, rows.width, packed, here);
       }
     }
   });
-}
-
-// Here, since nothing may throw where the threads run.
-template <class T>
-std::vector<std::unique_ptr<RowTile<T>>> row_tiles(const PanelShape& shape, int64_t rows,
-                                                   int64_t width, int64_t threads) {
-  const int64_t step = RowTile<T>::rows(shape);
-  std::vector<std::unique_ptr<RowTile<T>>> tiles;
-  for (int64_t t = 0; t < std::min(threads, (rows + step - 1) / step); ++t) {
-    tiles.push_back(std::make_unique<RowTile<T>>(shape, width));
-  }
-  return tiles;
 }
 
 template <class T>
@@ -121,54 +111,56 @@ LayerRows<T> plain_rows(int64_t outputs) {
 }
 
 template <class T>
-void evaluate(const CellLayerParams& p, int64_t threads, ParallelFor run) {
+void evaluate(const CellLayerParams& p, const void* packed, int64_t threads, ParallelFor run,
+              Workspace& memory) {
   const PanelShape shape = panel_shape(sizeof(T));
   const CellLayer& layer = p.layer;
-  Panels<T> panels(shape, layer.outputs, layer.inputs);
-  panels.pack(static_cast<const T*>(layer.weight), layer.inputs, layer.output_stride,
-              layer.input_stride, Precision::kIeee, run);
+  const T* weight = static_cast<const T*>(packed);
+  if (!weight) {
+    weight =
+        pack_weight(shape, static_cast<const T*>(layer.weight), layer.outputs, layer.inputs,
+                    layer.output_stride, layer.input_stride, Precision::kIeee, memory.operand, run);
+  }
   LayerRows<T> to = plain_rows<T>(layer.outputs);
-  to.activation = layer.activation;
+  to.activation = p.out ? layer.activation : Activation::kIdentity;
   to.bias = static_cast<const T*>(layer.bias);
   to.shift = static_cast<const T*>(layer.shift);
   to.factor = static_cast<const T*>(layer.factor);
   to.slope = static_cast<T*>(p.slope);
   to.derivative = p.derivative;
   const Rows<T> rows{static_cast<const T*>(p.h), p.batch, layer.inputs, layer.inputs, 1};
-  auto tiles = row_tiles<T>(shape, p.batch, layer.inputs, threads);
-  multiply_all(shape, rows, panels.data(), to, static_cast<T*>(p.out), tiles, run);
+  multiply_all(shape, rows, weight, to, static_cast<T*>(p.out), threads, memory, run);
 }
 
 template <class T>
-void differentiate(const WeightGradientParams& p, int64_t threads, ParallelFor run) {
+void differentiate(const WeightGradientParams& p, int64_t threads, ParallelFor run,
+                   Workspace& memory) {
   const PanelShape shape = panel_shape(sizeof(T));
   T* out = static_cast<T*>(p.out);
-  const int64_t longest = std::min(p.batch, kSamplesPerSum);
-  Panels<T> panels(shape, p.inputs, longest);
-  auto tiles = row_tiles<T>(shape, p.outputs, longest, threads);
   LayerRows<T> to = plain_rows<T>(p.inputs);
   for (int64_t first = 0; first < p.batch; first += kSamplesPerSum) {
     const int64_t n = std::min(kSamplesPerSum, p.batch - first);
-    panels.pack(static_cast<const T*>(p.h) + first * p.inputs, n, 1, p.inputs, Precision::kIeee,
-                run);
+    const T* packed = pack_weight(shape, static_cast<const T*>(p.h) + first * p.inputs, p.inputs, n,
+                                  1, p.inputs, Precision::kIeee, memory.operand, run);
     const Rows<T> rows{static_cast<const T*>(p.delta) + first * p.outputs, p.outputs, n, 1,
                        p.outputs};
-    multiply_all(shape, rows, panels.data(), to, out, tiles, run);
+    multiply_all(shape, rows, packed, to, out, threads, memory, run);
     to.shift = out;
   }
 }
 
 }  // namespace
 
-void cell_layer_cpu(const CellLayerParams& p, StateType state, int64_t threads, ParallelFor run) {
-  if (state == StateType::kFloat64) return evaluate<double>(p, threads, run);
-  evaluate<float>(p, threads, run);
+void cell_layer_cpu(const CellLayerParams& p, const void* packed, StateType state, int64_t threads,
+                    ParallelFor run, Workspace& memory) {
+  if (state == StateType::kFloat64) return evaluate<double>(p, packed, threads, run, memory);
+  evaluate<float>(p, packed, threads, run, memory);
 }
 
 void weight_gradient_cpu(const WeightGradientParams& p, StateType state, int64_t threads,
-                         ParallelFor run) {
-  if (state == StateType::kFloat64) return differentiate<double>(p, threads, run);
-  differentiate<float>(p, threads, run);
+                         ParallelFor run, Workspace& memory) {
+  if (state == StateType::kFloat64) return differentiate<double>(p, threads, run, memory);
+  differentiate<float>(p, threads, run, memory);
 }
 
 }  // namespace fpi

@@ -3,8 +3,6 @@
 #include "cell_loop.h"
 
 #include <atomic>
-#include <memory>
-#include <vector>
 
 #include "cell_tile.h"
 #include "panels.h"
@@ -46,28 +44,24 @@ void run_tile(Tile<T>& tile, StateType state, std::atomic<int64_t>& queue, int64
 }
 
 template <class T>
-void solve(const CellLoopParams& p, StateType state, int64_t threads, ParallelFor run) {
+void solve(const CellLoopParams& p, StateType state, int64_t threads, ParallelFor run,
+           Workspace& memory) {
   PackedMap<T> map{p, panel_shape(sizeof(T)), {nullptr, nullptr}};
-  std::vector<std::unique_ptr<Panels<T>>> weights;
   for (int l = 0; l < p.num_layers; ++l) {
     const CellLayer& layer = p.layers[l];
-    weights.push_back(std::make_unique<Panels<T>>(map.shape, layer.outputs, layer.inputs));
-    weights[l]->pack(static_cast<const T*>(layer.weight), layer.inputs, layer.output_stride,
-                     layer.input_stride, p.precision, run);
-    map.weight[l] = weights[l]->data();
+    map.weight[l] =
+        pack_weight(map.shape, static_cast<const T*>(layer.weight), layer.outputs, layer.inputs,
+                    layer.output_stride, layer.input_stride, p.precision, memory.weights[l], run);
   }
   const int64_t slots = tile_slots(map, threads);
   const int64_t tiles = std::min(threads, (p.batch + slots - 1) / slots);
-  // Here, since nothing may throw where the threads run.
-  std::vector<std::unique_ptr<Arena>> arenas;
-  std::vector<std::unique_ptr<Tile<T>>> made;
-  for (int64_t t = 0; t < tiles; ++t) {
-    arenas.push_back(std::make_unique<Arena>(Tile<T>::bytes(map, slots)));
-    made.push_back(std::make_unique<Tile<T>>(map, slots, *arenas.back()));
-  }
+  memory.reserve_tiles(tiles, Tile<T>::bytes(map, slots));
   std::atomic<int64_t> queue{0};
   run(0, tiles, 1, [&](int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; ++t) run_tile(*made[t], state, queue, p.batch);
+    for (int64_t t = first; t < last; ++t) {
+      Tile<T> tile(map, slots, memory.tiles[t]);
+      run_tile(tile, state, queue, p.batch);
+    }
   });
 }
 
@@ -81,10 +75,11 @@ int64_t cell_loop_tile(const CellLoopParams& p, StateType state, int64_t threads
   return tile_slots(PackedMap<float>{p, panel_shape(4), {nullptr, nullptr}}, threads);
 }
 
-void cell_loop_cpu(const CellLoopParams& p, StateType state, int64_t threads, ParallelFor run) {
+void cell_loop_cpu(const CellLoopParams& p, StateType state, int64_t threads, ParallelFor run,
+                   Workspace& memory) {
   if (p.batch == 0) return;
-  if (state == StateType::kFloat64) return solve<double>(p, state, threads, run);
-  solve<float>(p, state, threads, run);
+  if (state == StateType::kFloat64) return solve<double>(p, state, threads, run, memory);
+  solve<float>(p, state, threads, run, memory);
 }
 
 }  // namespace fpi

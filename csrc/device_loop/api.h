@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#define FPI_API extern "C" __attribute__((visibility("default")))
+#include "../common/export.h"
 
 // Why a WHILE body may not hold a node of this cudaGraphNodeType, or null.
 FPI_API const char* fpi_node_refusal(int type);

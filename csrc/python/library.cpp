@@ -30,6 +30,13 @@ Library::Library(const std::string& path) {
   find(handle, "fpi_device_loop_create", &device_loop_create);
   find(handle, "fpi_device_loop_launch", &device_loop_launch);
   find(handle, "fpi_device_loop_destroy", &device_loop_destroy);
+  find(handle, "fpi_cell_plan_create", &cell_plan_create);
+  find(handle, "fpi_cell_plan_solve", &cell_plan_solve);
+  find(handle, "fpi_cell_plan_adjoint", &cell_plan_adjoint);
+  find(handle, "fpi_cell_plan_gradients", &cell_plan_gradients);
+  find(handle, "fpi_cell_plan_bytes", &cell_plan_bytes);
+  find(handle, "fpi_cell_plan_clear", &cell_plan_clear);
+  find(handle, "fpi_cell_plan_destroy", &cell_plan_destroy);
 }
 
 void open_library(const std::string& path) { opened = new Library(path); }

@@ -3,11 +3,12 @@
 
 #include <string>
 
+#include "cell_plan/api.h"
 #include "device_loop/api.h"
 
 namespace fpi {
 
-// The functions of device_loop/api.h in the op library that the process has loaded. They are looked
+// The functions of the files api.h in the op library that the process has loaded. They are looked
 // up by name: this module is built and imported without torch or CUDA, whose code stays in the one
 // file that every Python shares.
 struct Library {
@@ -21,6 +22,13 @@ struct Library {
   decltype(&fpi_device_loop_create) device_loop_create;
   decltype(&fpi_device_loop_launch) device_loop_launch;
   decltype(&fpi_device_loop_destroy) device_loop_destroy;
+  decltype(&fpi_cell_plan_create) cell_plan_create;
+  decltype(&fpi_cell_plan_solve) cell_plan_solve;
+  decltype(&fpi_cell_plan_adjoint) cell_plan_adjoint;
+  decltype(&fpi_cell_plan_gradients) cell_plan_gradients;
+  decltype(&fpi_cell_plan_bytes) cell_plan_bytes;
+  decltype(&fpi_cell_plan_clear) cell_plan_clear;
+  decltype(&fpi_cell_plan_destroy) cell_plan_destroy;
 };
 
 // Calls go to the library at `path` from now on; objects keep to that of their making.
