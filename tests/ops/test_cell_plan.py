@@ -454,6 +454,25 @@ def test_memory_is_kept_until_it_is_given_back() -> None:
     require_same(solve(plan, lowered, x0).result, solved.result)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_left_of_another_batch(dtype: torch.dtype) -> None:
+    lowered = two_layers(300, 33, dtype)
+    plan = plan_for(lowered, 33, dtype)
+    poison = replace(lowered.layers[0], bias=torch.full((37,), torch.nan, dtype=dtype))
+    many = Lowered((poison, lowered.layers[1]))
+    for batch in (5, 1):
+        assert solve(plan, many, torch.randn(300, 33, dtype=dtype)).worst == Status.NONFINITE
+        few = lowered.rows(batch)
+        x0, v = torch.randn(2, batch, 33, dtype=dtype)
+        fresh = plan_for(few, 33, dtype)
+        found = []
+        for which in (plan, fresh):
+            solved, gradients = solve(which, few, x0), all_gradients(few, v)
+            _, result = adjoint(which, few, solved, v, gradients)
+            found.append((*solved.result, *result, *gradients.all()))
+        assert all(map(torch.equal, *found))
+
+
 def test_threads_share_a_plan() -> None:
     lowered = two_layers(40, 33, torch.float32)
     plan = plan_for(lowered, 33, torch.float32)
