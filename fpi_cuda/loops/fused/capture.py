@@ -155,11 +155,17 @@ def why_not_capturable(g: Any) -> str | None:
     if hooks_on_all():
         return "there are hooks on all modules"
     for part in modules_of(g):
+        if any(part.__dict__.get(name) for name in HOOKS):
+            return f"{type(part).__name__} has hooks, which must see its evaluations"
+    return why_of_no_form(g)
+
+
+def why_of_no_form(g: Any) -> str | None:
+    """Which module of torch in g shows that it has none of the kernels' forms; None: none does."""
+    for part in modules_of(g):
         kind = type(part)
         if kind.__module__.startswith("torch.nn.modules.") and kind not in KNOWN_MODULES:
-            return f"{kind.__name__} is none of the layers that the kernels run"
-        if any(part.__dict__.get(name) for name in HOOKS):
-            return f"{kind.__name__} has hooks, which must see its evaluations"
+            return f"the kernels have no {kind.__name__}"
     return None
 
 
@@ -195,6 +201,9 @@ def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
         if reason is not None:
             raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {reason}")
         try:
+            reason = why_of_no_form(g)
+            if reason is not None:
+                raise NotLowered(reason)
             capture = traced(kind.evaluation, g, x, z)
         except NotLowered as refusal:
             kind.refusals[key] = str(refusal)

@@ -33,6 +33,7 @@ from fpi_cuda.lowered import Layer, Lowered, NotLowered
 from fpi_cuda.norms import difference_norm, row_norm
 from fpi_cuda.options import Anderson, Implicit, Options, Picard, Unroll
 from fpi_cuda.solution import AdjointRecord, Route, Solution, SolveResult, Stats, Status
+from fpi_cuda.unconverged import Notice
 
 MOST_PLANS = 16
 """Of one g, or one kind of g; the one that has rested longest makes room."""
@@ -158,8 +159,6 @@ class KeptPlan:
             and (options.atol <= 0 or adjoint.rtol is not None)
             and lowered.x_factor is None
             and all(layer.factor is None for layer in lowered.layers)
-            # A first layer without a slope says nothing of where its values are wanted.
-            and (len(lowered.layers) == 1 or lowered.layers[0].activation != "identity")
         )
         self.adjoint_rtol = options.rtol
         if isinstance(adjoint, Implicit) and adjoint.rtol is not None:
@@ -249,18 +248,29 @@ class KeptPlan:
             weight, bias, shift, factor = tensors[place : place + 4]
             assert weight is not None
             found.append(
-                (weight.data_ptr(), *weight.stride(), address(bias), address(shift), address(factor))
+                (
+                    weight.data_ptr(),
+                    *weight.stride(),
+                    address(bias),
+                    address(shift),
+                    address(factor),
+                )
             )
         return tuple(found)
 
     def solve(
-        self, tensors: list[Tensor | None], x0: Tensor, evaluate: Callable[[Tensor], Tensor]
+        self,
+        tensors: list[Tensor | None],
+        x0: Tensor,
+        evaluate: Callable[[Tensor], Tensor],
+        notice: Notice,
     ) -> tuple[Solution, int] | None:
         """The solution and its worst status; None where the ordinary way has to tell of it.
 
         Args:
             tensors: see tensors_of.
             evaluate: g, with its inputs.
+            notice: of the call.
         """
         batch, dim = self.shape
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -305,7 +315,7 @@ class KeptPlan:
                     residual = told_by_g(found, evaluate, self.options).residual
             except NotLowered:
                 return None
-        record = AdjointRecord(self.options.notice.look_at_adjoint)
+        record = AdjointRecord(notice.look_at_adjoint)
         record.route = self.route
         if grad:
             record.adjoint_route = ROUTE
@@ -420,19 +430,15 @@ def pulled(
     plan = run.plan
     batch = len(x)
     found: list[Tensor | None] = [None] * len(tensors)
-    deltas, weights, biases = [], [], []
+    deltas: list[Tensor | None] = []
+    weights: list[Tensor | None] = []
     for layer, width in enumerate(plan._widths):
         by_weight, by_bias, by_shift, _ = needed[4 * layer : 4 * layer + 4]
-        for wanted, place, sizes, into in (
-            (by_weight, 0, None, weights),
-            (by_bias, 1, (width,), biases),
-            (by_shift, 2, (batch, width), deltas),
-        ):
-            weight = tensors[4 * layer]
-            assert weight is not None
-            t = x.new_empty(weight.shape if sizes is None else sizes) if wanted else None
-            found[4 * layer + place] = t
-            into.append(t)
+        weight = tensors[4 * layer]
+        assert weight is not None
+        weights.append(x.new_empty(weight.shape) if by_weight else None)
+        deltas.append(x.new_empty((batch, width)) if by_shift or by_bias else None)
+        found[4 * layer : 4 * layer + 3] = weights[-1], None, deltas[-1] if by_shift else None
     c = torch.empty_like(v)
     status = torch.empty(batch, dtype=torch.int8)
     num_steps = torch.empty(batch, dtype=torch.int32)
@@ -441,14 +447,14 @@ def pulled(
         [t if t is None or not place % 4 else None for place, t in enumerate(tensors)]
     )
     at = (layers, x.data_ptr(), address(run.hidden), pair(run.slopes))
-    wanted = (pair(deltas), pair(weights), pair(biases))
+    wanted = (pair(deltas), pair(weights), (0, 0))
     told = status.data_ptr(), num_steps.data_ptr(), residual.data_ptr()
     worst = plan.solve_adjoint(batch, *at, v.data_ptr(), c.data_ptr(), *told, *wanted)
     if worst == CONVERGED:
         record = run.record
         size = residual.to(torch.promote_types(plan.dtype, torch.float32))
         record.stats = Stats(status, num_steps, size)
-        return found
+        return with_biases(found, deltas, needed)
 
     def solve(_: object, b: Tensor, __: Tensor) -> SolveResult:
         b, y = b.contiguous(), torch.empty_like(b)
@@ -464,6 +470,17 @@ def pulled(
     strategy = Strategy(account, plan.dtype, rtol=plan.adjoint_rtol, on_device=solve)
     c, _ = strategy.solve(v, NO_MATRIX, transpose=True)
     plan.gradients(batch, *at, c.data_ptr(), *wanted)
+    return with_biases(found, deltas, needed)
+
+
+def with_biases(
+    found: list[Tensor | None], deltas: list[Tensor | None], needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """`found` with the gradients of biases, summed as FusedEvaluation does."""
+    for layer, delta in enumerate(deltas):
+        if needed[4 * layer + 1]:
+            assert delta is not None
+            found[4 * layer + 1] = delta.sum(0)
     return found
 
 
@@ -497,7 +514,8 @@ def differentiated(
     strategy = strategy_for(
         plan.options, plan.engine, account, bound_map, x.detach(), None, plan.adjoint_solver
     )
-    value = attach(bound_map, x.detach(), None, strategy, born_after)
+    with torch.enable_grad():
+        value = attach(bound_map, x.detach(), None, strategy, born_after)
     inputs = [t for t, wanted in zip(tensors, needed, strict=True) if wanted]
     grads = iter(
         torch.autograd.grad(
@@ -532,7 +550,7 @@ def kept_solution(
             if tensors is not None:
                 if plan is not plans[0]:
                     known[key] = (plan, *(other for other in plans if other is not plan))
-                return plan.solve(tensors, x0, lambda x: g(x, *z))
+                return plan.solve(tensors, x0, lambda x: g(x, *z), options.notice)
     return None
 
 
