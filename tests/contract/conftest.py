@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from dataclasses import replace
 from typing import Any
 
@@ -67,5 +68,8 @@ def keep_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
                 pass  # as the call itself will say
         return solve(g, x0, z, options)
 
-    monkeypatch.setattr(fixed_point, "solve_as_told", second)
-    monkeypatch.setattr(layer, "solve_as_told", second)
+    # A warning names the line that called into the package, which `second` is a part of here.
+    inside = globals() | {"__name__": "fpi_cuda.second"}
+    call = types.FunctionType(second.__code__, inside, closure=second.__closure__)
+    monkeypatch.setattr(fixed_point, "solve_as_told", call)
+    monkeypatch.setattr(layer, "solve_as_told", call)

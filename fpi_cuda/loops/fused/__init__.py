@@ -186,7 +186,8 @@ def fused_map(bound_map: BoundMap, x0: Tensor) -> FusedMap:
     g: Any = bound_map.g
     if bound_map.context.autocast_dtype is not None:
         raise NotLowered("autocast is on")
-    captured, held = None, ()
+    captured: capture.Capture | None = None
+    held: tuple[Tensor, ...]
     if says_how(g):
         describe = functools.partial(described, g, bound_map.read)
         held = (*g.parameters(), *g.buffers())

@@ -79,7 +79,7 @@ def classes_of(g: Any) -> list[tuple[Any, Callable[[Any], Any], Any]]:
     kinds: dict[type, None] = {}
     for part in (g, *modules_of(g)):
         kinds |= dict.fromkeys(type(part).__mro__)
-    found = []
+    found: list[tuple[Any, Callable[[Any], Any], Any]] = []
     for kind in kinds:
         if kind.__module__ in ("builtins", "typing"):
             continue

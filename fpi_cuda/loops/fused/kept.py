@@ -47,6 +47,16 @@ DECLINED = -1
 
 ROUTE = Route("fused")
 
+NO_MATRIX: Any = None
+"""The adjoint solve by native code needs none."""
+
+Pair = tuple[int, int]
+NONE = (0, 0)
+"""Addresses of what nobody asks for."""
+
+Addresses = tuple[int, int, int, int, int, int]
+"""Of a weight, with its strides, and of bias, shift and factor; see fpi_cuda._C.CellPlan."""
+
 
 def is_plain_call(*, grad: bool) -> bool:
     """Whether nothing around the call changes or watches what torch computes."""
@@ -144,7 +154,7 @@ class KeptPlan:
         self.source = source
         self.shape = torch.Size((layout.batch, layout.dim))
         self.dtype = layout.dtype
-        first, *rest = lowered.layers
+        rest = lowered.layers[1:]
         self._widths = [len(layer.weight) for layer in lowered.layers]
         self._activations = [layer.activation for layer in lowered.layers]
         self._carry = lowered.carry
@@ -241,9 +251,9 @@ class KeptPlan:
             and t.layout is torch.strided
         )
 
-    def layers_of(self, tensors: list[Tensor | None]) -> tuple[tuple[int, ...], ...]:
+    def layers_of(self, tensors: list[Tensor | None]) -> tuple[Addresses, ...]:
         """Addresses and strides of the layers, as fpi_cuda._C.CellPlan takes them."""
-        found = []
+        found: list[Addresses] = []
         for place in range(0, len(tensors) - 1, 4):
             weight, bias, shift, factor = tensors[place : place + 4]
             assert weight is not None
@@ -272,7 +282,7 @@ class KeptPlan:
             evaluate: g, with its inputs.
             notice: of the call.
         """
-        batch, dim = self.shape
+        batch = self.shape[0]
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         if (grad and not self.differentiable) or (
             x0.requires_grad and isinstance(self.options.adjoint, Unroll)
@@ -287,7 +297,8 @@ class KeptPlan:
         status = torch.empty(batch, dtype=torch.int8)
         num_steps = torch.empty(batch, dtype=torch.int32)
         residual = torch.empty(batch, dtype=torch.float64)
-        hidden, slopes = None, ()
+        hidden: Tensor | None = None
+        slopes: tuple[Tensor | None, ...] = ()
         if grad:
             slopes = tuple(
                 None if name == "identity" else x.new_empty((batch, width))
@@ -369,7 +380,7 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def pair(tensors: Any) -> tuple[int, int]:
+def pair(tensors: Any) -> Pair:
     """Addresses of one or two tensors."""
     first, *rest = map(address, tensors)
     return first, rest[0] if rest else 0
@@ -439,37 +450,42 @@ def pulled(
         weights.append(x.new_empty(weight.shape) if by_weight else None)
         deltas.append(x.new_empty((batch, width)) if by_shift or by_bias else None)
         found[4 * layer : 4 * layer + 3] = weights[-1], None, deltas[-1] if by_shift else None
-    c = torch.empty_like(v)
-    status = torch.empty(batch, dtype=torch.int8)
-    num_steps = torch.empty(batch, dtype=torch.int32)
-    residual = torch.empty(batch, dtype=torch.float64)
     layers = plan.layers_of(
         [t if t is None or not place % 4 else None for place, t in enumerate(tensors)]
     )
     at = (layers, x.data_ptr(), address(run.hidden), pair(run.slopes))
-    wanted = (pair(deltas), pair(weights), (0, 0))
-    told = status.data_ptr(), num_steps.data_ptr(), residual.data_ptr()
-    worst = plan.solve_adjoint(batch, *at, v.data_ptr(), c.data_ptr(), *told, *wanted)
+
+    def solved(b: Tensor, into: SolveResult, deltas: Pair, weights: Pair) -> int:
+        c, *told = (t.data_ptr() for t in into)
+        status, num_steps, residual = told
+        return plan.solve_adjoint(
+            batch, *at, b.data_ptr(), c, status, num_steps, residual, deltas, weights, NONE
+        )
+
+    first = SolveResult(
+        torch.empty_like(v),
+        torch.empty(batch, dtype=torch.int8),
+        torch.empty(batch, dtype=torch.int32),
+        torch.empty(batch, dtype=torch.float64),
+    )
+    worst = solved(v, first, pair(deltas), pair(weights))
     if worst == CONVERGED:
-        record = run.record
-        size = residual.to(torch.promote_types(plan.dtype, torch.float32))
-        record.stats = Stats(status, num_steps, size)
+        told = first.residual.to(torch.promote_types(plan.dtype, torch.float32))
+        run.record.stats = Stats(first.status, first.num_steps, told)
         return with_biases(found, deltas, needed)
 
     def solve(_: object, b: Tensor, __: Tensor) -> SolveResult:
-        b, y = b.contiguous(), torch.empty_like(b)
-        none = (0, 0)
-        result = SolveResult(y, *(torch.empty_like(t) for t in (status, num_steps, residual)))
-        told = (t.data_ptr() for t in result[1:])
-        again = plan.solve_adjoint(batch, *at, b.data_ptr(), y.data_ptr(), *told, none, none, none)
-        if again == DECLINED:
-            raise RuntimeError("fixed_point: a scaled gradient was declined")
-        return result
+        if worst != DECLINED:
+            return first
+        scaled = SolveResult(*map(torch.empty_like, first))
+        solved(b.contiguous(), scaled, NONE, NONE)
+        return scaled
 
-    account = Account(run.status, run.record)
-    strategy = Strategy(account, plan.dtype, rtol=plan.adjoint_rtol, on_device=solve)
+    strategy = Strategy(
+        Account(run.status, run.record), plan.dtype, rtol=plan.adjoint_rtol, on_device=solve
+    )
     c, _ = strategy.solve(v, NO_MATRIX, transpose=True)
-    plan.gradients(batch, *at, c.data_ptr(), *wanted)
+    plan.gradients(batch, *at, c.contiguous().data_ptr(), pair(deltas), pair(weights), NONE)
     return with_biases(found, deltas, needed)
 
 
@@ -482,10 +498,6 @@ def with_biases(
             assert delta is not None
             found[4 * layer + 1] = delta.sum(0)
     return found
-
-
-NO_MATRIX: Any = None
-"""The adjoint solve by native code needs none."""
 
 
 def differentiated(
@@ -516,7 +528,7 @@ def differentiated(
     )
     with torch.enable_grad():
         value = attach(bound_map, x.detach(), None, strategy, born_after)
-    inputs = [t for t, wanted in zip(tensors, needed, strict=True) if wanted]
+    inputs = [t for t, wanted in zip(tensors, needed, strict=True) if wanted and t is not None]
     grads = iter(
         torch.autograd.grad(
             value, inputs, v, create_graph=torch.is_grad_enabled(), allow_unused=True
