@@ -40,8 +40,12 @@ def seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_known() -> None:
-    """Begin each test without verdicts on maps that it may share code with."""
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin each test without verdicts on maps that it may share code with.
+
+    Tracing each small g takes longer than its test: those that are about captures turn them on.
+    """
+    monkeypatch.setenv("FPI_CUDA_CAPTURE", "0")
     from fpi_cuda import coupling  # not before TRITON_INTERPRET is set
 
     for verdicts in (coupling.independent_maps, coupling.coupled_maps, coupling.kept_promises):

@@ -260,7 +260,8 @@ class KeptPlan:
             found.append(
                 (
                     weight.data_ptr(),
-                    *weight.stride(),
+                    weight.stride(0),
+                    weight.stride(1),
                     address(bias),
                     address(shift),
                     address(factor),
