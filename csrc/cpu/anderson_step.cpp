@@ -49,8 +49,13 @@ FPI_INLINE void dot_columns(const C* df, const C* f, const H* const* columns, in
     }
   });
   if constexpr (N == 4) {
-    add_lanes<Acc>(sum_df, with_df);
-    add_lanes<Acc>(sum_f, with_f);
+    double four_df[4], four_f[4];
+    sum_four<Acc>(sum_df[0], sum_df[1], sum_df[2], sum_df[3], four_df);
+    sum_four<Acc>(sum_f[0], sum_f[1], sum_f[2], sum_f[3], four_f);
+    for (int k = 0; k < N; ++k) {
+      *with_df[k] += four_df[k];
+      *with_f[k] += four_f[k];
+    }
   } else {
     for (int k = 0; k < N; ++k) {
       *with_df[k] += sum_lanes<Acc>(sum_df[k]);
@@ -85,7 +90,7 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
   const C* g_previous = differs ? row.partner_previous() : nullptr;
   for (int64_t at = begin; at < end; at += kChunk) {
     const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
-    Vector sums[4] = {};
+    Vector ff = {}, gg = {}, dfdf = {}, fdf = {};
     for_lanes(0, n, [&](int64_t j, int run) {
       const int64_t here = at + j;
       Narrow x, g;
@@ -95,8 +100,8 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
       std::memcpy(f + j, &narrow, sizeof narrow);
       const Vector wide_f = __builtin_convertvector(narrow, Vector);
       const Vector wide_g = __builtin_convertvector(g, Vector);
-      sums[0] += wide_f * wide_f;
-      sums[1] += wide_g * wide_g;
+      ff += wide_f * wide_f;
+      gg += wide_g * wide_g;
       if (!differs) return;
       Narrow d;
       if (!kAgain) {
@@ -111,11 +116,15 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
       if (kAgain || sizeof(H) != sizeof(C)) load_run<C>(column_f + here, run, d);
       std::memcpy(df + j, &d, sizeof d);
       const Vector wide_d = __builtin_convertvector(d, Vector);
-      sums[2] += wide_d * wide_d;
-      sums[3] += wide_f * wide_d;
+      dfdf += wide_d * wide_d;
+      fdf += wide_f * wide_d;
     });
-    double* const totals[4] = {&out.ff, &out.gg, &out.dfdf, &out.fdf};
-    add_lanes<Acc>(sums, totals);
+    double sums[4];
+    sum_four<Acc>(ff, gg, dfdf, fdf, sums);
+    out.ff += sums[0];
+    out.gg += sums[1];
+    out.dfdf += sums[2];
+    out.fdf += sums[3];
     if (first) {
       C wide[kChunk];
       for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(row.x[at + j]);

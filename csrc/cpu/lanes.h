@@ -129,27 +129,34 @@ FPI_INLINE double dot(const A* a, const B* b, int n) {
   return sum_lanes<Acc>(sum);
 }
 
-// sums[i] += what sum_lanes gives of lanes[i], four at a time.
-template <class Acc>
-FPI_INLINE void add_lanes(const typename Lanes<Acc>::Vector* lanes, double* const* sums) {
 #ifdef FPI_SHUFFLES
-  using Vector = typename Lanes<Acc>::Vector;
-  Vector pair[2];
-  for (int i = 0; i < 2; ++i) {
-    const Vector a = lanes[2 * i], b = lanes[2 * i + 1];
-    pair[i] =
-        __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-        __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  Vector all = __builtin_shufflevector(pair[0], pair[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19,
-                                       24, 25, 26, 27) +
-               __builtin_shufflevector(pair[0], pair[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23,
-                                       28, 29, 30, 31);
+// The two halves of u, and of v, added: u's lanes first.
+template <class Vector>
+FPI_INLINE void halve(const Vector& u, const Vector& v, Vector& to) {
+  to = __builtin_shufflevector(u, v, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+       __builtin_shufflevector(u, v, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+#endif
+
+// What sum_lanes gives of four, for little more than the price of one.
+template <class Acc>
+FPI_INLINE void sum_four(const typename Lanes<Acc>::Vector& a, const typename Lanes<Acc>::Vector& b,
+                         const typename Lanes<Acc>::Vector& c, const typename Lanes<Acc>::Vector& d,
+                         double* sums) {
+#ifdef FPI_SHUFFLES
+  typename Lanes<Acc>::Vector ab, cd, all;
+  halve(a, b, ab);
+  halve(c, d, cd);
+  all = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+        __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   all += __builtin_shufflevector(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
   all += __builtin_shufflevector(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  for (int i = 0; i < 4; ++i) *sums[i] += static_cast<double>(all[4 * i]);
+  for (int i = 0; i < 4; ++i) sums[i] = static_cast<double>(all[4 * i]);
 #else
-  for (int i = 0; i < 4; ++i) *sums[i] += sum_lanes<Acc>(lanes[i]);
+  sums[0] = sum_lanes<Acc>(a);
+  sums[1] = sum_lanes<Acc>(b);
+  sums[2] = sum_lanes<Acc>(c);
+  sums[3] = sum_lanes<Acc>(d);
 #endif
 }
 
