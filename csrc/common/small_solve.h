@@ -18,57 +18,53 @@ FPI_HD int gram_place(int i, int j) { return i > j ? gram_size(i) + j : gram_siz
 
 // Scratch of one small solve; in shared memory on a GPU.
 struct SmallSolve {
-  // Cholesky factor of the kept columns, its diagonal inverted: divisions are slow in double.
+  // L of the kept columns' L D L^T, and on its diagonal the inverse of D.
   double factor[kMaxDepth][kMaxDepth];
-  double inverse_norm[kMaxDepth];  // 1 / ||column||
-  int slots[kMaxDepth];            // by age
-  double gamma[kMaxDepth];         // solution, by slot
-  bool kept[kMaxDepth];
+  double entries[kMaxDepth];  // of the present column's row of L D
+  int slots[kMaxDepth];       // of the kept columns, newest first
+  double gamma[kMaxDepth];    // solution, by slot
 };
 
 // Minimises ||f - dF gamma||^2 + ridge |D gamma|^2, D the column norms, over `columns` differences.
 //
 // gram is the triangle by slot, rhs[slot] = <dF_slot, f>; slots run from `head`, the newest,
-// backwards. Columns are scaled to unit norm, so that the ridge means the same at every step, and
-// factored newest first, so that a column which adds nothing is an old one: it is skipped.
+// backwards. A column is factored newest first, so that one which adds nothing is an old one: it is
+// skipped. Ridge and pivots are relative to a column's own square, as if it had unit norm; without
+// a square root, L D L^T is that of the columns as they are.
 // Source: Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011, section 4 (on conditioning).
 FPI_HD void solve_small(const double* gram, const double* rhs, int depth, int columns, int head,
                         double ridge, SmallSolve& s) {
   for (int slot = 0; slot < depth; ++slot) s.gamma[slot] = 0.0;
+  int kept = 0;
   for (int a = 0; a < columns; ++a) {
     const int slot = head >= a ? head - a : head - a + depth;
-    s.slots[a] = slot;
     const double square = gram[gram_place(slot, slot)];
-    s.inverse_norm[a] = square > 0.0 ? 1.0 / sqrt(square) : 0.0;
-    double pivot = square > 0.0 ? 1.0 + ridge : 0.0;
-    double value = rhs[slot] * s.inverse_norm[a];
-    for (int b = 0; b < a; ++b) {
-      if (!s.kept[b]) continue;
-      double entry = gram[gram_place(slot, s.slots[b])] * s.inverse_norm[a] * s.inverse_norm[b];
-      for (int k = 0; k < b; ++k) {
-        if (s.kept[k]) entry -= s.factor[a][k] * s.factor[b][k];
-      }
-      entry *= s.factor[b][b];
-      s.factor[a][b] = entry;
-      pivot -= entry * entry;
-      value -= entry * s.gamma[s.slots[b]];
+    double pivot = square * (1.0 + ridge);
+    double value = rhs[slot];
+    double* row = s.factor[kept];
+    for (int b = 0; b < kept; ++b) {
+      double entry = gram[gram_place(slot, s.slots[b])];
+      for (int k = 0; k < b; ++k) entry -= s.entries[k] * s.factor[b][k];
+      s.entries[b] = entry;
+      row[b] = entry * s.factor[b][b];
+      pivot -= entry * row[b];
+      value -= row[b] * s.gamma[s.slots[b]];
     }
+    const double inverse = 1.0 / pivot;
     // A NaN or Inf in the Gram matrix fails this test too.
-    s.kept[a] = pivot >= kSmallestPivot && is_finite(value) && is_finite(pivot);
-    if (!s.kept[a]) continue;
-    s.factor[a][a] = 1.0 / sqrt(pivot);
-    s.gamma[slot] = value * s.factor[a][a];
-  }
-  for (int a = columns - 1; a >= 0; --a) {
-    const int slot = s.slots[a];
-    if (!s.kept[a]) continue;
-    double value = s.gamma[slot];
-    for (int b = a + 1; b < columns; ++b) {
-      if (s.kept[b]) value -= s.factor[b][a] * s.gamma[s.slots[b]];
+    if (!(square > 0.0 && pivot >= kSmallestPivot * square) || !is_finite(value) ||
+        !is_finite(pivot) || !is_finite(inverse)) {
+      continue;
     }
-    s.gamma[slot] = value * s.factor[a][a];
+    row[kept] = inverse;
+    s.gamma[slot] = value;
+    s.slots[kept++] = slot;
   }
-  for (int a = 0; a < columns; ++a) s.gamma[s.slots[a]] *= s.inverse_norm[a];
+  for (int a = kept - 1; a >= 0; --a) {
+    double value = s.gamma[s.slots[a]] * s.factor[a][a];
+    for (int b = a + 1; b < kept; ++b) value -= s.factor[b][a] * s.gamma[s.slots[b]];
+    s.gamma[s.slots[a]] = value;
+  }
 }
 
 // Whether the solution takes enough off ||f||^2 = ff to be worth a step that is not Picard's: less

@@ -24,8 +24,7 @@ template <class T>
 FPI_INLINE T tanh_of(T u) {
   const Exponential<T> e = exponential(T(-2) * magnitude(u));
   const T expm1 = e.power * e.q + (e.power - T(1));
-  const T positive = -expm1 / (T(2) + expm1);
-  return u < T(0) ? -positive : positive;
+  return with_sign_of(u, expm1 / (T(2) + expm1));
 }
 
 template <class T>

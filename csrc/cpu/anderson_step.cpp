@@ -30,99 +30,181 @@ struct Plan : AndersonPlan {
   Plan() : AndersonPlan{} {}
 };
 
+// <df, column> and <f, column> of N columns, in one reading of each. What df and f hold past n is
+// zero.
+template <class Acc, int N, class C, class H>
+FPI_INLINE void dot_columns(const C* df, const C* f, const H* const* columns, int n,
+                            double* const* with_df, double* const* with_f) {
+  using Vector = typename Lanes<Acc>::Vector;
+  Vector sum_df[4] = {}, sum_f[4] = {};
+  for_lanes(0, n, [&](int64_t j, int run) {
+    Vector left, right, column;
+    load<Acc>(df + j, left);
+    load<Acc>(f + j, right);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) {
+      load_run<Acc>(columns[k] + j, run, column);
+      sum_df[k] += left * column;
+      sum_f[k] += right * column;
+    }
+  });
+  if constexpr (N == 4) {
+    double four_df[4], four_f[4];
+    sum_four<Acc>(sum_df[0], sum_df[1], sum_df[2], sum_df[3], four_df);
+    sum_four<Acc>(sum_f[0], sum_f[1], sum_f[2], sum_f[3], four_f);
+    for (int k = 0; k < N; ++k) {
+      *with_df[k] += four_df[k];
+      *with_f[k] += four_f[k];
+    }
+  } else {
+    for (int k = 0; k < N; ++k) {
+      *with_df[k] += sum_lanes<Acc>(sum_df[k]);
+      *with_f[k] += sum_lanes<Acc>(sum_f[k]);
+    }
+  }
+}
+
 // Writes the fresh differences and takes every sum, in one reading of the sample's arrays. A second
 // measurement finds the differences written, and their slot no longer holds the last evaluation.
 template <class Acc, bool kAgain, class T, class H>
 FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool first, Sums& out) {
   using C = typename Row<T, H>::C;
-  C f[kChunk], df[kChunk], dg[kChunk];
+  using Narrow = typename Lanes<C>::Vector;
+  using Vector = typename Lanes<Acc>::Vector;
+  C f[kChunk], df[kChunk];
   const bool differs = row.has_previous();
-  const int fresh = row.depth ? row.fresh_slot() : 0;
-  const int columns = row.columns();
+  const int fresh = row.fresh_slot();
+  // The columns that the fresh one is multiplied with, or all where there is none.
+  const int columns = differs ? columns_but_fresh(*row.control, row.depth) : row.columns();
+  const H* column[kMaxDepth];
+  double *with_df[kMaxDepth], *with_f[kMaxDepth];
+  for (int age = 0, slot = row.head(); age < columns;
+       ++age, slot = slot ? slot - 1 : row.depth - 1) {
+    column[age] = row.column_f(slot) + begin;
+    with_df[age] = out.dfdc + slot;
+    with_f[age] = out.fdc + slot;
+  }
+  H* column_f = row.column_f(fresh);
+  H* column_g = row.column_g(fresh);
+  const C* f_previous = differs ? row.f_previous() : nullptr;
+  const C* g_previous = differs ? row.partner_previous() : nullptr;
   for (int64_t at = begin; at < end; at += kChunk) {
     const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
-    const T* x = row.x + at;
-    const T* gx = row.gx + at;
-    for (int j = 0; j < n; ++j) f[j] = static_cast<C>(gx[j]) - static_cast<C>(x[j]);
-    out.ff += dot<Acc>(f, f, n);
-    // A chunk at a time, by way of C: bfloat16 has no arithmetic of its own.
-    C wide[kChunk];
-    for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(gx[j]);
-    out.gg += dot<Acc>(wide, wide, n);
-    if (differs) {
-      H* column_f = row.column_f(fresh) + at;
+    Vector ff = {}, gg = {}, dfdf = {}, fdf = {};
+    for_lanes(0, n, [&](int64_t j, int run) {
+      const int64_t here = at + j;
+      Narrow x, g;
+      load_run<C>(row.x + here, run, x);
+      load_run<C>(row.gx + here, run, g);
+      const Narrow narrow = g - x;
+      std::memcpy(f + j, &narrow, sizeof narrow);
+      const Vector wide_f = __builtin_convertvector(narrow, Vector);
+      const Vector wide_g = __builtin_convertvector(g, Vector);
+      ff += wide_f * wide_f;
+      gg += wide_g * wide_g;
+      if (!differs) return;
+      Narrow d;
       if (!kAgain) {
-        const C* f_previous = row.f_previous() + at;
-        const C* g_previous = row.partner_previous() + at;
-        for (int j = 0; j < n; ++j) {
-          df[j] = f[j] - f_previous[j];
-          dg[j] = wide[j] - g_previous[j];
-        }
-        H* column_g = row.column_g(fresh) + at;
-        for (int j = 0; j < n; ++j) {
-          column_f[j] = static_cast<H>(df[j]);
-          column_g[j] = static_cast<H>(dg[j]);
-        }
+        Narrow f_before, g_before;
+        load_run<C>(f_previous + here, run, f_before);
+        load_run<C>(g_previous + here, run, g_before);
+        d = narrow - f_before;
+        store_run<C>(d, run, column_f + here);
+        store_run<C>(g - g_before, run, column_g + here);
       }
       // The difference as it is stored, so that the Gram matrix is that of the stored columns.
-      if (kAgain || sizeof(H) != sizeof(C)) {
-        for (int j = 0; j < n; ++j) df[j] = static_cast<C>(column_f[j]);
-      }
-      out.dfdf += dot<Acc>(df, df, n);
-      out.fdf += dot<Acc>(f, df, n);
-    }
+      if (kAgain || sizeof(H) != sizeof(C)) load_run<C>(column_f + here, run, d);
+      std::memcpy(df + j, &d, sizeof d);
+      const Vector wide_d = __builtin_convertvector(d, Vector);
+      dfdf += wide_d * wide_d;
+      fdf += wide_f * wide_d;
+    });
+    double sums[4];
+    sum_four<Acc>(ff, gg, dfdf, fdf, sums);
+    out.ff += sums[0];
+    out.gg += sums[1];
+    out.dfdf += sums[2];
+    out.fdf += sums[3];
     if (first) {
-      for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(x[j]);
+      C wide[kChunk];
+      for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(row.x[at + j]);
       out.xx += dot<Acc>(wide, wide, n);
     }
-    for (int age = 0; age < columns; ++age) {
-      const int slot = (row.head() - age + row.depth) % row.depth;
-      if (!differs) {
-        for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(row.column_f(slot)[at + j]);
-        out.fdc[slot] += dot<Acc>(f, wide, n);
-      } else if (slot != fresh) {
-        dot2<Acc>(df, f, row.column_f(slot) + at, n, out.dfdc[slot], out.fdc[slot]);
+    const H* here[kMaxDepth];
+    for (int k = 0; k < columns; ++k) here[k] = column[k] + (at - begin);
+    if (!differs) {
+      for (int k = 0; k < columns; ++k) {
+        C wide[kChunk];
+        for (int j = 0; j < n; ++j) wide[j] = static_cast<C>(here[k][j]);
+        *with_f[k] += dot<Acc>(f, wide, n);
+      }
+      continue;
+    }
+    int k = 0;
+    for (; k + 4 <= columns; k += 4) {
+      dot_columns<Acc, 4>(df, f, here + k, n, with_df + k, with_f + k);
+    }
+    if (k + 2 <= columns) {
+      dot_columns<Acc, 2>(df, f, here + k, n, with_df + k, with_f + k);
+      k += 2;
+    }
+    if (k < columns) dot_columns<Acc, 1>(df, f, here + k, n, with_df + k, with_f + k);
+  }
+}
+
+// The next point of `Runs` runs of lanes, of which the last has n elements; remembers this
+// evaluation, after the mixing: its slot may hold the oldest of the columns.
+template <int Runs, class T, class H>
+FPI_INLINE void mix(const Row<T, H>& row, const Plan& plan, int64_t at, int n) {
+  using C = typename Row<T, H>::C;
+  using Vector = typename Lanes<C>::Vector;
+  const C rest = C(1) - static_cast<C>(plan.beta);
+  Vector f[Runs], g[Runs], next[Runs], column;
+#pragma GCC unroll 4
+  for (int r = 0; r < Runs; ++r) {
+    load_run<C>(row.gx + at + r * kLanes, n, g[r]);
+    load_run<C>(row.x + at + r * kLanes, n, f[r]);
+    f[r] = g[r] - f[r];
+    next[r] = g[r];
+  }
+  for (int k = 0; k < plan.count; ++k) {
+    const C gamma = static_cast<C>(plan.gamma[k]);
+    const H* column_g = row.column_g(plan.slots[k]) + at;
+#pragma GCC unroll 4
+    for (int r = 0; r < Runs; ++r) {
+      load_run<C>(column_g + r * kLanes, n, column);
+      next[r] -= gamma * column;
+    }
+  }
+  if (rest != C(0)) {
+    for (int r = 0; r < Runs; ++r) next[r] -= rest * f[r];
+    for (int k = 0; k < plan.count; ++k) {
+      const C gamma = rest * static_cast<C>(plan.gamma[k]);
+      const H* column_f = row.column_f(plan.slots[k]) + at;
+      for (int r = 0; r < Runs; ++r) {
+        load_run<C>(column_f + r * kLanes, n, column);
+        next[r] += gamma * column;
       }
     }
+  }
+  C* f_previous = row.f_previous() + at;
+  C* g_previous = row.partner_previous() + at;
+#pragma GCC unroll 4
+  for (int r = 0; r < Runs; ++r) {
+    store_run<C>(f[r], n, f_previous + r * kLanes);
+    store_run<C>(g[r], n, g_previous + r * kLanes);
+    store_run<C>(next[r], n, row.x + at + r * kLanes);
   }
 }
 
 // Writes the next point, and remembers this evaluation.
 template <class T, class H>
 FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, int64_t end) {
-  using C = typename Row<T, H>::C;
   if (moved(row, plan.decision, begin, end)) return;
-  const C beta = static_cast<C>(plan.beta);
-  const C rest = C(1) - beta;
-  C f[kChunk], g[kChunk], next[kChunk];
-  for (int64_t at = begin; at < end; at += kChunk) {
-    const int n = static_cast<int>(std::min<int64_t>(kChunk, end - at));
-    T* x = row.x + at;
-    const T* gx = row.gx + at;
-    for (int j = 0; j < n; ++j) {
-      next[j] = g[j] = static_cast<C>(gx[j]);
-      f[j] = g[j] - static_cast<C>(x[j]);
-    }
-    for (int k = 0; k < plan.count; ++k) {
-      const C gamma = static_cast<C>(plan.gamma[k]);
-      const H* column_g = row.column_g(plan.slots[k]) + at;
-      for (int j = 0; j < n; ++j) next[j] -= gamma * static_cast<C>(column_g[j]);
-    }
-    if (rest != C(0)) {
-      for (int j = 0; j < n; ++j) next[j] -= rest * f[j];
-      for (int k = 0; k < plan.count; ++k) {
-        const C gamma = rest * static_cast<C>(plan.gamma[k]);
-        const H* column_f = row.column_f(plan.slots[k]) + at;
-        for (int j = 0; j < n; ++j) next[j] += gamma * static_cast<C>(column_f[j]);
-      }
-    }
-    // After the mixing: the slot may hold the oldest of its columns.
-    if (row.depth) {
-      copy_run(f, n, row.f_previous() + at);
-      copy_run(g, n, row.partner_previous() + at);
-    }
-    for (int j = 0; j < n; ++j) x[j] = static_cast<T>(next[j]);
-  }
+  int64_t at = begin;
+  for (; at + 4 * kLanes <= end; at += 4 * kLanes) mix<4>(row, plan, at, kLanes);
+  for (; at + kLanes <= end; at += kLanes) mix<1>(row, plan, at, kLanes);
+  if (at < end) mix<1>(row, plan, at, static_cast<int>(end - at));
 }
 
 template <class T, class H>
@@ -163,10 +245,12 @@ struct AndersonStep {
 }  // namespace
 
 void anderson_step_cpu(const StepParams& p, StateType state, StateType history, ParallelFor run) {
+  if (p.depth == 0) return picard_step_cpu(p, state, run);
   launch<AndersonStep, true>(p, state, history, run);
 }
 
 void anderson_rows_cpu(const StepParams& p, StateType state, int64_t first, int64_t last) {
+  if (p.depth == 0) return picard_rows_cpu(p, state, first, last);
   switch (state) {
     case StateType::kFloat64: return run_rows<AndersonStep<double, double>>(p, first, last);
     case StateType::kBFloat16: return run_rows<AndersonStep<BFloat16, BFloat16>>(p, first, last);

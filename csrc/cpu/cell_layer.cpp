@@ -1,6 +1,7 @@
 // The products of the fused loop, once for the whole batch. No result depends on the threads.
 #include "cell_layer.h"
 
+#include "lanes.h"
 #include "panels.h"
 
 namespace fpi {
@@ -49,7 +50,7 @@ void gather_rows(const PanelShape& shape, const Rows<T>& rows, int64_t first, in
     const T* row = rows.data + (first + r) * rows.row_stride;
     T* target = blocked + row_offset(shape, rows.width, r);
     for (int64_t k = 0; k < rows.width; k += kRowChunk, target += chunk_stride(shape)) {
-      std::copy(row + k, row + std::min(k + kRowChunk, rows.width), target);
+      copy_run(row + k, std::min(kRowChunk, rows.width - k), target);
     }
   }
 }

@@ -164,23 +164,12 @@ class Tile {
     const CellLoopParams& p = map_.p;
     for (int64_t a = 0; a < num_active_; ++a) {
       const int64_t slot = active_[a];
-      const T* x = state(step_.x, slot);
       row_samples_[a] = samples_[slot];
-      x_rows_[a] = x;
+      x_rows_[a] = state(step_.x, slot);
       gx_rows_[a] = gx_ + slot * p.dim;
-      const T* factor = static_cast<const T*>(p.x_factor);
-      if (factor) factor += samples_[slot] * p.dim;
-      T* target = blocked_ + row_offset(map_.shape, p.dim, a);
-      for (int64_t k = 0; k < p.dim; k += kRowChunk, target += chunk_stride(map_.shape)) {
-        const int64_t n = std::min(kRowChunk, p.dim - k);
-        if (factor) {
-          for (int64_t j = 0; j < n; ++j) target[j] = factor[k + j] * x[k + j];
-        } else {
-          std::copy(x + k, x + k + n, target);
-        }
-        round_operands(p.precision, target, n);
-      }
     }
+    block_rows<T>(map_.shape, x_rows_, static_cast<const T*>(p.x_factor), row_samples_, num_active_,
+                  p.dim, p.precision, blocked_);
   }
 
   const PackedMap<T>& map_;

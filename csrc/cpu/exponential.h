@@ -79,9 +79,28 @@ FPI_INLINE T exp_minus(T magnitude) {
   return e.power + e.power * e.q;
 }
 
+// By its bits, for a choice between u and -u is three instructions. NaN stays NaN.
 template <class T>
 FPI_INLINE T magnitude(T u) {
-  return u < T(0) ? -u : u;
+  using Bits = typename ExponentialTraits<T>::Bits;
+  Bits bits;
+  std::memcpy(&bits, &u, sizeof bits);
+  bits &= ~(Bits(1) << (8 * sizeof(Bits) - 1));
+  std::memcpy(&u, &bits, sizeof bits);
+  return u;
+}
+
+// The magnitude of value with the sign of u.
+template <class T>
+FPI_INLINE T with_sign_of(T u, T value) {
+  using Bits = typename ExponentialTraits<T>::Bits;
+  constexpr Bits kSign = Bits(1) << (8 * sizeof(Bits) - 1);
+  Bits sign, bits;
+  std::memcpy(&sign, &u, sizeof sign);
+  std::memcpy(&bits, &value, sizeof bits);
+  bits = (sign & kSign) | (bits & ~kSign);
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
 }
 
 }  // namespace fpi

@@ -4,8 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../common/activation.h"
 #include "../common/precision.h"
-#include "activation.h"
+#include "numeric.h"
 #include "panel_layout.h"
 
 namespace fpi {
@@ -69,9 +70,9 @@ FPI_INLINE void add_terms(const LayerRows<T>& to, int64_t first, int64_t count, 
 }
 
 // Writes factor * derivative(u).
-template <class T, int Panel>
+template <class T, int Panel, class Activate>
 FPI_INLINE void write_slopes(const LayerRows<T>& to, int64_t first, int64_t count, int64_t column,
-                             int64_t n, const T* u) {
+                             int64_t n, const T* u, Activate activate) {
   T slopes[Panel];
   for (int64_t i = first; i < first + count; ++i, u += Panel) {
     std::copy(u, u + Panel, slopes);
@@ -103,16 +104,16 @@ FPI_INLINE void write_rows(const LayerRows<T>& to, int64_t first, int64_t count,
 }
 
 // Rows [first, first + count) and the columns of one panel, from sums (count, Panel), which are
-// written over.
-template <class T, int Panel>
+// written over. activate(activation, u, n) is a call: all of them in every place are much code.
+template <class T, int Panel, class Activate>
 FPI_INLINE void finish_rows(const LayerRows<T>& to, int64_t first, int64_t count, int64_t column,
-                            T* sums) {
+                            T* sums, Activate activate) {
   const int64_t n = std::min<int64_t>(Panel, to.outputs - column);
   // Loops of a length that the compiler knows are a few instructions.
   const bool whole = n == Panel;
   whole ? add_terms<T, Panel>(to, first, count, column, Panel, sums)
         : add_terms<T, Panel>(to, first, count, column, n, sums);
-  if (to.slope) write_slopes<T, Panel>(to, first, count, column, n, sums);
+  if (to.slope) write_slopes<T, Panel>(to, first, count, column, n, sums, activate);
   activate(to.activation, sums, count * Panel);
   whole ? write_rows<T, Panel>(to, first, count, column, Panel, sums)
         : write_rows<T, Panel>(to, first, count, column, n, sums);

@@ -7,7 +7,7 @@ namespace fpi {
 
 // Rows are kept in blocks, and cut into chunks of this many elements: inside a block the address
 // of row r is then a constant away from that of row 0.
-constexpr int64_t kRowChunk = 256;
+constexpr int64_t kRowChunk = 32;
 
 // What one product works on: which registers this machine has decides the sizes.
 struct PanelShape {

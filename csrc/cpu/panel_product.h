@@ -16,6 +16,13 @@ PanelShape panel_shape(int64_t element_bytes);
 void round_operands(Precision precision, float* values, int64_t n);
 inline void round_operands(Precision, double*, int64_t) {}
 
+// Lays rows[i] out as row i of a product's left operand, times factor (batch, width) where there is
+// one, and rounded. samples[i] is the sample of row i.
+template <class T>
+void block_rows(const PanelShape& shape, const T* const* rows, const T* factor,
+                const int64_t* samples, int64_t count, int64_t width, Precision precision,
+                T* blocked);
+
 // Lays out panels [first, last) of weight (outputs, inputs), given with any strides: a panel holds
 // `panel_columns` outputs, input after input, and zeros past the last output.
 template <class T>

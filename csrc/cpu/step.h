@@ -13,6 +13,10 @@ void anderson_step_cpu(const StepParams& p, StateType state, StateType history, 
 // The same for rows [first, last), on the calling thread; the history is stored as the state.
 void anderson_rows_cpu(const StepParams& p, StateType state, int64_t first, int64_t last);
 
+// What the two above do where there is no history.
+void picard_step_cpu(const StepParams& p, StateType state, ParallelFor run);
+void picard_rows_cpu(const StepParams& p, StateType state, int64_t first, int64_t last);
+
 // One limited-memory Broyden step of every active sample, in place.
 void broyden_step_cpu(const StepParams& p, StateType state, StateType history, ParallelFor run);
 
