@@ -3,8 +3,8 @@
 
 namespace fpi {
 
-// Raised with every change to the ops' schemas, the functions of csrc/device_loop/api.h, the classes
+// Raised with every change to the ops' schemas, the functions of csrc/device_loop/api.h and csrc/host_steps/api.h, the classes
 // of fpi_cuda._C, or what their arguments mean, here and in fpi_cuda/_extension.py.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 }  // namespace fpi

@@ -42,3 +42,46 @@ class DeviceLoop:
 
     def close(self) -> None:
         """Free the graph; a launch under way ends as it should."""
+
+class HostSteps:
+    """The arrays of one solve on the CPU, by their addresses, and the steps taken on them.
+
+    They are those that the ops of csrc/step_ops.cpp take, which check them; here nobody does. They
+    must outlast this object.
+
+    Args:
+        broyden: by Broyden's method, else by Anderson's; Picard's is that of depth 0.
+        state, history: places in csrc/common/state_type.h of the dtypes of x and of the columns.
+        arrays: of the whole batch: best, anchor, f_previous, partner_previous, columns_f,
+            columns_g, gram, control, atol, status, num_steps, residual; 0 for none.
+        dim: D. depth: columns of history.
+    """
+
+    def __init__(
+        self,
+        broyden: bool,
+        state: int,
+        history: int,
+        arrays: list[int],
+        dim: int,
+        depth: int,
+        rtol: float,
+        max_steps: int,
+        beta: float,
+        ridge: float,
+    ) -> None: ...
+    def hold(self, x: int, sample_of: int, rows: int) -> None:
+        """Take steps on x (rows, D) from now on, whose samples are sample_of (rows,) int64, or all.
+
+        Before the first step this has to be called.
+        """
+
+    def step(self, gx: int) -> int:
+        """One step from gx (rows, D), in place; how many of the rows have not stopped.
+
+        Raises:
+            RuntimeError: no memory.
+        """
+
+    def gather(self, x: int, sample_of: int) -> None:
+        """Write the rows that have not stopped to x, their samples to sample_of, and hold these."""

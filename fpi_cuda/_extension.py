@@ -15,7 +15,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libfpi_cuda.so")
 
-INTERFACE = 3
+INTERFACE = 4
 """kInterface of csrc/interface.h: a file with another number was built from other sources.
 
 It counts changes of the ops and classes and of what their arguments mean, not of the kernels'

@@ -30,6 +30,8 @@ Library::Library(const std::string& path) {
   find(handle, "fpi_device_loop_create", &device_loop_create);
   find(handle, "fpi_device_loop_launch", &device_loop_launch);
   find(handle, "fpi_device_loop_destroy", &device_loop_destroy);
+  // Not in a library of the device loop alone.
+  host_step = reinterpret_cast<decltype(host_step)>(dlsym(handle, "fpi_host_step"));
 }
 
 void open_library(const std::string& path) { opened = new Library(path); }

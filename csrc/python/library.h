@@ -4,11 +4,12 @@
 #include <string>
 
 #include "device_loop/api.h"
+#include "host_steps/api.h"
 
 namespace fpi {
 
-// The functions of device_loop/api.h in the op library that the process has loaded. They are looked
-// up by name: this module is built and imported without torch or CUDA, whose code stays in the one
+// The functions of device_loop/api.h and host_steps/api.h in the op library that the process has
+// loaded. They are looked up by name: this module is built and imported without torch or CUDA, whose code stays in the one
 // file that every Python shares.
 struct Library {
   // Throws std::runtime_error where the file at `path` is not loaded or lacks a function.
@@ -21,6 +22,7 @@ struct Library {
   decltype(&fpi_device_loop_create) device_loop_create;
   decltype(&fpi_device_loop_launch) device_loop_launch;
   decltype(&fpi_device_loop_destroy) device_loop_destroy;
+  decltype(&fpi_host_step) host_step;  // or null
 };
 
 // Calls go to the library at `path` from now on; objects keep to that of their making.

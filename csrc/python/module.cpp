@@ -3,9 +3,11 @@
 // One class a file, free of Python; what Python sees of it is written here and in fpi_cuda/_C.pyi.
 // Tensors come as addresses and sizes, so that a build serves every torch; it serves one Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "interface.h"
 #include "python/device_loop.h"
+#include "python/host_steps.h"
 #include "python/library.h"
 
 namespace py = pybind11;
@@ -32,6 +34,16 @@ void restart_capture(std::uintptr_t stream) {
   fpi::check(fpi::library().restart_capture(reinterpret_cast<void*>(stream)));
 }
 
+// Numbers that a step reads and writes from which on other threads may run meanwhile: handing the GIL
+// over and getting it back takes about as long as a step on few of them.
+constexpr std::int64_t kLong = 1 << 15;
+
+std::int64_t host_step(fpi::HostSteps& steps, std::uintptr_t gx) {
+  if (steps.size() < kLong) return steps.step(gx);
+  const py::gil_scoped_release released;
+  return steps.step(gx);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -55,4 +67,20 @@ PYBIND11_MODULE(_C, m) {
            py::arg("max_steps"), WithoutGil())
       .def("launch", &DeviceLoop::launch, py::arg("stream"), WithoutGil())
       .def("close", &DeviceLoop::close, WithoutGil());
+
+  using fpi::HostSteps;
+  py::class_<HostSteps>(m, "HostSteps", py::module_local())
+      .def(py::init([](bool broyden, int state, int history, const HostSteps::Arrays& arrays,
+                       std::int64_t dim, int depth, double rtol, std::int64_t max_steps,
+                       double beta, double ridge) {
+             return new HostSteps(broyden, static_cast<fpi::StateType>(state),
+                                  static_cast<fpi::StateType>(history), arrays, dim, depth, rtol,
+                                  max_steps, beta, ridge);
+           }),
+           py::arg("broyden"), py::arg("state"), py::arg("history"), py::arg("arrays"),
+           py::arg("dim"), py::arg("depth"), py::arg("rtol"), py::arg("max_steps"), py::arg("beta"),
+           py::arg("ridge"))
+      .def("hold", &HostSteps::hold, py::arg("x"), py::arg("sample_of"), py::arg("rows"))
+      .def("step", &host_step, py::arg("gx"))
+      .def("gather", &HostSteps::gather, py::arg("x"), py::arg("sample_of"));
 }

@@ -200,9 +200,14 @@ class BoundMap:
             or any(map(torch.is_autocast_enabled, context.device_types))
         ):
             return self._looked_after(x, read, read_only)
-        version, versions = counted_version(x), [*map(counted_version, read_only.counted)]
-        gx = self._direct(self._state_in(x, writable=False), read)
-        if [*map(counted_version, read_only.counted)] != versions:
+        counted = read_only.counted
+        version, versions = counted_version(x), [*map(counted_version, counted)]
+        state = self._state_in(x, writable=False)
+        if self._recording is None and not self.hoisted:
+            gx = self.g(state, *read)
+        else:
+            gx = self._direct(state, read)
+        if [*map(counted_version, counted)] != versions:
             read_only.require(versions)
         if counted_version(x) != version:
             raise ValueError(CHANGES_X_AT_TIMES)
@@ -234,11 +239,12 @@ class BoundMap:
         layout = self.layout
         if layout.is_tuple:
             return layout.unflatten(x, writable=writable)
-        return x.reshape(x.shape[: layout.batch_dims] + layout.shapes[0])
+        n = x.shape[0]
+        return x.view(layout.shape if n == layout.batch else layout.shape_of(n))
 
     def _flattened(self, gx: Any, x: Tensor) -> Tensor:
         """gx (n, D), if it is like the state in x; what autocast made of its dtype is undone."""
-        layout = self.layout
+        layout, n = self.layout, x.shape[0]
         if self.context.autocast_dtype is not None:
             gx = self._widened(gx)
         if (
@@ -246,11 +252,11 @@ class BoundMap:
             or layout.is_tuple
             or gx.layout != torch.strided
             or gx.is_nested
-            or gx.shape != x.shape[: layout.batch_dims] + layout.shapes[0]
+            or gx.shape != (layout.shape if n == layout.batch else layout.shape_of(n))
             or gx.dtype != layout.dtype
             or gx.device != layout.device
         ):
-            layout.require_like(gx, x.shape[0])
+            layout.require_like(gx, n)
             return layout.flatten(gx)
         return gx if gx.shape == x.shape and not gx.requires_grad else gx.reshape(x.shape)
 

@@ -52,6 +52,15 @@ class Layout:
         """D."""
         return sum(self.sizes) if self.is_tuple else math.prod(self.shapes[0])
 
+    @functools.cached_property
+    def shape(self) -> torch.Size:
+        """Of a state that is one tensor."""
+        return self.shapes[0] if not self.batch_dims else torch.Size((self.batch, *self.shapes[0]))
+
+    def shape_of(self, n: int) -> torch.Size:
+        """The same with n samples."""
+        return torch.Size((n, *self.shapes[0])) if self.batch_dims else self.shapes[0]
+
     @property
     def rows_together(self) -> int:
         """How many samples in succession g may couple: those of a vmap it does not."""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fpi_cuda import _extension
+from fpi_cuda.ops.compiled import native
 from fpi_cuda.ops.solver_state import CONTROL_SIZE
-from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
+from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solution import SolveResult
+
+if _extension.module_error is None or TYPE_CHECKING:
+    from fpi_cuda._C import HostSteps
+else:
+    HostSteps = None
 
 
 def compute_dtype(state: torch.dtype) -> torch.dtype:
@@ -84,22 +91,24 @@ def allocate(
     stored = history or x0.dtype
     apart = batch if depth and (isinstance(solver, Broyden) or stored != compute) else 0
     products = 0 if isinstance(solver, Broyden) else depth * (depth + 1) // 2
-    scalar: dict[str, Any] = {"dtype": torch.float64, "device": x0.device}
+    device, double = x0.device, torch.float64
+    previous = torch.empty((apart, dim), dtype=compute, device=device)
+    columns = torch.empty((batch, depth, dim), dtype=stored, device=device)
     return Workspace(
         best=x0.clone(memory_format=torch.contiguous_format),
-        anchor=x0.new_empty((batch if depth else 0, dim)),
-        f_previous=x0.new_empty((apart, dim), dtype=compute),
-        partner_previous=x0.new_empty((apart, dim), dtype=compute),
-        columns_f=x0.new_empty((batch, depth, dim), dtype=stored),
-        columns_g=x0.new_empty((batch, depth, dim), dtype=stored),
-        gram=torch.empty((batch, products), **scalar),
-        control=torch.zeros((batch, CONTROL_SIZE), **scalar),
-        atol=torch.zeros(batch, **scalar).copy_(atol)
+        anchor=torch.empty((batch if depth else 0, dim), dtype=x0.dtype, device=device),
+        f_previous=previous,
+        partner_previous=torch.empty_like(previous) if apart else previous,
+        columns_f=columns,
+        columns_g=torch.empty_like(columns) if depth else columns,
+        gram=torch.empty((batch, products), dtype=double, device=device),
+        control=torch.zeros((batch, CONTROL_SIZE), dtype=double, device=device),
+        atol=torch.zeros(batch, dtype=double, device=device).copy_(atol)
         if isinstance(atol, Tensor)
-        else torch.full((batch,), atol, **scalar),
-        status=torch.zeros(batch, dtype=torch.int8, device=x0.device),
-        num_steps=torch.zeros(batch, dtype=torch.int32, device=x0.device),
-        residual=torch.full((batch,), torch.inf, **scalar),
+        else torch.full((batch,), atol, dtype=double, device=device),
+        status=torch.zeros(batch, dtype=torch.int8, device=device),
+        num_steps=torch.zeros(batch, dtype=torch.int32, device=device),
+        residual=torch.full((batch,), torch.inf, dtype=double, device=device),
         scratch=scratch,
     )
 
@@ -170,11 +179,45 @@ def step(
     op(x, gx, rows, *arrays, **numbers)
 
 
+STATE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""In the order of csrc/common/state_type.h."""
+
+
+def host_steps(
+    backend: Backend, solver: FixedPointSolver, work: Workspace, rtol: float, max_steps: int
+) -> HostSteps | None:
+    """What takes the steps of `step_of` without an op; None where there is no such thing.
+
+    Its rows are still to be held. Nobody checks there what the op would: `work` is as `allocate`
+    makes it, x and gx are contiguous, of the dtype of `best`, on the CPU, and apart.
+    """
+    if backend.name != native.name or HostSteps is None:
+        return None
+    history = work.columns_f
+    broyden = isinstance(solver, Broyden)
+    arrays = (
+        work.best, work.anchor, work.f_previous, work.partner_previous, history, work.columns_g,
+        work.gram, work.control, work.atol, work.status, work.num_steps, work.residual,
+    )  # fmt: skip
+    return HostSteps(
+        broyden,
+        STATE_TYPES.index(work.best.dtype),
+        STATE_TYPES.index(history.dtype),
+        [t.data_ptr() for t in arrays],
+        history.shape[2],
+        history.shape[1],
+        rtol,
+        max_steps,
+        solver.damping if isinstance(solver, Picard) else solver.beta,
+        solver.ridge if isinstance(solver, Anderson) else 0.0,
+    )
+
+
 def apart_from(x: Tensor, gx: Tensor) -> Tensor:
     """gx contiguous, and copied if it lies in the storage of x: g returned x or a view of it."""
     if gx.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         gx = gx.clone()
-    return gx.contiguous()
+    return gx.contiguous().resolve_neg()
 
 
 def empty_result(x0: Tensor) -> SolveResult:
