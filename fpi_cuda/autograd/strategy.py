@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -100,13 +101,17 @@ class Account:
         """
         x, status, num_steps, residual = result
         failed_forward, record = self.failed_forward, self.record
-        finite = finite_rows(b)
-        if truncation != 0 and self.coupling is not None and self.coupling.joint:
-            rows = self.coupling.together
-            finite = finite.reshape(-1, rows).all(1).repeat_interleave(rows)
-        status = torch.where(finite, status, int(Status.NONFINITE))
         worst = worst_of(status).item()
         bad, num_zeroed = None, 0
+        # Rows that are finite have a finite sum, but for an overflow.
+        spoiled = not math.isfinite(b.sum().item())
+        if spoiled or worst >= Status.DIVERGED or failed_forward is not None:
+            finite = finite_rows(b)
+            if truncation != 0 and self.coupling is not None and self.coupling.joint:
+                rows = self.coupling.together
+                finite = finite.reshape(-1, rows).all(1).repeat_interleave(rows)
+            status = torch.where(finite, status, int(Status.NONFINITE))
+            worst = worst_of(status).item()
         if worst >= Status.DIVERGED or failed_forward is not None:
             failing = failed(status) & finite
             lost = b if truncation == 0 else b + torch.nan
@@ -167,7 +172,10 @@ class Strategy:
         independent only if g is row-wise.
         """
         account = self.account
-        with torch.no_grad(), torch.autocast(b.device.type, enabled=False):
+        if torch.is_autocast_enabled(b.device.type):
+            with torch.autocast(b.device.type, enabled=False):
+                return self.solve(b, matrix, transpose=transpose)
+        with torch.no_grad():
             if account.failed_forward is not None:
                 b = dropped(b, account.failed_forward)
             if self.truncation is None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.buffers import MovingBuffers
-from fpi_cuda.evaluation.context import EvaluationContext, WeightCache
+from fpi_cuda.evaluation.context import EvaluationContext, WeightCache, weight_cache
 from fpi_cuda.evaluation.modules import modules_of, whose_buffers_may_move
 from fpi_cuda.evaluation.same_value import counted_version, same_value
 from fpi_cuda.evaluation.state import Layout, why_not_dense
@@ -161,6 +160,59 @@ class BoundMap:
             said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise RuntimeError(NOT_ROW_BY_ROW.format(said)) from error
 
+    def evaluator(self) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """`evaluate` for the many steps of one solve; it may leave g(x) in the shape of the state.
+
+        Once an evaluation has shown that it is a call of g, later ones at the same x, whose numbers
+        the solver overwrites, look only whether anything has changed that could make it more.
+        """
+        layout, context, careful = self.layout, self.context, self.evaluate
+        if layout.is_tuple:
+            return careful
+        call = self.g.step if self.hoisted else self.g
+        others = context.device_types[1:]
+        autocast_is_on, strided = torch.is_autocast_enabled, torch.strided
+        shape, dtype, device = layout.shape, layout.dtype, layout.device
+        known: Tensor | None = None
+        state: Any = None
+        read_only, read, versions = self._read_only, self.read, [0]
+
+        def evaluate(x: Tensor, rows: Tensor | None) -> Tensor:
+            nonlocal known, state, read_only, versions, read
+            if (
+                x is not known
+                or type(weight_cache()) is not WeightCache
+                or autocast_is_on("cpu")
+                or (others and any(map(autocast_is_on, others)))
+            ):
+                gx = careful(x, rows)
+                plain = context.is_plain and context.changes_x is False and not self.buffers
+                if plain and rows is None and not (self._read_only.uncounted or x.is_inference()):
+                    known, state, read_only = x, x.view(shape), self._read_only
+                    read = (self.read,) if self.hoisted else self.read
+                    versions = [*map(counted_version, read_only.counted)]
+                return gx
+            version = counted_version(x)  # which steps by torch's own operations raise
+            # A view of its own each time: g may do to it what is not done to its numbers.
+            gx = call(state.detach(), *read)
+            if [*map(counted_version, read_only.counted)] != versions:
+                read_only.require(versions)
+            if counted_version(x) != version:
+                raise ValueError(CHANGES_X_AT_TIMES)
+            if (
+                type(gx) is not Tensor
+                or gx.is_nested
+                or gx.layout is not strided
+                or gx.dtype is not dtype
+                or gx.shape != shape
+                or gx.device != device
+                or gx.requires_grad
+            ):
+                return self._flattened(gx, x)
+            return gx
+
+        return evaluate
+
     def __call__(self, x: Tensor) -> Tensor:
         """g of the whole batch, with the graph that the grad mode allows."""
         if self._failed is not None:
@@ -196,7 +248,7 @@ class BoundMap:
             or self.buffers
             or read_only.uncounted
             or x.is_inference()
-            or type(parametrize._cache) is not WeightCache
+            or type(weight_cache()) is not WeightCache
             or any(map(torch.is_autocast_enabled, context.device_types))
         ):
             return self._looked_after(x, read, read_only)

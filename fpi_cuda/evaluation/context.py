@@ -412,6 +412,10 @@ class WeightCache(dict[Any, "Tensor | None"]):
             super().__setitem__(key, weight)
 
 
+weight_cache: Callable[[], Any] = functools.partial(getattr, parametrize, "_cache")
+"""The one in use, which the end of parametrize.cached() replaces; without a Python function."""
+
+
 def watch_weight_cache() -> None:
     """See to it that the cache in use knows of layers."""
     if type(parametrize._cache) is not WeightCache:

@@ -29,6 +29,10 @@ MOST_VISITED = 512
 ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.dtype)
 
 
+NUMBERS = (int, float, bool, type(None))
+"""Those that modules hold most, told by type alone."""
+
+
 EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
 
@@ -55,9 +59,8 @@ def held_by(
     """
     held = []
     for module in modules:
-        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
-        more = module.named_buffers(recurse=False, remove_duplicate=False) if buffers else ()
-        held += [(module, name, t) for name, t in itertools.chain(parameters, more)]
+        for names in (module._parameters, module._buffers) if buffers else (module._parameters,):
+            held += [(module, name, t) for name, t in names.items() if t is not None]
     return held
 
 
@@ -77,11 +80,13 @@ def modules_of(g: object) -> list[nn.Module]:
                 found[id(module)] = module
                 if number < budget:
                     # What it holds where torch does not look for modules.
-                    pending.extend(
+                    pending += [
                         value
                         for name, value in module.__dict__.items()
-                        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
-                    )
+                        if name not in EVERY_MODULE_HAS
+                        and type(value) not in NUMBERS
+                        and not isinstance(value, ATOMS)
+                    ]
             budget -= min(budget, len(new))
         else:
             seen[id(part)] = part

@@ -193,14 +193,13 @@ def layout_of(x0: object, batch_dims: int = 1) -> Layout:
                 raise ValueError(
                     f"fixed_point: the tensors of x0 must share {rule}, got {expected} and {given}"
                 )
-    return Layout(
-        shapes=tuple(shapes),
-        is_tuple=isinstance(x0, tuple),
-        batch=first.shape[0] if batch_dims else 1,
-        dtype=first.dtype,
-        device=first.device,
-        batch_dims=batch_dims,
-    )
+    batch = first.shape[0] if batch_dims else 1
+    is_tuple = isinstance(x0, tuple)
+    return remembered_layout(tuple(shapes), is_tuple, batch, first.dtype, first.device, batch_dims)
+
+
+remembered_layout = functools.lru_cache(256)(Layout)
+"""One for all states of a kind, with what was computed of it."""
 
 
 def require_floating_tensor(part: object) -> None:
@@ -372,8 +371,9 @@ def require_numbers(*tensors: Tensor) -> None:
             "fixed_point: torch.jit.trace would keep the steps that these data need for all "
             "others. Trace what is around the layer, or call it as it is"
         )
+    mode = _get_dispatch_mode(_TorchDispatchModeKey.FAKE)
     for t in tensors:
-        if isinstance(t, FakeTensor) or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
+        if mode is not None or isinstance(t, FakeTensor):
             raise RuntimeError(
                 NO_NUMBERS.format("a FakeTensor", "torch.export of a solve is not possible")
             )

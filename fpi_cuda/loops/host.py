@@ -45,7 +45,7 @@ def solve(
     latest: list[Tensor] = []
     with torch.inference_mode(False):  # whose tensors do not count how often they are changed
         result = iterate(
-            bound_map.evaluate,
+            bound_map.evaluator(),
             x0,
             options.solver,
             rtol=options.rtol,
@@ -130,6 +130,7 @@ def iterate(
                 noise = None if exact else noise_of(arithmetic, x0.dtype, max_steps)
             if watch is not None and watch.looks_early:
                 all_active = num_active is None or num_active == x.shape[0]
+                gx = gx.view(x.shape)
                 if watch.found(x, gx, work, number, all_active=all_active):
                     arrays = ()  # their memory, for the joint solve
                     return watch.go_on(x, gx, work, number)
@@ -137,7 +138,7 @@ def iterate(
             if steps is not None:
                 num_active = steps.step(gx.data_ptr())
             else:
-                op(x, gx, rows, *arrays, **numbers)
+                op(x, gx.view(x.shape), rows, *arrays, **numbers)
             if number == max_steps:
                 break  # and with it every sample that was left
             if steps is None:
@@ -163,6 +164,7 @@ def iterate(
             del gx  # its memory, for the next evaluation
         arrays = ()  # their memory, should the rows have to be solved jointly
         result = SolveResult(work.best, work.status, work.num_steps, work.residual)
+        gx = gx.view(x.shape)
         if latest is not None and rows is None:
             latest.append(gx)
         return result if watch is None else watch.settled(result, gx, work)

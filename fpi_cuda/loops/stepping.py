@@ -131,7 +131,8 @@ def reset(work: Workspace, x0: Tensor, atol: float | Tensor) -> None:
 Evaluate = Callable[[Tensor, "Tensor | None"], Tensor]
 """evaluate(x, rows): g on flat states. x is (n, D) and is overwritten by the next step; rows is
 None where x holds the whole batch, else (n,) int64, the samples that x holds. The same rows
-object is passed until the batch shrinks again."""
+object is passed until the batch shrinks again. For loops.host.iterate it may return the n D numbers
+in another shape."""
 
 
 class Backend(Protocol):
