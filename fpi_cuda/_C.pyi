@@ -43,18 +43,27 @@ class DeviceLoop:
     def close(self) -> None:
         """Free the graph; a launch under way ends as it should."""
 
-class HostSteps:
-    """The arrays of one solve on the CPU, by their addresses, and the steps taken on them.
+def row_sizes(
+    rows: int, batch: int, dim: int, factor: float, scaled_norms: int
+) -> tuple[float, float]:
+    """The largest number, by size, of the row where that is least, and of all rows.
 
-    They are those that the ops of csrc/step_ops.cpp take, which check them; here nobody does. They
-    must outlast this object.
+    Args:
+        rows: of (batch, dim) float32. NaN is larger than any number.
+        scaled_norms: of (batch,) float64, which gets the norm of each row times factor.
+    """
+
+class HostSolve:
+    """The sizes of a solve on the CPU, and the numbers of its solver.
 
     Args:
         broyden: by Broyden's method, else by Anderson's; Picard's is that of depth 0.
         state, history: places in csrc/common/state_type.h of the dtypes of x and of the columns.
-        arrays: of the whole batch: best, anchor, f_previous, partner_previous, columns_f,
-            columns_g, gram, control, atol, status, num_steps, residual; 0 for none.
-        dim: D. depth: columns of history.
+        batch, dim: B and D. depth: columns of history.
+    Attributes:
+        size: bytes of memory that the solve takes besides what it returns; first of it comes
+            `control`, as solver_state has it.
+        atol: where in it (B,) float64 tolerances begin.
     """
 
     def __init__(
@@ -62,7 +71,7 @@ class HostSteps:
         broyden: bool,
         state: int,
         history: int,
-        arrays: list[int],
+        batch: int,
         dim: int,
         depth: int,
         rtol: float,
@@ -70,18 +79,45 @@ class HostSteps:
         beta: float,
         ridge: float,
     ) -> None: ...
-    def hold(self, x: int, sample_of: int, rows: int) -> None:
-        """Take steps on x (rows, D) from now on, whose samples are sample_of (rows,) int64, or all.
+    @property
+    def size(self) -> int: ...
+    @property
+    def atol(self) -> int: ...
 
-        Before the first step this has to be called.
-        """
+class HostSteps:
+    """A solve under way, and its steps, on arrays that are given by their addresses.
 
+    They are what the ops of csrc/step_ops.cpp take, which check them; here nobody does. They must
+    outlast this object.
+
+    Args:
+        memory: of solve.size bytes.
+        x, best: (B, D). best, status, num_steps and residual (B,) are made those of a solve that
+            begins at x.
+        atol: of (B,) float64; 0: `tolerance` is that of all.
+    """
+
+    def __init__(
+        self,
+        solve: HostSolve,
+        memory: int,
+        x: int,
+        best: int,
+        status: int,
+        num_steps: int,
+        residual: int,
+        atol: int,
+        tolerance: float,
+    ) -> None: ...
     def step(self, gx: int) -> int:
-        """One step from gx (rows, D), in place; how many of the rows have not stopped.
+        """One step from gx (n, D), in place; how many of the n rows of x have not stopped.
 
         Raises:
             RuntimeError: no memory.
         """
 
     def gather(self, x: int, sample_of: int) -> None:
-        """Write the rows that have not stopped to x, their samples to sample_of, and hold these."""
+        """Write the rows that have not stopped to x, and their samples to sample_of (n,) int64.
+
+        The next steps advance these.
+        """

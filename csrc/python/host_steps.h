@@ -1,7 +1,6 @@
 // fpi_cuda._C.HostSteps: the arrays of one solve on the CPU, and the steps that are taken on them.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #include "common/state_type.h"
@@ -10,25 +9,39 @@
 
 namespace fpi {
 
-// Holds addresses: whoever makes it keeps the arrays, and hands over no others than the ops of
-// csrc/step_ops.cpp take. Free of Python.
+// What one solve is: sizes, and the solver's numbers, as StepParams has them.
+struct HostSolve {
+  bool broyden;
+  StateType state, history;
+  std::int64_t batch, dim;
+  int depth;
+  double rtol;
+  std::int64_t max_steps;
+  double beta, ridge;
+};
+
+// Where an array begins in the memory of a solve, in bytes, and how much there is in all.
+struct HostArrays {
+  explicit HostArrays(const HostSolve& solve);
+  std::int64_t control, atol, gram, anchor, f_previous, partner_previous, columns_f, columns_g,
+      size;
+};
+
+// Holds addresses: whoever makes it keeps the arrays. Free of Python.
 class HostSteps {
  public:
-  // Those of StepParams from `best` on, in its order; 0 for null.
-  static constexpr int kArrays = 12;
-  using Arrays = std::array<std::uintptr_t, kArrays>;
-
-  HostSteps(bool broyden, StateType state, StateType history, const Arrays& arrays,
-            std::int64_t dim, int depth, double rtol, std::int64_t max_steps, double beta,
-            double ridge);
-
-  // x (rows, dim) is what the next steps advance; sample_of (rows,) int64 names its samples, 0 all.
-  void hold(std::uintptr_t x, std::uintptr_t sample_of, std::int64_t rows);
+  // x, best (batch, dim), status, num_steps, residual and atol (batch,) are as in StepParams;
+  // memory has HostArrays(solve).size bytes. All but x is written to: best gets x, for every sample
+  // begins there. atol may be 0, and then `tolerance` is that of every sample.
+  HostSteps(const HostSolve& solve, std::uintptr_t memory, std::uintptr_t x, std::uintptr_t best,
+            std::uintptr_t status, std::uintptr_t num_steps, std::uintptr_t residual,
+            std::uintptr_t atol, double tolerance);
 
   // A step from gx (rows, dim). Returns how many of the rows are active.
   std::int64_t step(std::uintptr_t gx);
 
-  // Copies the active rows to x and their samples to sample_of, in order, and holds these.
+  // Copies the active rows to x and their samples to sample_of (int64), in order; the next steps
+  // advance these.
   void gather(std::uintptr_t x, std::uintptr_t sample_of);
 
   // Numbers that a step reads and writes: by that a caller knows whether others should run meanwhile.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.buffers import MovingBuffers
-from fpi_cuda.evaluation.context import EvaluationContext, WeightCache, weight_cache
+from fpi_cuda.evaluation.context import UNSEEN_YET, EvaluationContext, WeightCache, weight_cache
 from fpi_cuda.evaluation.modules import modules_of, whose_buffers_may_move
 from fpi_cuda.evaluation.same_value import counted_version, same_value
 from fpi_cuda.evaluation.state import Layout, why_not_dense
@@ -175,9 +175,26 @@ class BoundMap:
         shape, dtype, device = layout.shape, layout.dtype, layout.device
         known: Tensor | None = None
         state: Any = None
-        read_only, read, versions = self._read_only, self.read, [0]
+        read = (self.read,) if self.hoisted else self.read
+        read_only, versions = self._read_only, [0]
 
-        def evaluate(x: Tensor, rows: Tensor | None) -> Tensor:
+        def once(x: Tensor) -> Any:
+            return call(x.clone().view(shape), *read)
+
+        def first(x: Tensor) -> Any:
+            """g(x), where that is seen to be all that there is to do; else UNSEEN_YET."""
+            looked_after = self.hoisted or self.buffers or read_only.read is not read
+            if looked_after or read_only.uncounted or x.is_inference():
+                return UNSEEN_YET
+            given = x.clone()
+            evaluation = functools.partial(call, given.view(shape), *read)
+            gx = context.look_on(evaluation, functools.partial(once, x))
+            if gx is not UNSEEN_YET:
+                context.changes_x = counted_version(given) != 0
+                self._whole = x
+            return gx
+
+        def evaluate(x: Tensor, rows: Tensor | None) -> Any:
             nonlocal known, state, read_only, versions, read
             if (
                 x is not known
@@ -185,20 +202,28 @@ class BoundMap:
                 or autocast_is_on("cpu")
                 or (others and any(map(autocast_is_on, others)))
             ):
-                gx = careful(x, rows)
+                versions = [*map(counted_version, read_only.counted)]
+                gx = first(x) if known is None and rows is None else UNSEEN_YET
+                careless = gx is not UNSEEN_YET
+                if not careless:
+                    gx = careful(x, rows)
+                elif [*map(counted_version, read_only.counted)] != versions:
+                    read_only.require(versions)
                 plain = context.is_plain and context.changes_x is False and not self.buffers
                 if plain and rows is None and not (self._read_only.uncounted or x.is_inference()):
                     known, state, read_only = x, x.view(shape), self._read_only
                     read = (self.read,) if self.hoisted else self.read
                     versions = [*map(counted_version, read_only.counted)]
-                return gx
-            version = counted_version(x)  # which steps by torch's own operations raise
-            # A view of its own each time: g may do to it what is not done to its numbers.
-            gx = call(state.detach(), *read)
-            if [*map(counted_version, read_only.counted)] != versions:
-                read_only.require(versions)
-            if counted_version(x) != version:
-                raise ValueError(CHANGES_X_AT_TIMES)
+                if not careless:
+                    return gx
+            else:
+                version = counted_version(x)  # which steps by torch's own operations raise
+                # A view of its own each time: g may do to it what is not done to its numbers.
+                gx = call(state.detach(), *read)
+                if [*map(counted_version, read_only.counted)] != versions:
+                    read_only.require(versions)
+                if counted_version(x) != version:
+                    raise ValueError(CHANGES_X_AT_TIMES)
             if (
                 type(gx) is not Tensor
                 or gx.is_nested

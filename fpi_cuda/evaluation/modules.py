@@ -7,7 +7,7 @@ import functools
 import itertools
 import types
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -51,17 +51,22 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
 
 
 def held_by(
-    modules: Iterable[nn.Module], *, buffers: bool = True
+    modules: Iterable[nn.Module], *, buffers: bool = True, among: Container[int] | None = None
 ) -> list[tuple[nn.Module, str, Tensor]]:
     """Every parameter, and with `buffers` every buffer, with the module and the name it has there.
 
     A tensor that several hold is there several times.
+
+    Args:
+        among: only tensors whose id is in it.
     """
-    held = []
-    for module in modules:
-        for names in (module._parameters, module._buffers) if buffers else (module._parameters,):
-            held += [(module, name, t) for name, t in names.items() if t is not None]
-    return held
+    return [
+        (module, name, t)
+        for module in modules
+        for tensors in ((module._parameters, module._buffers) if buffers else (module._parameters,))
+        for name, t in tensors.items()
+        if t is not None and (among is None or id(t) in among)
+    ]
 
 
 def modules_of(g: object) -> list[nn.Module]:

@@ -96,6 +96,8 @@ class Layout:
 
     def taken_apart(self, flat: Tensor) -> Any:
         """The same of a `flat` that nobody else will use: contiguous tensors of their own."""
+        if not self.is_tuple:
+            return flat.view(self.shape)
         if len(self.shapes) == 1:
             return self._shaped((flat,))
         parts = flat.unsafe_split_with_sizes(self.sizes, 1)

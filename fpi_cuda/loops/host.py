@@ -17,10 +17,12 @@ from fpi_cuda.loops.plan import Plan
 from fpi_cuda.loops.stepping import (
     Backend,
     Evaluate,
+    HostWork,
+    Workspace,
     allocate,
     apart_from,
     empty_result,
-    host_steps,
+    is_native,
     step_of,
 )
 from fpi_cuda.ops.noise import EVERY, noise_of
@@ -43,20 +45,22 @@ def solve(
     """See Loop. What is kept is the latest value of g, if that was of all rows together."""
     options = plan.options
     latest: list[Tensor] = []
-    with torch.inference_mode(False):  # whose tensors do not count how often they are changed
-        result = iterate(
-            bound_map.evaluator(),
-            x0,
-            options.solver,
-            rtol=options.rtol,
-            atol=options.atol,
-            max_steps=options.max_steps,
-            backend=plan.engine,
-            rowwise=plan.rowwise and plan.layout.batch > 1 and bound_map.selectable(),
-            coupling=coupling,
-            arithmetic=bound_map.arithmetic,
-            latest=latest,
-        )
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # whose tensors do not count how often they are changed
+            return solve(plan, bound_map, x0, coupling)
+    result = iterate(
+        bound_map.evaluator(),
+        x0,
+        options.solver,
+        rtol=options.rtol,
+        atol=options.atol,
+        max_steps=options.max_steps,
+        backend=plan.engine,
+        rowwise=plan.rowwise and plan.layout.batch > 1 and bound_map.selectable(),
+        coupling=coupling,
+        arithmetic=bound_map.arithmetic,
+        latest=latest,
+    )
     return result, latest
 
 
@@ -104,12 +108,14 @@ def iterate(
             if coupling.joint:
                 return solve_jointly(system, x0)
         count = active_count(x0.device)
+        at_once = isinstance(count, CountAtOnce)
         if coupling is not None:
             watch = RowWatch(system, x0, coupling, blind=isinstance(count, CountNever))
         x = x0.clone(memory_format=torch.contiguous_format)
         address, dim = x.data_ptr(), x.shape[1]
         rows: Tensor | None = None
         steps: HostSteps | None = None
+        work: Workspace | HostWork
         number, idle = 0, 0
         num_active: int | None = x.shape[0]
         while True:
@@ -119,13 +125,12 @@ def iterate(
                 gx = apart_from(x, gx)
             if number == 0:
                 # Only now: the first evaluation may need a copy of x besides these arrays.
-                work = allocate(x0, solver, atol, backend.scratch(x0))
-                if isinstance(count, CountAtOnce):
-                    steps = host_steps(backend, solver, work, rtol, max_steps)
-                if steps is None:
-                    op, arrays, numbers = step_of(backend, solver, work, rtol, max_steps)
+                if at_once and is_native(backend):
+                    work = HostWork(x, solver, atol, rtol, max_steps)
+                    steps = work.steps
                 else:
-                    steps.hold(address, 0, len(x))
+                    work = allocate(x0, solver, atol, backend.scratch(x0))
+                    op, arrays, numbers = step_of(backend, solver, work, rtol, max_steps)
                 exact = arithmetic is None or arithmetic == x0.dtype
                 noise = None if exact else noise_of(arithmetic, x0.dtype, max_steps)
             if watch is not None and watch.looks_early:
@@ -150,9 +155,10 @@ def iterate(
                 if idle >= count.idle_below:
                     idle = 0
                     if steps is not None:
-                        x = x.new_empty((num_active, dim))
-                        rows = torch.empty(num_active, dtype=torch.int64)
-                        steps.gather(x.data_ptr(), rows.data_ptr())
+                        left = torch.empty((num_active, dim), dtype=x.dtype)
+                        keep = torch.empty(num_active, dtype=torch.int64)
+                        steps.gather(left.data_ptr(), keep.data_ptr())
+                        x, rows = left, keep  # only now may those before be freed
                     else:
                         status = work.status if rows is None else work.status[rows]
                         keep = active_first(status)[:num_active]
