@@ -45,8 +45,8 @@ BRANCHES = (
     ast.comprehension,
 )  # fmt: skip
 
-SOLVERS = ("anderson_step_", "broyden_step_", "cell_loop_")
-"""The ops that solve; the others look at what was solved."""
+SOLVERS = ("anderson_step_", "broyden_step_", "cell_loop_", "step")
+"""The ops that solve, and the host loop's way to what they do; others look at what was solved."""
 OURS = ("self", "cls", "other")
 """What objects of this package's own classes are called in their methods."""
 NAMED_SO = {"_asdict", "_fields", "_getframe", "_make", "_replace"}
@@ -95,7 +95,13 @@ def traced(call: Callable[[], object]) -> Trace:
     frames: dict[str, int] = {}
     known: dict[Any, str | None] = {}
 
-    def look(frame: FrameType, event: str, _: object) -> None:
+    def note(op: str, frame: FrameType) -> None:
+        depth = sum(file_of(f) is not None for f in stack(frame))
+        frames[op] = max(depth, frames.get(op, 0))
+
+    def look(frame: FrameType, event: str, called: Any) -> None:
+        if event == "c_call" and getattr(called, "__module__", "") == "fpi_cuda._C":
+            note(called.__name__, frame)
         if event != "call":
             return
         code = frame.f_code
@@ -107,9 +113,7 @@ def traced(call: Callable[[], object]) -> Trace:
         elif code.co_filename.endswith("_ops.py") and code.co_name == "__call__":
             package, _, name = str(frame.f_locals["self"]).partition(".")
             if package == "fpi_cuda":
-                depth = sum(file_of(f) is not None for f in stack(frame))
-                op = name.partition(".")[0]
-                frames[op] = max(depth, frames.get(op, 0))
+                note(name.partition(".")[0], frame)
 
     threading.setprofile(look)
     sys.setprofile(look)

@@ -62,6 +62,27 @@ class CellPlan:
         adjoint_rtol: its tolerance, relative to the norm of v.
     Raises:
         ValueError: a number is none of those that there are.
+def row_sizes(
+    rows: int, batch: int, dim: int, factor: float, scaled_norms: int
+) -> tuple[float, float]:
+    """The largest number, by size, of the row where that is least, and of all rows.
+
+    Args:
+        rows: of (batch, dim) float32. NaN is larger than any number.
+        scaled_norms: of (batch,) float64, which gets the norm of each row times factor.
+    """
+
+class HostSolve:
+    """The sizes of a solve on the CPU, and the numbers of its solver.
+
+    Args:
+        broyden: by Broyden's method, else by Anderson's; Picard's is that of depth 0.
+        state, history: places in csrc/common/state_type.h of the dtypes of x and of the columns.
+        batch, dim: B and D. depth: columns of history.
+    Attributes:
+        size: bytes of memory that the solve takes besides what it returns; first of it comes
+            `control`, as solver_state has it.
+        atol: where in it (B,) float64 tolerances begin.
     """
 
     def __init__(
@@ -176,3 +197,56 @@ class CellPlan:
 
     def clear(self) -> None:
         """Give that memory back."""
+        broyden: bool,
+        state: int,
+        history: int,
+        batch: int,
+        dim: int,
+        depth: int,
+        rtol: float,
+        max_steps: int,
+        beta: float,
+        ridge: float,
+    ) -> None: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def atol(self) -> int: ...
+
+class HostSteps:
+    """A solve under way, and its steps, on arrays that are given by their addresses.
+
+    They are what the ops of csrc/step_ops.cpp take, which check them; here nobody does. They must
+    outlast this object.
+
+    Args:
+        memory: of solve.size bytes.
+        x, best: (B, D). best, status, num_steps and residual (B,) are made those of a solve that
+            begins at x.
+        atol: of (B,) float64; 0: `tolerance` is that of all.
+    """
+
+    def __init__(
+        self,
+        solve: HostSolve,
+        memory: int,
+        x: int,
+        best: int,
+        status: int,
+        num_steps: int,
+        residual: int,
+        atol: int,
+        tolerance: float,
+    ) -> None: ...
+    def step(self, gx: int) -> int:
+        """One step from gx (n, D), in place; how many of the n rows of x have not stopped.
+
+        Raises:
+            RuntimeError: no memory.
+        """
+
+    def gather(self, x: int, sample_of: int) -> None:
+        """Write the rows that have not stopped to x, and their samples to sample_of (n,) int64.
+
+        The next steps advance these.
+        """

@@ -314,12 +314,12 @@ def reported(
     """
     plan, bound_map, result, _ = solved
     options, engine, loop = plan.options, plan.engine, plan.loop
-    check = check_of(result, bound_map, options, coupling, plan.rowwise, engine.num_moved)
     if born_after is None:
         if not loop.sees_all_rows and rests_on_a_word(bound_map, plan.rowwise):
-            require_kept_word(bound_map, options, check, loop.is_late)
+            result = require_kept_word(solved, coupling)
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
-            return plan.layout.taken_apart(result.x), check.result
+            return plan.layout.taken_apart(result.x), result
+    check = check_of(result, bound_map, options, coupling, plan.rowwise, engine.num_moved)
     account = Account(result.status, record, coupling, late=loop.is_late)
     adjoint = adjoint_of(solved, account, record)
     by_loop = None if adjoint is None else adjoint.solve
@@ -357,27 +357,33 @@ def rests_on_a_word(bound_map: BoundMap, rowwise: bool) -> bool:
     return rowwise and may_depend and not is_rowwise_by_construction(bound_map.g)
 
 
-def require_kept_word(
-    bound_map: BoundMap, options: Options, check: SolutionCheck, unwatched: bool
-) -> None:
-    """Evaluate a g that was promised to be row-wise on all rows together.
+def require_kept_word(solved: Solved, coupling: Coupling | None) -> SolveResult:
+    """The result, told by a g that was promised to be row-wise on all rows together.
 
-    Args:
-        unwatched: the host does not wait for the solve; it does so once for solves of this kind.
+    Where the host does not wait for the solve, it does so once for solves of this kind.
     """
-    result = check.result
+    plan, bound_map, result, kept = solved
+    unwatched, options = plan.loop.is_late, plan.options
     if being_captured(bound_map.layout.device):
-        return
+        return result
     if unwatched:
         key = (exactly(bound_map.g), *key_of(bound_map, options)[1:])
         if key in kept_promises:
-            return
-    elif bool((result.status == Status.CONVERGED).all()) and all_stopped_at_once(result):
-        return
+            return result
+    else:
+        all_done = bool((result.status == Status.CONVERGED).all())
+        if all_done and all_stopped_at_once(result):
+            return result
+        # What has not moved since it stopped does not depend on what has.
+        told = (result.x, kept[0], result.status, result.residual) if kept else None
+        if told is not None and not plan.engine.num_moved(*told):
+            return result
+    check = check_of(result, bound_map, options, coupling, plan.rowwise, plan.engine.num_moved)
     with torch.no_grad(), bound_map.context.solving():
         check(result.x, bound_map.evaluate(result.x, None))
     if unwatched:
         kept_promises.add(key)
+    return check.result
 
 
 def all_stopped_at_once(result: SolveResult) -> bool:

@@ -119,8 +119,10 @@ class FPILayer(nn.Module):
         run = solve_untraced if torch.compiler.is_dynamo_compiling() else solve_as_told
         solution = run(self.g, start, z, options)
         first = solution.value[0] if isinstance(solution.value, tuple) else solution.value
-        self._last_state = (first.device, first.dtype)
-        self.last_solution = None if transforms.active() else detached(solution)
+        latest = None if transforms.active() else detached(solution)
+        # Not by the module's own, which looks for parameters among what it is given.
+        object.__setattr__(self, "_last_state", (first.device, first.dtype))
+        object.__setattr__(self, "last_solution", latest)
         return solution
 
     def start(self, *z: Tensor) -> Any:
@@ -216,10 +218,19 @@ class FPILayer(nn.Module):
         return z.dtype if parameter is None else torch.promote_types(z.dtype, parameter.dtype)
 
     def _floating_parameter(self) -> Tensor | None:
-        for parameter in self.parameters():
-            if parameter.is_floating_point():
-                return parameter
-        return None
+        return first_floating(self)
+
+
+def first_floating(module: nn.Module) -> Tensor | None:
+    """The first floating one of module.parameters(), in less time."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter
+    for inside in module._modules.values():
+        found = None if inside is None else first_floating(inside)
+        if found is not None:
+            return found
+    return None
 
 
 def checked_shape(shape: object) -> tuple[Any, ...]:

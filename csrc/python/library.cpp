@@ -37,6 +37,8 @@ Library::Library(const std::string& path) {
   find(handle, "fpi_cell_plan_bytes", &cell_plan_bytes);
   find(handle, "fpi_cell_plan_clear", &cell_plan_clear);
   find(handle, "fpi_cell_plan_destroy", &cell_plan_destroy);
+  // Not in a library of the device loop alone.
+  host_step = reinterpret_cast<decltype(host_step)>(dlsym(handle, "fpi_host_step"));
 }
 
 void open_library(const std::string& path) { opened = new Library(path); }

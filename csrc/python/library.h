@@ -5,6 +5,7 @@
 
 #include "cell_plan/api.h"
 #include "device_loop/api.h"
+#include "host_steps/api.h"
 
 namespace fpi {
 
@@ -29,6 +30,7 @@ struct Library {
   decltype(&fpi_cell_plan_bytes) cell_plan_bytes;
   decltype(&fpi_cell_plan_clear) cell_plan_clear;
   decltype(&fpi_cell_plan_destroy) cell_plan_destroy;
+  decltype(&fpi_host_step) host_step;  // or null
 };
 
 // Calls go to the library at `path` from now on; objects keep to that of their making.

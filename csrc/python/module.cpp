@@ -4,11 +4,14 @@
 // Tensors come as addresses and sizes, so that a build serves every torch; it serves one Python.
 #include <pybind11/pybind11.h>
 
+#include <cmath>
+#include <limits>
 #include <utility>
 
 #include "interface.h"
 #include "python/cell_plan.h"
 #include "python/device_loop.h"
+#include "python/host_steps.h"
 #include "python/library.h"
 
 namespace py = pybind11;
@@ -159,6 +162,37 @@ void gradients(const CellPlan& plan, std::int64_t batch, py::handle layers, py::
   plan.gradients(call);
 }
 
+// See _C.pyi. A number that is not finite shows in the largest.
+template <class T>
+py::tuple row_sizes(std::uintptr_t rows, std::int64_t batch, std::int64_t dim, double factor,
+                    std::uintptr_t scaled_norms) {
+  const T* row = reinterpret_cast<const T*>(rows);
+  auto* const norms = reinterpret_cast<double*>(scaled_norms);
+  double least = std::numeric_limits<double>::infinity(), largest = 0.0;
+  for (std::int64_t i = 0; i < batch; ++i, row += dim) {
+    double most = 0.0, squares = 0.0;
+    for (std::int64_t j = 0; j < dim; ++j) {
+      const double size = std::fabs(static_cast<double>(row[j]));
+      if (size > most) most = size;
+      squares += size * size;
+    }
+    // Squares of float64 may overflow or vanish: the caller looks at the sizes.
+    norms[i] = factor * std::sqrt(squares);
+    if (std::isnan(squares)) most = squares;
+    if (most < least) least = most;
+    if (!(most <= largest) && !std::isnan(largest)) largest = most;
+  }
+  return py::make_tuple(least, largest);
+}
+
+constexpr std::int64_t kLong = 1 << 15;
+
+std::int64_t host_step(fpi::HostSteps& steps, std::uintptr_t gx) {
+  if (steps.size() < kLong) return steps.step(gx);
+  const py::gil_scoped_release released;
+  return steps.step(gx);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -173,6 +207,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("node_type"));
   m.def("captured_nodes", &captured_nodes, py::arg("stream"), WithoutGil());
   m.def("restart_capture", &restart_capture, py::arg("stream"), WithoutGil());
+
+  m.def("row_sizes", &row_sizes<float>, py::arg("rows"), py::arg("batch"), py::arg("dim"),
+        py::arg("factor"), py::arg("scaled_norms"));
 
   // Local to this file: a second copy of it in a process has types of its own.
   py::class_<DeviceLoop, std::unique_ptr<DeviceLoop, DeleteWithoutGil<DeviceLoop>>>(
@@ -203,4 +240,34 @@ PYBIND11_MODULE(_C, m) {
            py::arg("weight_gradients"), py::arg("bias_gradients"))
       .def("bytes", &CellPlan::bytes, WithoutGil())
       .def("clear", &CellPlan::clear, WithoutGil());
+
+  using fpi::HostSolve;
+  py::class_<HostSolve>(m, "HostSolve", py::module_local())
+      .def(py::init([](bool broyden, int state, int history, std::int64_t batch, std::int64_t dim,
+                       int depth, double rtol, std::int64_t max_steps, double beta, double ridge) {
+             return HostSolve{broyden,
+                              static_cast<fpi::StateType>(state),
+                              static_cast<fpi::StateType>(history),
+                              batch,
+                              dim,
+                              depth,
+                              rtol,
+                              max_steps,
+                              beta,
+                              ridge};
+           }),
+           py::arg("broyden"), py::arg("state"), py::arg("history"), py::arg("batch"),
+           py::arg("dim"), py::arg("depth"), py::arg("rtol"), py::arg("max_steps"), py::arg("beta"),
+           py::arg("ridge"))
+      .def_property_readonly("size", [](const HostSolve& s) { return fpi::HostArrays(s).size; })
+      .def_property_readonly("atol", [](const HostSolve& s) { return fpi::HostArrays(s).atol; });
+
+  using fpi::HostSteps;
+  py::class_<HostSteps>(m, "HostSteps", py::module_local())
+      .def(py::init<const HostSolve&, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                    std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, double>(),
+           py::arg("solve"), py::arg("memory"), py::arg("x"), py::arg("best"), py::arg("status"),
+           py::arg("num_steps"), py::arg("residual"), py::arg("atol"), py::arg("tolerance"))
+      .def("step", &host_step, py::arg("gx"))
+      .def("gather", &HostSteps::gather, py::arg("x"), py::arg("sample_of"));
 }

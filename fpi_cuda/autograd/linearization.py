@@ -18,6 +18,9 @@ SAME_MATRIX = 0.1
 Pull = Callable[[Tensor], list[MaybeTensor]]
 
 
+run_backward = torch.autograd.Variable._execution_engine.run_backward
+
+
 class Jacobian(Protocol):
     """Products with a batch of square matrices, (B, D) -> (B, D)."""
 
@@ -44,7 +47,13 @@ class Linearization:
 
     def transposed(self, c: Tensor) -> Tensor:
         """J^T c."""
-        return gradient(self.gx, self.x, c)
+        if torch.is_grad_enabled() or not self.gx.requires_grad:
+            return gradient(self.gx, self.x, c)
+        # torch.autograd.grad without its look at what is given, at every step of an adjoint.
+        (found,) = run_backward(
+            (self.gx,), (c,), True, False, (self.x,), allow_unreachable=True, accumulate_grad=False
+        )
+        return torch.zeros_like(c) if found is None else found
 
     def product(self, t: Tensor) -> Tensor:
         """J t: the derivative of J^T w in w, along t."""

@@ -80,7 +80,8 @@ class SolvedEquation(Equation):
         self._places: list[tuple[Tensor, nn.Module, str]] = []
         exchanged = captured or any(type(t) is not nn.Parameter for t in leaves.values())
         if bound_map.modules and (exchanged or isinstance(bound_map.g, nn.Module)):
-            for module, name, t in held_by(bound_map.modules):
+            among = None if captured else leaves
+            for module, name, t in held_by(bound_map.modules, among=among):
                 edge = edge_of(t) if captured else None
                 if id(t) in leaves or edge in captured:
                     self._places.append((t, module, name))

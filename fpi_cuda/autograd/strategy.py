@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.autograd.linearization import Jacobian
-from fpi_cuda.autograd.scaling import Apply, factor_of, is_solved_jointly
+from fpi_cuda.autograd.scaling import Apply, Sizes, factor_of, is_solved_jointly, sizes_of
 from fpi_cuda.coupling import Coupling
 from fpi_cuda.norms import row_norm
 from fpi_cuda.solution import AdjointRecord, AsyncNumber, SolveResult, Stats, Status, worst_of
@@ -86,7 +87,12 @@ class Account:
         return False if self.coupling is None else self.coupling.joint or None
 
     def close(
-        self, b: Tensor, result: SolveResult, truncation: int | None = None
+        self,
+        b: Tensor,
+        result: SolveResult,
+        truncation: int | None = None,
+        *,
+        finite_b: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Record `result`, of a solve for b; return its x and which samples fail in all.
 
@@ -97,16 +103,21 @@ class Account:
         Args:
             truncation: see Strategy. What a whole solution or a sum has lost of such a row, and of
                 those that depend on it, is all of it.
+            finite_b: all of b is known to be finite.
         """
         x, status, num_steps, residual = result
         failed_forward, record = self.failed_forward, self.record
-        finite = finite_rows(b)
-        if truncation != 0 and self.coupling is not None and self.coupling.joint:
-            rows = self.coupling.together
-            finite = finite.reshape(-1, rows).all(1).repeat_interleave(rows)
-        status = torch.where(finite, status, int(Status.NONFINITE))
         worst = worst_of(status).item()
         bad, num_zeroed = None, 0
+        # Rows that are finite have a finite sum, but for an overflow.
+        spoiled = not (finite_b or math.isfinite(b.sum().item()))
+        if spoiled or worst >= Status.DIVERGED or failed_forward is not None:
+            finite = finite_rows(b)
+            if truncation != 0 and self.coupling is not None and self.coupling.joint:
+                rows = self.coupling.together
+                finite = finite.reshape(-1, rows).all(1).repeat_interleave(rows)
+            status = torch.where(finite, status, int(Status.NONFINITE))
+            worst = worst_of(status).item()
         if worst >= Status.DIVERGED or failed_forward is not None:
             failing = failed(status) & finite
             lost = b if truncation == 0 else b + torch.nan
@@ -167,22 +178,34 @@ class Strategy:
         independent only if g is row-wise.
         """
         account = self.account
-        with torch.no_grad(), torch.autocast(b.device.type, enabled=False):
+        if torch.is_autocast_enabled(b.device.type):
+            with torch.autocast(b.device.type, enabled=False):
+                return self.solve(b, matrix, transpose=transpose)
+        with torch.no_grad():
             if account.failed_forward is not None:
                 b = dropped(b, account.failed_forward)
-            if self.truncation is None:
-                result = self._scaled(b, matrix, transpose, account.coupled)
-            else:
+            if self.truncation is not None:
                 result = self._summed(b, matrix.transposed if transpose else matrix.product)
-            return account.close(b, result, self.truncation)
+                return account.close(b, result, self.truncation)
+            sizes = sizes_of(b, self.rtol)
+            result = self._scaled(b, matrix, transpose, account.coupled, sizes)
+            return account.close(
+                b, result, finite_b=sizes is not None and math.isfinite(sizes[0][1])
+            )
 
     def _scaled(
-        self, b: Tensor, matrix: Jacobian, transpose: bool, coupled: bool | None
+        self,
+        b: Tensor,
+        matrix: Jacobian,
+        transpose: bool,
+        coupled: bool | None,
+        sizes: Sizes | None = None,
     ) -> SolveResult:
         """The solution, found in numbers of about 1."""
-        factor = factor_of(b, self.arithmetic, coupled)
+        span, atol = sizes or (None, None)
+        factor = factor_of(b, self.arithmetic, coupled, span)
         if factor is None:
-            return self._solved(b, matrix, transpose)
+            return self._solved(b, matrix, transpose, atol)
         # Iterated on, these rows would spoil others where g couples them.
         b = b.masked_fill(~finite_rows(b)[:, None], 0.0)
         if not bool(b.any()):
@@ -196,9 +219,12 @@ class Strategy:
         residual = result.residual * factor[:, 0].double()
         return result._replace(x=result.x * factor, residual=residual)
 
-    def _solved(self, b: Tensor, matrix: Jacobian, transpose: bool) -> SolveResult:
+    def _solved(
+        self, b: Tensor, matrix: Jacobian, transpose: bool, atol: Tensor | None = None
+    ) -> SolveResult:
         coupling, found = self.account.coupling, None
-        atol = self.rtol * row_norm(b)
+        if atol is None:
+            atol = self.rtol * row_norm(b)
         if transpose and self.on_device is not None and not self.account.coupled:
             found = self.on_device(matrix, b, atol)
             if found is not None and coupling is None:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.buffers import MovingBuffers
-from fpi_cuda.evaluation.context import EvaluationContext, WeightCache
+from fpi_cuda.evaluation.context import UNSEEN_YET, EvaluationContext, WeightCache, weight_cache
 from fpi_cuda.evaluation.modules import modules_of, whose_buffers_may_move
 from fpi_cuda.evaluation.same_value import counted_version, same_value
 from fpi_cuda.evaluation.state import Layout, why_not_dense
@@ -161,6 +160,84 @@ class BoundMap:
             said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise RuntimeError(NOT_ROW_BY_ROW.format(said)) from error
 
+    def evaluator(self) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """`evaluate` for the many steps of one solve; it may leave g(x) in the shape of the state.
+
+        Once an evaluation has shown that it is a call of g, later ones at the same x, whose numbers
+        the solver overwrites, look only whether anything has changed that could make it more.
+        """
+        layout, context, careful = self.layout, self.context, self.evaluate
+        if layout.is_tuple:
+            return careful
+        call = self.g.step if self.hoisted else self.g
+        others = context.device_types[1:]
+        autocast_is_on, strided = torch.is_autocast_enabled, torch.strided
+        shape, dtype, device = layout.shape, layout.dtype, layout.device
+        known: Tensor | None = None
+        state: Any = None
+        read = (self.read,) if self.hoisted else self.read
+        read_only, versions = self._read_only, [0]
+
+        def once(x: Tensor) -> Any:
+            return call(x.clone().view(shape), *read)
+
+        def first(x: Tensor) -> Any:
+            """g(x), where that is seen to be all that there is to do; else UNSEEN_YET."""
+            looked_after = self.hoisted or self.buffers or read_only.read is not read
+            if looked_after or read_only.uncounted or x.is_inference():
+                return UNSEEN_YET
+            given = x.clone()
+            evaluation = functools.partial(call, given.view(shape), *read)
+            gx = context.look_on(evaluation, functools.partial(once, x))
+            if gx is not UNSEEN_YET:
+                context.changes_x = counted_version(given) != 0
+                self._whole = x
+            return gx
+
+        def evaluate(x: Tensor, rows: Tensor | None) -> Any:
+            nonlocal known, state, read_only, versions, read
+            if (
+                x is not known
+                or type(weight_cache()) is not WeightCache
+                or autocast_is_on("cpu")
+                or (others and any(map(autocast_is_on, others)))
+            ):
+                versions = [*map(counted_version, read_only.counted)]
+                gx = first(x) if known is None and rows is None else UNSEEN_YET
+                careless = gx is not UNSEEN_YET
+                if not careless:
+                    gx = careful(x, rows)
+                elif [*map(counted_version, read_only.counted)] != versions:
+                    read_only.require(versions)
+                plain = context.is_plain and context.changes_x is False and not self.buffers
+                if plain and rows is None and not (self._read_only.uncounted or x.is_inference()):
+                    known, state, read_only = x, x.view(shape), self._read_only
+                    read = (self.read,) if self.hoisted else self.read
+                    versions = [*map(counted_version, read_only.counted)]
+                if not careless:
+                    return gx
+            else:
+                version = counted_version(x)  # which steps by torch's own operations raise
+                # A view of its own each time: g may do to it what is not done to its numbers.
+                gx = call(state.detach(), *read)
+                if [*map(counted_version, read_only.counted)] != versions:
+                    read_only.require(versions)
+                if counted_version(x) != version:
+                    raise ValueError(CHANGES_X_AT_TIMES)
+            if (
+                type(gx) is not Tensor
+                or gx.is_nested
+                or gx.layout is not strided
+                or gx.dtype is not dtype
+                or gx.shape != shape
+                or gx.device != device
+                or gx.requires_grad
+            ):
+                return self._flattened(gx, x)
+            return gx
+
+        return evaluate
+
     def __call__(self, x: Tensor) -> Tensor:
         """g of the whole batch, with the graph that the grad mode allows."""
         if self._failed is not None:
@@ -196,13 +273,18 @@ class BoundMap:
             or self.buffers
             or read_only.uncounted
             or x.is_inference()
-            or type(parametrize._cache) is not WeightCache
+            or type(weight_cache()) is not WeightCache
             or any(map(torch.is_autocast_enabled, context.device_types))
         ):
             return self._looked_after(x, read, read_only)
-        version, versions = counted_version(x), [*map(counted_version, read_only.counted)]
-        gx = self._direct(self._state_in(x, writable=False), read)
-        if [*map(counted_version, read_only.counted)] != versions:
+        counted = read_only.counted
+        version, versions = counted_version(x), [*map(counted_version, counted)]
+        state = self._state_in(x, writable=False)
+        if self._recording is None and not self.hoisted:
+            gx = self.g(state, *read)
+        else:
+            gx = self._direct(state, read)
+        if [*map(counted_version, counted)] != versions:
             read_only.require(versions)
         if counted_version(x) != version:
             raise ValueError(CHANGES_X_AT_TIMES)
@@ -234,11 +316,12 @@ class BoundMap:
         layout = self.layout
         if layout.is_tuple:
             return layout.unflatten(x, writable=writable)
-        return x.reshape(x.shape[: layout.batch_dims] + layout.shapes[0])
+        n = x.shape[0]
+        return x.view(layout.shape if n == layout.batch else layout.shape_of(n))
 
     def _flattened(self, gx: Any, x: Tensor) -> Tensor:
         """gx (n, D), if it is like the state in x; what autocast made of its dtype is undone."""
-        layout = self.layout
+        layout, n = self.layout, x.shape[0]
         if self.context.autocast_dtype is not None:
             gx = self._widened(gx)
         if (
@@ -246,11 +329,11 @@ class BoundMap:
             or layout.is_tuple
             or gx.layout != torch.strided
             or gx.is_nested
-            or gx.shape != x.shape[: layout.batch_dims] + layout.shapes[0]
+            or gx.shape != (layout.shape if n == layout.batch else layout.shape_of(n))
             or gx.dtype != layout.dtype
             or gx.device != layout.device
         ):
-            layout.require_like(gx, x.shape[0])
+            layout.require_like(gx, n)
             return layout.flatten(gx)
         return gx if gx.shape == x.shape and not gx.requires_grad else gx.reshape(x.shape)
 

@@ -66,7 +66,7 @@ class EvaluationContext:
         self._device = device
         self._g = g
         self._method = method
-        self._autocast = AutocastState(device.type)
+        self._autocast = autocast_state(device.type)
         self.device_types = self._autocast.device_types
         self.autocast_dtype = self._autocast.dtypes[device.type]
         self._inference = torch.is_inference_mode_enabled()
@@ -134,20 +134,18 @@ class EvaluationContext:
         before = generator_states(self._device)
         if habit.drew is False and not here.depth:
             result = evaluation()
-            if unmoved(before, self._device):
-                return result
-            # Either g or another thread has drawn. That g would draw the same again shows it.
-            between = generator_states(self._device)
-            with Recording(Generators(before, self._device)) as recording:
-                repeated = again()
-            if not recording.draws:
-                self._require_alike(result, repeated, between)
-                return result
-            if same_numbers(result, repeated, 0.0):
-                self._draws = recording.draws
-                habit.drew = True
+            if unmoved(before, self._device) or self._told_apart(result, before, again, habit):
                 return result
             evaluation = again
+        return self._recorded(evaluation, before, again, habit)
+
+    def _recorded(
+        self,
+        evaluation: Callable[[], T],
+        before: list[Tensor],
+        again: Callable[[], T],
+        habit: Habit,
+    ) -> T:
         with Recording() as recording:
             result = evaluation()
         self._draws = recording.draws
@@ -155,6 +153,50 @@ class EvaluationContext:
         if not recording.draws and not here.depth and not unmoved(before, self._device):
             between = generator_states(self._device)
             self._require_alike(result, again(), between)
+        return result
+
+    def _told_apart(
+        self, result: T, before: list[Tensor], again: Callable[[], T], habit: Habit
+    ) -> bool:
+        """Whether `result` is that of an evaluation whose draws, if any, are known now.
+
+        Since `before` either g or another thread has drawn. That g would draw the same again shows
+        it.
+        """
+        between = generator_states(self._device)
+        with Recording(Generators(before, self._device)) as recording:
+            repeated = again()
+        if not recording.draws:
+            self._require_alike(result, repeated, between)
+            return True
+        if not same_numbers(result, repeated, 0.0):
+            return False
+        self._draws = recording.draws
+        habit.drew = True
+        return True
+
+    def look_on(self, evaluation: Callable[[], Any], again: Callable[[], Any]) -> Any:
+        """evaluation(), the first one, of a g that an earlier solve has seen to draw nothing.
+
+        UNSEEN_YET, and nothing done, where that is not known, or this may be more than a call. It
+        is what __call__ comes to then, for whoever sees to what g may change, in less time.
+        """
+        if not self._first or self._inference or self._autocast.enabled or here.depth:
+            return UNSEEN_YET
+        habit = habit_of(self._g, self._method)
+        if habit.drew is not False or self._device.type != "cpu" or transforms.active():
+            return UNSEEN_YET
+        if type(parametrize._cache) is not WeightCache or torch.is_autocast_enabled("cpu"):
+            return UNSEEN_YET
+        generator = torch.default_generator
+        before = generator.get_state()
+        result = evaluation()
+        self._first, self._g = False, None
+        if not torch.equal(before, generator.get_state()) and not self._told_apart(
+            result, [before], again, habit
+        ):
+            result = self._recorded(again, [before], again, habit)
+        self.is_plain = not self._draws
         return result
 
     def _later_evaluation(self, evaluation: Callable[[], T], again: Callable[[], T]) -> T:
@@ -181,6 +223,9 @@ class EvaluationContext:
         if not same_numbers(result, repeated, SAME_VALUE) and not unmoved(between, self._device):
             raise RuntimeError(UNSEEN)
 
+
+UNSEEN_YET = object()
+"""In the place of a value of g: nobody knows whether it draws random numbers."""
 
 UNSEEN = (
     "fixed_point: g draws random numbers in an op that is not tagged as such "
@@ -318,6 +363,17 @@ class AutocastState:
             yield
 
 
+def autocast_state(device_type: str) -> AutocastState:
+    """As it stands on this thread; one for all that have it switched off."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled(device_type):
+        return AutocastState(device_type)
+    return switched_off_everywhere(device_type)
+
+
+switched_off_everywhere = functools.cache(AutocastState)
+"""The state of those where autocast is off."""
+
+
 def generator_states(device: torch.device) -> list[Tensor]:
     """States of the default generators that an op on `device` may draw from."""
     # Raw numbers: torch.func transforms must not see these tensors.
@@ -412,6 +468,10 @@ class WeightCache(dict[Any, "Tensor | None"]):
             super().__setitem__(key, weight)
 
 
+weight_cache: Callable[[], Any] = functools.partial(getattr, parametrize, "_cache")
+"""The one in use, which the end of parametrize.cached() replaces; without a Python function."""
+
+
 def watch_weight_cache() -> None:
     """See to it that the cache in use knows of layers."""
     if type(parametrize._cache) is not WeightCache:
@@ -437,16 +497,18 @@ class laid_aside:
         _here.layers.pop()
 
 
-class caches_kept_clean(laid_aside):
-    """Drop what is cached inside: under no_grad it has no graph.
+class caches_kept_clean:
+    """Keep it to this thread, and drop what is cached inside: under no_grad it has no graph.
 
     Whoever used it next under grad mode would silently lose a gradient. Autocast caches the
     weights that it casts, parametrize.cached() those that it computes.
     """
 
-    def __init__(self) -> None:
-        super().__init__(covers=False)
+    def __enter__(self) -> None:
+        if type(parametrize._cache) is not WeightCache:
+            watch_weight_cache()
+        _here.layers.append(Layer(covers=False))
 
     def __exit__(self, *_: object) -> None:
-        super().__exit__()
+        _here.layers.pop()
         torch.clear_autocast_cache()

@@ -7,7 +7,7 @@ import functools
 import itertools
 import types
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ MOST_VISITED = 512
 ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.dtype)
 
 
+NUMBERS = (int, float, bool, type(None))
+"""Those that modules hold most, told by type alone."""
+
+
 EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
 
@@ -47,18 +51,22 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
 
 
 def held_by(
-    modules: Iterable[nn.Module], *, buffers: bool = True
+    modules: Iterable[nn.Module], *, buffers: bool = True, among: Container[int] | None = None
 ) -> list[tuple[nn.Module, str, Tensor]]:
     """Every parameter, and with `buffers` every buffer, with the module and the name it has there.
 
     A tensor that several hold is there several times.
+
+    Args:
+        among: only tensors whose id is in it.
     """
-    held = []
-    for module in modules:
-        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
-        more = module.named_buffers(recurse=False, remove_duplicate=False) if buffers else ()
-        held += [(module, name, t) for name, t in itertools.chain(parameters, more)]
-    return held
+    return [
+        (module, name, t)
+        for module in modules
+        for tensors in ((module._parameters, module._buffers) if buffers else (module._parameters,))
+        for name, t in tensors.items()
+        if t is not None and (among is None or id(t) in among)
+    ]
 
 
 def modules_of(g: object) -> list[nn.Module]:
@@ -77,11 +85,13 @@ def modules_of(g: object) -> list[nn.Module]:
                 found[id(module)] = module
                 if number < budget:
                     # What it holds where torch does not look for modules.
-                    pending.extend(
+                    pending += [
                         value
                         for name, value in module.__dict__.items()
-                        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
-                    )
+                        if name not in EVERY_MODULE_HAS
+                        and type(value) not in NUMBERS
+                        and not isinstance(value, ATOMS)
+                    ]
             budget -= min(budget, len(new))
         else:
             seen[id(part)] = part

@@ -52,6 +52,15 @@ class Layout:
         """D."""
         return sum(self.sizes) if self.is_tuple else math.prod(self.shapes[0])
 
+    @functools.cached_property
+    def shape(self) -> torch.Size:
+        """Of a state that is one tensor."""
+        return self.shapes[0] if not self.batch_dims else torch.Size((self.batch, *self.shapes[0]))
+
+    def shape_of(self, n: int) -> torch.Size:
+        """The same with n samples."""
+        return torch.Size((n, *self.shapes[0])) if self.batch_dims else self.shapes[0]
+
     @property
     def rows_together(self) -> int:
         """How many samples in succession g may couple: those of a vmap it does not."""
@@ -87,6 +96,8 @@ class Layout:
 
     def taken_apart(self, flat: Tensor) -> Any:
         """The same of a `flat` that nobody else will use: contiguous tensors of their own."""
+        if not self.is_tuple:
+            return flat.view(self.shape)
         if len(self.shapes) == 1:
             return self._shaped((flat,))
         parts = flat.unsafe_split_with_sizes(self.sizes, 1)
@@ -184,14 +195,13 @@ def layout_of(x0: object, batch_dims: int = 1) -> Layout:
                 raise ValueError(
                     f"fixed_point: the tensors of x0 must share {rule}, got {expected} and {given}"
                 )
-    return Layout(
-        shapes=tuple(shapes),
-        is_tuple=isinstance(x0, tuple),
-        batch=first.shape[0] if batch_dims else 1,
-        dtype=first.dtype,
-        device=first.device,
-        batch_dims=batch_dims,
-    )
+    batch = first.shape[0] if batch_dims else 1
+    is_tuple = isinstance(x0, tuple)
+    return remembered_layout(tuple(shapes), is_tuple, batch, first.dtype, first.device, batch_dims)
+
+
+remembered_layout = functools.lru_cache(256)(Layout)
+"""One for all states of a kind, with what was computed of it."""
 
 
 def require_floating_tensor(part: object) -> None:
@@ -363,8 +373,9 @@ def require_numbers(*tensors: Tensor) -> None:
             "fixed_point: torch.jit.trace would keep the steps that these data need for all "
             "others. Trace what is around the layer, or call it as it is"
         )
+    mode = _get_dispatch_mode(_TorchDispatchModeKey.FAKE)
     for t in tensors:
-        if isinstance(t, FakeTensor) or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
+        if mode is not None or isinstance(t, FakeTensor):
             raise RuntimeError(
                 NO_NUMBERS.format("a FakeTensor", "torch.export of a solve is not possible")
             )

@@ -17,6 +17,7 @@ from fpi_cuda.coupling import Coupling
 from fpi_cuda.loops.stepping import (
     Backend,
     Evaluate,
+    HostWork,
     Workspace,
     allocate,
     apart_from,
@@ -78,7 +79,7 @@ class RowWatch:
         self.looks_early = not (blind or coupling.independent)
 
     def found(
-        self, x: Tensor, gx: Tensor, work: Workspace, number: int, *, all_active: bool
+        self, x: Tensor, gx: Tensor, work: Workspace | HostWork, number: int, *, all_active: bool
     ) -> bool:
         """Whether rows were seen to depend on others.
 
@@ -99,7 +100,7 @@ class RowWatch:
             self._first = None
         return False
 
-    def go_on(self, x: Tensor, gx: Tensor, work: Workspace, number: int) -> SolveResult:
+    def go_on(self, x: Tensor, gx: Tensor, work: Workspace | HostWork, number: int) -> SolveResult:
         """Solve jointly from here; arguments as in `found`, which was true."""
         self._coupling.depends()
         work.forget()
@@ -109,7 +110,7 @@ class RowWatch:
             return joint_solve(self._system, self._x0, self._first, 1, scale, known=(x, gx))
         return joint_solve(self._system, x, gx, number + 1, scale)
 
-    def settled(self, result: SolveResult, gx: Tensor, work: Workspace) -> SolveResult:
+    def settled(self, result: SolveResult, gx: Tensor, work: Workspace | HostWork) -> SolveResult:
         """`result` of the rows on their own, if it is true of all rows together.
 
         Args:
@@ -146,7 +147,7 @@ class RowWatch:
         scale = group_norm(column(work.control, "scale0"), self._system)
         return joint_solve(system, result.x, gx, number, scale)
 
-    def _moved_out(self, x: Tensor, gx: Tensor, work: Workspace) -> bool:
+    def _moved_out(self, x: Tensor, gx: Tensor, work: Workspace | HostWork) -> bool:
         """Whether a row that had converged no longer has, because others have moved."""
         system = self._system
         if not system.backend.num_moved(x, gx, work.status, work.residual):

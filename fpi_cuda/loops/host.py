@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,10 +14,23 @@ from fpi_cuda.coupling import Coupling
 from fpi_cuda.evaluation.context import being_captured
 from fpi_cuda.loops.coupled import RowWatch, System, solve_jointly
 from fpi_cuda.loops.plan import Plan
-from fpi_cuda.loops.stepping import Backend, Evaluate, allocate, apart_from, empty_result, step_of
+from fpi_cuda.loops.stepping import (
+    Backend,
+    Evaluate,
+    HostWork,
+    Workspace,
+    allocate,
+    apart_from,
+    empty_result,
+    is_native,
+    step_of,
+)
 from fpi_cuda.ops.noise import EVERY, noise_of
 from fpi_cuda.options import FixedPointSolver
 from fpi_cuda.solution import SolveResult, Status
+
+if TYPE_CHECKING:
+    from fpi_cuda._C import HostSteps
 
 name = "host"
 is_late = False
@@ -29,23 +42,27 @@ adjoint = None
 
 def solve(
     plan: Plan, bound_map: BoundMap, x0: Tensor, coupling: Coupling | None
-) -> tuple[SolveResult, None]:
-    """See Loop."""
+) -> tuple[SolveResult, list[Tensor]]:
+    """See Loop. What is kept is the latest value of g, if that was of all rows together."""
     options = plan.options
-    with torch.inference_mode(False):  # whose tensors do not count how often they are changed
-        result = iterate(
-            bound_map.evaluate,
-            x0,
-            options.solver,
-            rtol=options.rtol,
-            atol=options.atol,
-            max_steps=options.max_steps,
-            backend=plan.engine,
-            rowwise=plan.rowwise and plan.layout.batch > 1 and bound_map.selectable(),
-            coupling=coupling,
-            arithmetic=bound_map.arithmetic,
-        )
-    return result, None
+    latest: list[Tensor] = []
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # whose tensors do not count how often they are changed
+            return solve(plan, bound_map, x0, coupling)
+    result = iterate(
+        bound_map.evaluator(),
+        x0,
+        options.solver,
+        rtol=options.rtol,
+        atol=options.atol,
+        max_steps=options.max_steps,
+        backend=plan.engine,
+        rowwise=plan.rowwise and plan.layout.batch > 1 and bound_map.selectable(),
+        coupling=coupling,
+        arithmetic=bound_map.arithmetic,
+        latest=latest,
+    )
+    return result, latest
 
 
 def iterate(
@@ -61,6 +78,7 @@ def iterate(
     coupling: Coupling | None = None,
     linear: bool = False,
     arithmetic: torch.dtype | None = None,
+    latest: list[Tensor] | None = None,
 ) -> SolveResult:
     """Iterate from x0 until every sample has stopped.
 
@@ -76,6 +94,8 @@ def iterate(
             None: it was promised.
         linear: jointly, the tolerance is ||atol||; see fpi_cuda.loops.coupled.
         arithmetic: what autocast gives to products in evaluate; None where it is off.
+        latest: gets the latest value of the map, if that was of all rows together: at x of the
+            result, but for rows that failed.
     """
     if x0.shape[0] == 0:
         return empty_result(x0)
@@ -93,47 +113,72 @@ def iterate(
         if coupling is not None:
             watch = RowWatch(system, x0, coupling, blind=isinstance(count, CountNever))
         x = x0.clone(memory_format=torch.contiguous_format)
-        storage = x.untyped_storage().data_ptr()
+        address, dim = x.data_ptr(), x.shape[1]
         rows: Tensor | None = None
-        number = 0
+        steps: HostSteps | None = None
+        work: Workspace | HostWork
+        number, idle = 0, 0
         num_active: int | None = x.shape[0]
         while True:
             gx = evaluate(x, rows)
-            if gx.untyped_storage().data_ptr() == storage or not gx.is_contiguous():
+            # What lies in the storage of x begins where it does, for x fills it.
+            if gx.data_ptr() == address or not gx.is_contiguous() or gx.is_neg():
                 gx = apart_from(x, gx)
             if number == 0:
                 # Only now: the first evaluation may need a copy of x besides these arrays.
-                work = allocate(x0, solver, atol, backend.scratch(x0))
-                op, arrays, numbers = step_of(backend, solver, work, rtol, max_steps)
+                if at_once and is_native(backend):
+                    work = HostWork(x, solver, atol, rtol, max_steps)
+                    steps = work.steps
+                else:
+                    work = allocate(x0, solver, atol, backend.scratch(x0))
+                    op, arrays, numbers = step_of(backend, solver, work, rtol, max_steps)
                 exact = arithmetic is None or arithmetic == x0.dtype
                 noise = None if exact else noise_of(arithmetic, x0.dtype, max_steps)
             if watch is not None and watch.looks_early:
                 all_active = num_active is None or num_active == x.shape[0]
+                gx = gx.view(x.shape)
                 if watch.found(x, gx, work, number, all_active=all_active):
-                    del arrays  # their memory, for the joint solve
+                    arrays = ()  # their memory, for the joint solve
                     return watch.go_on(x, gx, work, number)
-            op(x, gx, rows, *arrays, **numbers)
             number += 1
+            if steps is not None:
+                num_active = steps.step(gx.data_ptr())
+            else:
+                op(x, gx.view(x.shape), rows, *arrays, **numbers)
             if number == max_steps:
                 break  # and with it every sample that was left
-            status = work.status if rows is None else work.status[rows]
-            if at_once:
-                num_active = status.shape[0] - int(torch.count_nonzero(status))
-            else:
-                num_active = count.after_step(status)
+            if steps is None:
+                num_active = count.after_step(work.status if rows is None else work.status[rows])
             if num_active == 0:
                 break
             if rowwise and num_active is not None and num_active <= count.pays_below * len(x):
-                keep = active_first(status)[:num_active]
-                x = x[keep]
-                storage = x.untyped_storage().data_ptr()
-                rows = keep if rows is None else rows[keep]
+                idle += (len(x) - num_active) * max(dim, LEAST_DIM)
+                if idle >= count.idle_below:
+                    idle = 0
+                    if steps is not None:
+                        left = torch.empty((num_active, dim), dtype=x.dtype)
+                        keep = torch.empty(num_active, dtype=torch.int64)
+                        steps.gather(left.data_ptr(), keep.data_ptr())
+                        x, rows = left, keep  # only now may those before be freed
+                    else:
+                        status = work.status if rows is None else work.status[rows]
+                        keep = active_first(status)[:num_active]
+                        x = x[keep]
+                        rows = keep if rows is None else rows[keep]
+                    address = x.data_ptr()
             if noise is not None and num_active is not None and number % EVERY == 0:
                 noise.after_step(evaluate, x, rows, work)
             del gx  # its memory, for the next evaluation
-        del arrays  # their memory, should the rows have to be solved jointly
+        arrays = ()  # their memory, should the rows have to be solved jointly
         result = SolveResult(work.best, work.status, work.num_steps, work.residual)
+        gx = gx.view(x.shape)
+        if latest is not None and rows is None:
+            latest.append(gx)
         return result if watch is None else watch.settled(result, gx, work)
+
+
+LEAST_DIM = 128
+"""Elements of a sample below which evaluating it costs no less."""
 
 
 def active_first(status: Tensor) -> Tensor:
@@ -146,9 +191,11 @@ class ActiveCount(Protocol):
 
     Attributes:
         pays_below: share of active samples from which on it pays that the others leave the batch.
+        idle_below: elements of stopped samples that are evaluated in vain before they do.
     """
 
     pays_below: float
+    idle_below: int
 
     def after_step(self, status: Tensor) -> int | None:
         """An upper bound on the active samples of `status` (n,): active ones never come back.
@@ -170,8 +217,10 @@ def active_count(device: torch.device) -> ActiveCount:
 class CountAtOnce:
     """Reads the status itself: on the CPU it is there."""
 
-    # Gathering the active rows costs about as much as a step on a fifth of them.
+    # Gathering the active rows costs about as much as a step on a fifth of them, and where they are
+    # few, as evaluating as many elements as this.
     pays_below = 0.8
+    idle_below = 8192
 
     def after_step(self, status: Tensor) -> int:
         """The active samples now."""
@@ -182,6 +231,7 @@ class CountNever:
     """Knows nothing: while a solve is being captured there is nothing to know."""
 
     pays_below = 0.0
+    idle_below = 0
 
     def after_step(self, status: Tensor) -> None:
         """None."""
@@ -231,6 +281,7 @@ class CountLater:
 
     # A gather is a dozen launches here, and may change which kernels evaluate g.
     pays_below = 0.5
+    idle_below = 0
 
     def __init__(self, record: Callable[[], Event], *, pinned: bool) -> None:
         self._record = record

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fpi_cuda import _extension
+from fpi_cuda.ops.compiled import native
 from fpi_cuda.ops.solver_state import CONTROL_SIZE
-from fpi_cuda.options import Anderson, Broyden, FixedPointSolver
+from fpi_cuda.options import Anderson, Broyden, FixedPointSolver, Picard
 from fpi_cuda.solution import SolveResult
+
+if _extension.module_error is None or TYPE_CHECKING:
+    from fpi_cuda._C import HostSolve, HostSteps
+else:
+    HostSteps = None
 
 
 def compute_dtype(state: torch.dtype) -> torch.dtype:
@@ -69,6 +77,10 @@ def depth_of(solver: FixedPointSolver, dim: int) -> int:
     return solver.m if isinstance(solver, Broyden) else 0
 
 
+empty = functools.lru_cache(256)(torch.empty)
+"""Arrays without elements, which serve many solves."""
+
+
 def allocate(
     x0: Tensor, solver: FixedPointSolver, atol: float | Tensor, scratch: Tensor | None = None
 ) -> Workspace:
@@ -84,22 +96,26 @@ def allocate(
     stored = history or x0.dtype
     apart = batch if depth and (isinstance(solver, Broyden) or stored != compute) else 0
     products = 0 if isinstance(solver, Broyden) else depth * (depth + 1) // 2
-    scalar: dict[str, Any] = {"dtype": torch.float64, "device": x0.device}
+    device, double = x0.device, torch.float64
+    previous = (torch.empty if apart else empty)((apart, dim), dtype=compute, device=device)
+    columns = (torch.empty if depth else empty)((batch, depth, dim), dtype=stored, device=device)
     return Workspace(
         best=x0.clone(memory_format=torch.contiguous_format),
-        anchor=x0.new_empty((batch if depth else 0, dim)),
-        f_previous=x0.new_empty((apart, dim), dtype=compute),
-        partner_previous=x0.new_empty((apart, dim), dtype=compute),
-        columns_f=x0.new_empty((batch, depth, dim), dtype=stored),
-        columns_g=x0.new_empty((batch, depth, dim), dtype=stored),
-        gram=torch.empty((batch, products), **scalar),
-        control=torch.zeros((batch, CONTROL_SIZE), **scalar),
-        atol=torch.zeros(batch, **scalar).copy_(atol)
+        anchor=torch.empty_like(x0, memory_format=torch.contiguous_format)
+        if depth
+        else empty((0, dim), dtype=x0.dtype, device=device),
+        f_previous=previous,
+        partner_previous=torch.empty_like(previous) if apart else previous,
+        columns_f=columns,
+        columns_g=torch.empty_like(columns) if depth else columns,
+        gram=(torch.empty if products else empty)((batch, products), dtype=double, device=device),
+        control=torch.zeros((batch, CONTROL_SIZE), dtype=double, device=device),
+        atol=torch.zeros(batch, dtype=double, device=device).copy_(atol)
         if isinstance(atol, Tensor)
-        else torch.full((batch,), atol, **scalar),
-        status=torch.zeros(batch, dtype=torch.int8, device=x0.device),
-        num_steps=torch.zeros(batch, dtype=torch.int32, device=x0.device),
-        residual=torch.full((batch,), torch.inf, **scalar),
+        else torch.full((batch,), atol, dtype=double, device=device),
+        status=torch.zeros(batch, dtype=torch.int8, device=device),
+        num_steps=torch.zeros(batch, dtype=torch.int32, device=device),
+        residual=torch.full((batch,), torch.inf, dtype=double, device=device),
         scratch=scratch,
     )
 
@@ -122,7 +138,8 @@ def reset(work: Workspace, x0: Tensor, atol: float | Tensor) -> None:
 Evaluate = Callable[[Tensor, "Tensor | None"], Tensor]
 """evaluate(x, rows): g on flat states. x is (n, D) and is overwritten by the next step; rows is
 None where x holds the whole batch, else (n,) int64, the samples that x holds. The same rows
-object is passed until the batch shrinks again."""
+object is passed until the batch shrinks again. For loops.host.iterate it may return the n D numbers
+in another shape."""
 
 
 class Backend(Protocol):
@@ -170,11 +187,92 @@ def step(
     op(x, gx, rows, *arrays, **numbers)
 
 
+STATE_TYPES = (torch.float32, torch.float64, torch.bfloat16)
+"""In the order of csrc/common/state_type.h."""
+
+
+class HostWork:
+    """What Workspace is where no op takes the steps: most of it is memory that nobody looks into.
+
+    Args:
+        x: (B, D) where the solve begins; its steps advance it in place.
+    Attributes:
+        best, status, num_steps, residual: as in Workspace.
+        steps: takes the steps of `step_of`. Nobody checks there what the op would: gx is
+            contiguous, of the dtype of x, on the CPU, and apart from it.
+    """
+
+    def __init__(
+        self, x: Tensor, solver: FixedPointSolver, atol: float | Tensor, rtol: float, max_steps: int
+    ) -> None:
+        batch, dim = x.shape
+        solve = host_solve(solver, batch, dim, x.dtype, rtol, max_steps)
+        self.best = best = torch.empty((batch, dim), dtype=x.dtype)
+        self.status = status = torch.empty(batch, dtype=torch.int8)
+        self.num_steps = num_steps = torch.empty(batch, dtype=torch.int32)
+        self.residual = residual = torch.empty(batch, dtype=torch.float64)
+        self._memory = memory = torch.empty(solve.size, dtype=torch.uint8)
+        self._atol = solve.atol
+        given, tolerance = 0, 0.0
+        if isinstance(atol, Tensor):
+            atol = atol.contiguous()
+            given = atol.data_ptr()
+        else:
+            tolerance = atol
+        self.steps = HostSteps(
+            solve, memory.data_ptr(), x.data_ptr(), best.data_ptr(), status.data_ptr(),
+            num_steps.data_ptr(), residual.data_ptr(), given, tolerance,
+        )  # fmt: skip
+
+    def _scalars(self, begin: int, count: int) -> Tensor:
+        return self._memory[begin : begin + 8 * count].view(torch.float64)
+
+    @property
+    def control(self) -> Tensor:
+        """As in Workspace."""
+        batch = len(self.status)
+        return self._scalars(0, batch * CONTROL_SIZE).view(batch, CONTROL_SIZE)
+
+    @property
+    def atol(self) -> Tensor:
+        """As in Workspace."""
+        return self._scalars(self._atol, len(self.status))
+
+    def forget(self) -> None:
+        """See Workspace."""
+        self._memory = self._memory[: self._atol + 8 * len(self.status)].clone()
+
+
+@functools.lru_cache(256)
+def host_solve(
+    solver: FixedPointSolver, batch: int, dim: int, dtype: torch.dtype, rtol: float, max_steps: int
+) -> HostSolve:
+    """The sizes and numbers of such a solve."""
+    history = solver.history_dtype if isinstance(solver, Anderson) else None
+    return HostSolve(
+        isinstance(solver, Broyden),
+        STATE_TYPES.index(dtype),
+        STATE_TYPES.index(history or dtype),
+        batch,
+        dim,
+        depth_of(solver, dim),
+        rtol,
+        max_steps,
+        solver.damping if isinstance(solver, Picard) else solver.beta,
+        solver.ridge if isinstance(solver, Anderson) else 0.0,
+    )
+
+
+def is_native(backend: Backend) -> bool:
+    """Whether HostWork serves it."""
+    return backend.name == native.name and HostSteps is not None
+
+
 def apart_from(x: Tensor, gx: Tensor) -> Tensor:
     """gx contiguous, and copied if it lies in the storage of x: g returned x or a view of it."""
     if gx.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
         gx = gx.clone()
-    return gx.contiguous()
+    return gx.contiguous().resolve_neg()
 
 
 def empty_result(x0: Tensor) -> SolveResult:

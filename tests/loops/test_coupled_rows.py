@@ -14,6 +14,7 @@ from coupled_maps import COUPLED, F64, SOLVERS, Map, graph, orthogonal, same_as_
 from torch import Tensor, nn
 
 import fpi_cuda as fpi
+from fpi_cuda.loops import host
 from fpi_cuda.loops.coupled import LEVELS, rows_mix
 
 
@@ -238,7 +239,12 @@ def test_a_kept_promise_keeps_its_statuses_under_autocast() -> None:
     assert min(found) > max(found) // 2
 
 
-def test_one_evaluation_more_where_rows_stopped_apart() -> None:
+@pytest.mark.parametrize("leaving", [False, True], ids=["all_stay", "some_leave"])
+def test_one_evaluation_more_where_rows_have_left(
+    leaving: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all stay, the latest evaluation was that of all rows at the points returned."""
+    monkeypatch.setattr(host.CountAtOnce, "idle_below", 0 if leaving else 1 << 30)
     calls = []
 
     def g(x: Tensor, z: Tensor) -> Tensor:
@@ -249,7 +255,8 @@ def test_one_evaluation_more_where_rows_stopped_apart() -> None:
     options: dict[str, Any] = {"rowwise": True, "rtol": 1e-8}
     with torch.no_grad():
         sol = fpi.fixed_point(g, torch.zeros_like(z), z, **options)
-        assert len(calls) == int(sol.num_steps.max()) + 1
+        assert len(calls) == int(sol.num_steps.max()) + leaving
+        assert (min(calls) < 5) == leaving
         calls.clear()
         fpi.fixed_point(g, sol.value, z, **options)
     assert calls == [5]
