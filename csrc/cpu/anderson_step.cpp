@@ -30,11 +30,11 @@ struct Plan : AndersonPlan {
   Plan() : AndersonPlan{} {}
 };
 
-// <df, column> and <f, column> of N columns, in one reading of each. What df and f hold past n is
-// zero.
-template <class Acc, int N, class C, class H>
-FPI_INLINE void dot_columns(const C* df, const C* f, const H* const* columns, int n,
-                            double* const* with_df, double* const* with_f) {
+// <df, column> and <f, column> of four columns at a time, as dot2 takes them of one. What df and f
+// hold past n is zero.
+template <class Acc, class C, class H>
+FPI_INLINE void dot2_of_four(const C* df, const C* f, const H* const* columns, int n,
+                             double* const* with_df, double* const* with_f) {
   using Vector = typename Lanes<Acc>::Vector;
   Vector sum_df[4] = {}, sum_f[4] = {};
   for_lanes(0, n, [&](int64_t j, int run) {
@@ -42,25 +42,18 @@ FPI_INLINE void dot_columns(const C* df, const C* f, const H* const* columns, in
     load<Acc>(df + j, left);
     load<Acc>(f + j, right);
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) {
+    for (int k = 0; k < 4; ++k) {
       load_run<Acc>(columns[k] + j, run, column);
       sum_df[k] += left * column;
       sum_f[k] += right * column;
     }
   });
-  if constexpr (N == 4) {
-    double four_df[4], four_f[4];
-    sum_four<Acc>(sum_df[0], sum_df[1], sum_df[2], sum_df[3], four_df);
-    sum_four<Acc>(sum_f[0], sum_f[1], sum_f[2], sum_f[3], four_f);
-    for (int k = 0; k < N; ++k) {
-      *with_df[k] += four_df[k];
-      *with_f[k] += four_f[k];
-    }
-  } else {
-    for (int k = 0; k < N; ++k) {
-      *with_df[k] += sum_lanes<Acc>(sum_df[k]);
-      *with_f[k] += sum_lanes<Acc>(sum_f[k]);
-    }
+  double of_df[4], of_f[4];
+  sum_four<Acc>(sum_df[0], sum_df[1], sum_df[2], sum_df[3], of_df);
+  sum_four<Acc>(sum_f[0], sum_f[1], sum_f[2], sum_f[3], of_f);
+  for (int k = 0; k < 4; ++k) {
+    *with_df[k] += of_df[k];
+    *with_f[k] += of_f[k];
   }
 }
 
@@ -142,13 +135,11 @@ FPI_INLINE void measure(const Row<T, H>& row, int64_t begin, int64_t end, bool f
     }
     int k = 0;
     for (; k + 4 <= columns; k += 4) {
-      dot_columns<Acc, 4>(df, f, here + k, n, with_df + k, with_f + k);
+      dot2_of_four<Acc>(df, f, here + k, n, with_df + k, with_f + k);
     }
-    if (k + 2 <= columns) {
-      dot_columns<Acc, 2>(df, f, here + k, n, with_df + k, with_f + k);
-      k += 2;
+    for (; k < columns; ++k) {
+      dot2<Acc>(df, f, here[k], n, *with_df[k], *with_f[k]);
     }
-    if (k < columns) dot_columns<Acc, 1>(df, f, here + k, n, with_df + k, with_f + k);
   }
 }
 
@@ -203,8 +194,9 @@ FPI_INLINE void advance(const Row<T, H>& row, const Plan& plan, int64_t begin, i
   if (moved(row, plan.decision, begin, end)) return;
   int64_t at = begin;
   for (; at + 4 * kLanes <= end; at += 4 * kLanes) mix<4>(row, plan, at, kLanes);
-  for (; at + kLanes <= end; at += kLanes) mix<1>(row, plan, at, kLanes);
-  if (at < end) mix<1>(row, plan, at, static_cast<int>(end - at));
+  for (; at < end; at += kLanes) {
+    mix<1>(row, plan, at, static_cast<int>(std::min<int64_t>(kLanes, end - at)));
+  }
 }
 
 template <class T, class H>

@@ -26,6 +26,11 @@ struct Lanes {
   typedef T Quarter __attribute__((vector_size(kLanes / 4 * sizeof(T))));
 };
 
+// The bits of bfloat16 lanes, and of the float lanes that they are the upper halves of.
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+static_assert(sizeof(Halves) == kLanes * sizeof(BFloat16));
+
 template <class Acc, class A>
 FPI_INLINE void load(const A* from, typename Lanes<Acc>::Vector& to) {
   if constexpr (std::is_same_v<Acc, A>) {
@@ -35,9 +40,13 @@ FPI_INLINE void load(const A* from, typename Lanes<Acc>::Vector& to) {
     std::memcpy(&narrow, from, sizeof narrow);
     to = __builtin_convertvector(narrow, typename Lanes<Acc>::Vector);
   } else {
-    Acc wide[kLanes];
-    for (int l = 0; l < kLanes; ++l) wide[l] = static_cast<Acc>(from[l]);
-    std::memcpy(&to, wide, sizeof to);
+    Words bits;
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    bits = __builtin_convertvector(halves, Words) << 16;
+    Lanes<float>::Vector narrow;
+    std::memcpy(&narrow, &bits, sizeof narrow);
+    to = __builtin_convertvector(narrow, typename Lanes<Acc>::Vector);
   }
 }
 
@@ -73,13 +82,25 @@ FPI_INLINE void load_run(const A* from, int n, typename Lanes<Acc>::Vector& to) 
   n == kLanes ? load<Acc>(from, to) : load_some<Acc>(from, n, to);
 }
 
+template <class C, class A>
+FPI_INLINE void store(const typename Lanes<C>::Vector& from, A* to) {
+  if constexpr (std::is_same_v<C, A>) {
+    std::memcpy(to, &from, sizeof from);
+  } else {
+    // As BFloat16 rounds.
+    Words bits;
+    std::memcpy(&bits, &from, sizeof bits);
+    const auto nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Halves halves = __builtin_convertvector(nan ? Words{} + 0x7fc0u : rounded, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+  }
+}
+
 // The first n lanes, kLanes at most.
 template <class C, class A>
 FPI_INLINE void store_run(const typename Lanes<C>::Vector& from, int n, A* to) {
-  if (n == kLanes && std::is_same_v<C, A>) {
-    std::memcpy(to, &from, sizeof from);
-    return;
-  }
+  if (n == kLanes) return store<C>(from, to);
   C lanes[kLanes];
   std::memcpy(lanes, &from, sizeof from);
   for (int l = 0; l < n; ++l) to[l] = static_cast<A>(lanes[l]);
