@@ -88,7 +88,8 @@ def modules_of(g: object) -> list[nn.Module]:
                 found[id(module)] = module
                 if number < budget:
                     # What it holds where torch does not look for modules.
-                    if module.__dict__.keys() <= numbers_of(type(module)):
+                    kind: Any = type(module)
+                    if module.__dict__.keys() <= numbers_of(kind):
                         continue
                     pending += [
                         value
