@@ -156,7 +156,10 @@ def iterate(
                 break
             if rowwise and num_active is not None and num_active <= count.pays_below * len(x):
                 idle += (len(x) - num_active) * max(dim, LEAST_DIM)
-                if idle >= count.idle_below:
+                # Whoever has given a promise for rows that leave is held to it on all of them: that
+                # takes an evaluation more.
+                whole = x.numel() if rows is None else 0
+                if idle >= (count.idle_below and max(count.idle_below, whole)):
                     idle = 0
                     if steps is not None:
                         left = torch.empty((num_active, dim), dtype=x.dtype)
