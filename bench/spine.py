@@ -45,7 +45,7 @@ BRANCHES = (
     ast.comprehension,
 )  # fmt: skip
 
-SOLVERS = ("anderson_step_", "broyden_step_", "cell_loop_", "step")
+SOLVERS = ("anderson_step_", "broyden_step_", "cell_loop_", "step", "solve")
 """The ops that solve, and the host loop's way to what they do; others look at what was solved."""
 OURS = ("self", "cls", "other")
 """What objects of this package's own classes are called in their methods."""

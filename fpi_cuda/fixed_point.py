@@ -317,6 +317,8 @@ def reported(
     if born_after is None:
         if not loop.sees_all_rows and rests_on_a_word(bound_map, plan.rowwise):
             result = require_kept_word(solved, coupling)
+        if not plan.layout.is_tuple and result.x.shape == plan.layout.shape:
+            return result.x, result
         with torch.enable_grad():  # views made under no_grad refuse in-place operations
             return plan.layout.taken_apart(result.x), result
     check = check_of(result, bound_map, options, coupling, plan.rowwise, engine.num_moved)

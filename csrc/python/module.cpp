@@ -4,8 +4,6 @@
 // Tensors come as addresses and sizes, so that a build serves every torch; it serves one Python.
 #include <pybind11/pybind11.h>
 
-#include <cmath>
-#include <limits>
 #include <utility>
 
 #include "interface.h"
@@ -13,6 +11,7 @@
 #include "python/device_loop.h"
 #include "python/host_steps.h"
 #include "python/library.h"
+#include "python/row_sizes.h"
 
 namespace py = pybind11;
 
@@ -162,29 +161,8 @@ void gradients(const CellPlan& plan, std::int64_t batch, py::handle layers, py::
   plan.gradients(call);
 }
 
-// See _C.pyi. A number that is not finite shows in the largest.
-template <class T>
-py::tuple row_sizes(std::uintptr_t rows, std::int64_t batch, std::int64_t dim, double factor,
-                    std::uintptr_t scaled_norms) {
-  const T* row = reinterpret_cast<const T*>(rows);
-  auto* const norms = reinterpret_cast<double*>(scaled_norms);
-  double least = std::numeric_limits<double>::infinity(), largest = 0.0;
-  for (std::int64_t i = 0; i < batch; ++i, row += dim) {
-    double most = 0.0, squares = 0.0;
-    for (std::int64_t j = 0; j < dim; ++j) {
-      const double size = std::fabs(static_cast<double>(row[j]));
-      if (size > most) most = size;
-      squares += size * size;
-    }
-    // Squares of float64 may overflow or vanish: the caller looks at the sizes.
-    norms[i] = factor * std::sqrt(squares);
-    if (std::isnan(squares)) most = squares;
-    if (most < least) least = most;
-    if (!(most <= largest) && !std::isnan(largest)) largest = most;
-  }
-  return py::make_tuple(least, largest);
-}
-
+// Numbers that a step reads and writes, from which on other threads may run meanwhile. Handing the
+// GIL over and getting it back takes as long as a step on few of them.
 constexpr std::int64_t kLong = 1 << 15;
 
 std::int64_t host_step(fpi::HostSteps& steps, std::uintptr_t gx) {
@@ -208,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("captured_nodes", &captured_nodes, py::arg("stream"), WithoutGil());
   m.def("restart_capture", &restart_capture, py::arg("stream"), WithoutGil());
 
-  m.def("row_sizes", &row_sizes<float>, py::arg("rows"), py::arg("batch"), py::arg("dim"),
+  m.def("row_sizes", &fpi::row_sizes, py::arg("rows"), py::arg("batch"), py::arg("dim"),
         py::arg("factor"), py::arg("scaled_norms"));
 
   // Local to this file: a second copy of it in a process has types of its own.

@@ -160,8 +160,8 @@ class BoundMap:
             said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise RuntimeError(NOT_ROW_BY_ROW.format(said)) from error
 
-    def evaluator(self) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """`evaluate` for the many steps of one solve; it may leave g(x) in the shape of the state.
+    def evaluator(self, x0: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """`evaluate` for the steps of a solve from x0; it may leave g(x) in the shape of the state.
 
         Once an evaluation has shown that it is a call of g, later ones at the same x, whose numbers
         the solver overwrites, look only whether anything has changed that could make it more.
@@ -178,20 +178,22 @@ class BoundMap:
         read = (self.read,) if self.hoisted else self.read
         read_only, versions = self._read_only, [0]
 
-        def once(x: Tensor) -> Any:
-            return call(x.clone().view(shape), *read)
+        def again() -> Any:
+            return call(x0.clone().view(shape), *read)
 
         def first(x: Tensor) -> Any:
             """g(x), where that is seen to be all that there is to do; else UNSEEN_YET."""
             looked_after = self.hoisted or self.buffers or read_only.read is not read
             if looked_after or read_only.uncounted or x.is_inference():
                 return UNSEEN_YET
-            given = x.clone()
-            evaluation = functools.partial(call, given.view(shape), *read)
-            gx = context.look_on(evaluation, functools.partial(once, x))
+            version = counted_version(x)
+            gx = context.look_on(functools.partial(call, x.view(shape), *read), again)
             if gx is not UNSEEN_YET:
-                context.changes_x = counted_version(given) != 0
+                context.changes_x = counted_version(x) != version
                 self._whole = x
+                if context.changes_x:
+                    gx = gx.clone() if isinstance(gx, Tensor) else gx
+                    x.copy_(x0)
             return gx
 
         def evaluate(x: Tensor, rows: Tensor | None) -> Any:

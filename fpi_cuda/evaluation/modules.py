@@ -29,11 +29,14 @@ MOST_VISITED = 512
 ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(None), torch.dtype)
 
 
-NUMBERS = (int, float, bool, type(None))
-"""Those that modules hold most, told by type alone."""
-
-
 EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
+
+
+@functools.lru_cache(256)
+def numbers_of(kind: Any) -> frozenset[str]:
+    """Names under which a module of this class holds none but those that torch looks into."""
+    own = kind.__module__.startswith("torch.nn.")
+    return EVERY_MODULE_HAS.union(getattr(kind, "__constants__", ()) if own else ())
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:
@@ -85,12 +88,13 @@ def modules_of(g: object) -> list[nn.Module]:
                 found[id(module)] = module
                 if number < budget:
                     # What it holds where torch does not look for modules.
+                    kind: Any = type(module)
+                    if module.__dict__.keys() <= numbers_of(kind):
+                        continue
                     pending += [
                         value
                         for name, value in module.__dict__.items()
-                        if name not in EVERY_MODULE_HAS
-                        and type(value) not in NUMBERS
-                        and not isinstance(value, ATOMS)
+                        if name not in EVERY_MODULE_HAS and not isinstance(value, ATOMS)
                     ]
             budget -= min(budget, len(new))
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -32,6 +33,9 @@ from fpi_cuda.solution import SolveResult, Status
 if TYPE_CHECKING:
     from fpi_cuda._C import HostSteps
 
+ALREADY = contextlib.nullcontext()
+"""In the place of no_grad under it."""
+
 name = "host"
 is_late = False
 sees_all_rows = False
@@ -50,7 +54,7 @@ def solve(
         with torch.inference_mode(False):  # whose tensors do not count how often they are changed
             return solve(plan, bound_map, x0, coupling)
     result = iterate(
-        bound_map.evaluator(),
+        bound_map.evaluator(x0),
         x0,
         options.solver,
         rtol=options.rtol,
@@ -99,7 +103,7 @@ def iterate(
     """
     if x0.shape[0] == 0:
         return empty_result(x0)
-    with torch.no_grad():
+    with torch.no_grad() if torch.is_grad_enabled() else ALREADY:
         watch = None
         if coupling is not None:
             system = System(
@@ -153,7 +157,10 @@ def iterate(
                 break
             if rowwise and num_active is not None and num_active <= count.pays_below * len(x):
                 idle += (len(x) - num_active) * max(dim, LEAST_DIM)
-                if idle >= count.idle_below:
+                # Whoever has given a promise for rows that leave is held to it on all of them: that
+                # takes an evaluation more.
+                whole = x.numel() if rows is None else 0
+                if idle >= (count.idle_below and max(count.idle_below, whole)):
                     idle = 0
                     if steps is not None:
                         left = torch.empty((num_active, dim), dtype=x.dtype)
