@@ -159,6 +159,7 @@ class KeptPlan:
             and (options.atol <= 0 or adjoint.rtol is not None)
             and lowered.x_factor is None
             and all(layer.factor is None for layer in lowered.layers)
+            and all(name in DERIVATIVES for name in self._activations)
         )
         self.adjoint_rtol = options.rtol
         if isinstance(adjoint, Implicit) and adjoint.rtol is not None:
