@@ -497,7 +497,10 @@ def differentiated(
     What was solved is attached again, by what serves any map, to the map in torch.
     """
     plan = run.plan.plan
-    present = [t for t in tensors if t is not None]
+    with torch.enable_grad():
+        # Aliases: one of them may have been computed from another.
+        aliases = [None if t is None else t.view_as(t) for t in tensors]
+    present = [t for t in aliases if t is not None]
     form = run.plan
 
     def g(x: Tensor, *given: Tensor) -> Tensor:
@@ -517,7 +520,7 @@ def differentiated(
     )
     with torch.enable_grad():
         value = attach(bound_map, x.detach(), None, strategy, born_after)
-    inputs = [t for t, wanted in zip(tensors, needed, strict=True) if wanted]
+    inputs = [t for t, wanted in zip(aliases, needed, strict=True) if wanted]
     grads = iter(
         torch.autograd.grad(
             value, inputs, v, create_graph=torch.is_grad_enabled(), allow_unused=True
