@@ -43,25 +43,6 @@ class DeviceLoop:
     def close(self) -> None:
         """Free the graph; a launch under way ends as it should."""
 
-class CellPlan:
-    """The solves of one lowered cell on the CPU: it owns the memory that they take.
-
-    Arrays are contiguous, of float32, or float64 where the plan is; 0 stands for none. Several
-    threads may call one plan at once. Weights are read anew in every call.
-
-    Args:
-        float64: the state's dtype, else float32.
-        dim: features of the state.
-        hidden: outputs of the first of two layers; 0: there is one layer.
-        activations, derivatives: codes of fpi_cuda.activations.CODES, of each layer.
-        carry: see fpi_cuda.lowered.Lowered.
-        depth: of Anderson's history; 0 for Picard. beta, ridge: its numbers, or Picard's damping.
-        rtol, atol, max_steps: of the stop test.
-        precision: place in fpi_cuda.options.PRECISIONS.
-        adjoint_depth, adjoint_beta, adjoint_ridge, adjoint_max_steps: likewise of the adjoint.
-        adjoint_rtol: its tolerance, relative to the norm of v.
-    Raises:
-        ValueError: a number is none of those that there are.
 def row_sizes(
     rows: int, batch: int, dim: int, factor: float, scaled_norms: int
 ) -> tuple[float, float]:
@@ -83,6 +64,83 @@ class HostSolve:
         size: bytes of memory that the solve takes besides what it returns; first of it comes
             `control`, as solver_state has it.
         atol: where in it (B,) float64 tolerances begin.
+    """
+
+    def __init__(
+        self,
+        broyden: bool,
+        state: int,
+        history: int,
+        batch: int,
+        dim: int,
+        depth: int,
+        rtol: float,
+        max_steps: int,
+        beta: float,
+        ridge: float,
+    ) -> None: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def atol(self) -> int: ...
+
+class HostSteps:
+    """A solve under way, and its steps, on arrays that are given by their addresses.
+
+    They are what the ops of csrc/step_ops.cpp take, which check them; here nobody does. They must
+    outlast this object.
+
+    Args:
+        memory: of solve.size bytes.
+        x, best: (B, D). best, status, num_steps and residual (B,) are made those of a solve that
+            begins at x.
+        atol: of (B,) float64; 0: `tolerance` is that of all.
+    """
+
+    def __init__(
+        self,
+        solve: HostSolve,
+        memory: int,
+        x: int,
+        best: int,
+        status: int,
+        num_steps: int,
+        residual: int,
+        atol: int,
+        tolerance: float,
+    ) -> None: ...
+    def step(self, gx: int) -> int:
+        """One step from gx (n, D), in place; how many of the n rows of x have not stopped.
+
+        Raises:
+            RuntimeError: no memory.
+        """
+
+    def gather(self, x: int, sample_of: int) -> None:
+        """Write the rows that have not stopped to x, and their samples to sample_of (n,) int64.
+
+        The next steps advance these.
+        """
+
+class CellPlan:
+    """The solves of one lowered cell on the CPU: it owns the memory that they take.
+
+    Arrays are contiguous, of float32, or float64 where the plan is; 0 stands for none. Several
+    threads may call one plan at once. Weights are read anew in every call.
+
+    Args:
+        float64: the state's dtype, else float32.
+        dim: features of the state.
+        hidden: outputs of the first of two layers; 0: there is one layer.
+        activations, derivatives: codes of fpi_cuda.activations.CODES, of each layer.
+        carry: see fpi_cuda.lowered.Lowered.
+        depth: of Anderson's history; 0 for Picard. beta, ridge: its numbers, or Picard's damping.
+        rtol, atol, max_steps: of the stop test.
+        precision: place in fpi_cuda.options.PRECISIONS.
+        adjoint_depth, adjoint_beta, adjoint_ridge, adjoint_max_steps: likewise of the adjoint.
+        adjoint_rtol: its tolerance, relative to the norm of v.
+    Raises:
+        ValueError: a number is none of those that there are.
     """
 
     def __init__(
@@ -197,56 +255,3 @@ class HostSolve:
 
     def clear(self) -> None:
         """Give that memory back."""
-        broyden: bool,
-        state: int,
-        history: int,
-        batch: int,
-        dim: int,
-        depth: int,
-        rtol: float,
-        max_steps: int,
-        beta: float,
-        ridge: float,
-    ) -> None: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def atol(self) -> int: ...
-
-class HostSteps:
-    """A solve under way, and its steps, on arrays that are given by their addresses.
-
-    They are what the ops of csrc/step_ops.cpp take, which check them; here nobody does. They must
-    outlast this object.
-
-    Args:
-        memory: of solve.size bytes.
-        x, best: (B, D). best, status, num_steps and residual (B,) are made those of a solve that
-            begins at x.
-        atol: of (B,) float64; 0: `tolerance` is that of all.
-    """
-
-    def __init__(
-        self,
-        solve: HostSolve,
-        memory: int,
-        x: int,
-        best: int,
-        status: int,
-        num_steps: int,
-        residual: int,
-        atol: int,
-        tolerance: float,
-    ) -> None: ...
-    def step(self, gx: int) -> int:
-        """One step from gx (n, D), in place; how many of the n rows of x have not stopped.
-
-        Raises:
-            RuntimeError: no memory.
-        """
-
-    def gather(self, x: int, sample_of: int) -> None:
-        """Write the rows that have not stopped to x, and their samples to sample_of (n,) int64.
-
-        The next steps advance these.
-        """

@@ -45,7 +45,7 @@ def plan_of(
     engine = ops.resolve(options.backend, layout.device, layout.dtype)
     key, asked = (type(g), id(options), id(layout)), options
     if plain:
-        found, known = host_plans.get(key, (None, None))
+        found, known = plans.get(key, (None, None))
         # Another may have the number of an object that is gone; its layout the plan holds.
         if known is not None and found is options and known.engine is engine:
             return known
@@ -54,10 +54,10 @@ def plan_of(
     rowwise, whole = asks_rowwise(g, options.rowwise, options.batch_dims), why_not_hoisted(g)
     plan = Plan(layout, options, engine, rowwise, whole, solver, host)
     plan = choose(g, plan, only_host=only_host, rehearse=rehearse)
-    if plain and plan.loop is host:
-        if len(host_plans) >= MOST_PLANS:
-            host_plans.clear()
-        host_plans[key] = asked, plan
+    if plain:
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plans[key] = asked, plan
     return plan
 
 
@@ -81,25 +81,8 @@ def is_plain_map(g: Any) -> bool:
 
 MOST_PLANS = 256
 
-host_plans: dict[tuple[type, int, int], tuple[Options, Plan]] = {}
+plans: dict[tuple[type, int, int], tuple[Options, Plan]] = {}
 """Those of maps that are nothing but called, of which a plan depends on no more than their type."""
-
-
-def planned(
-    g: Any,
-    layout: Layout,
-    options: Options,
-    engine: Any,
-    *,
-    only_host: str | None,
-    rehearse: bool,
-) -> Plan:
-    """The same by the backend that was found."""
-    options = options.storable(engine.name, layout.dtype)
-    solver = options.adjoint_solver(layout.dim)
-    rowwise, whole = asks_rowwise(g, options.rowwise, options.batch_dims), why_not_hoisted(g)
-    plan = Plan(layout, options, engine, rowwise, whole, solver, host)
-    return choose(g, plan, only_host=only_host, rehearse=rehearse)
 
 
 def choose(g: Any, plan: Plan, *, only_host: str | None = None, rehearse: bool = False) -> Plan:

@@ -47,10 +47,13 @@ class Capture:
     Attributes:
         form: what it was recognised as.
         verified: it was compared with g itself.
+        plain: where the x of the trace requires grad, another trace with one that does not, which
+            was recognised as the same: g may look at that.
     """
 
     def __init__(self, form: Form, guards: Any, function: Callable[..., Any], g: Any) -> None:
         self.form = form
+        self.plain: Capture | None = None
         self.verified = False
         self._guards = guards
         self._function = function
@@ -59,6 +62,10 @@ class Capture:
     def holds(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> bool:
         """Whether a trace of g would be the same now. Under the grad mode of the trace."""
         guards = self._guards
+        if self.plain is not None:
+            if not self.plain.holds(g, x, z):
+                return False
+            x = leaf_of(x)
         # Dynamo lets go of an entry when something that it knows by its address is gone.
         if guards.cache_entry is None or not guards.check({"g": g, "x": x, "z": z}):
             return False
@@ -66,12 +73,20 @@ class Capture:
 
     def reads(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> tuple[Any, ...]:
         """What an evaluation of g reads, where the trace holds: as it is now, x among it."""
-        given: tuple[Any, ...] = self._function(g, x, z)
-        return given
+        if self.plain is None:
+            given: tuple[Any, ...] = self._function(g, x, z)
+            return given
+        leaf = leaf_of(x)
+        return tuple([x if t is leaf else t for t in self._function(g, leaf, z)])
 
     def lowered(self, given: tuple[Any, ...]) -> Lowered:
         """The map that g is where it reads these, with the graph that the grad mode allows."""
         return self.form.lowered(self.form.hoisted(*given))
+
+
+def leaf_of(x: Tensor) -> Tensor:
+    """x as something to differentiate by."""
+    return x.detach().requires_grad_()
 
 
 def classes_of(g: Any) -> list[tuple[Any, Callable[[Any], Any], Any]]:
@@ -111,11 +126,17 @@ class Kind:
         self.captures: list[Capture] = []
         self.refusals: dict[Hashable, str] = {}
         self.evaluation = types.FunctionType(call_g.__code__.replace(), globals())
+        self.plain_evaluation = types.FunctionType(call_plain_g.__code__.replace(), globals())
 
 
 def call_g(g: Any, x: Any, z: Any) -> Any:
     """What is traced. Each kind has a copy, for Dynamo keeps its traces by code."""
     return g(x, *z)
+
+
+def call_plain_g(g: Any, x: Any, z: Any) -> Any:
+    """The same in a way that lets g make a leaf of x, which Dynamo else refuses."""
+    return g(x.clone(), *z).detach()
 
 
 lock = threading.RLock()
@@ -204,7 +225,7 @@ def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
             reason = why_of_no_form(g)
             if reason is not None:
                 raise NotLowered(reason)
-            capture = traced(kind.evaluation, g, x, z)
+            capture = traced_in_turn(kind, g, x, z)
         except NotLowered as refusal:
             kind.refusals[key] = str(refusal)
             raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {refusal}") from refusal
@@ -227,8 +248,34 @@ def key_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Hashable:
     return which, shapes
 
 
-def traced(evaluation: Callable[..., Any], g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
-    """A trace of g, made now."""
+def traced_in_turn(kind: Kind, g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
+    """A trace of g, with an x that requires grad where g makes a leaf of one that does not."""
+    try:
+        return traced(kind.evaluation, g, x, z)
+    except NotLowered as refusal:
+        if "requires_grad_()" not in str(refusal):
+            raise
+    try:
+        found = traced(kind.evaluation, g, leaf_of(x), z)
+    except NotLowered as refusal:
+        if "requires_grad_()" not in str(refusal):
+            raise
+        raise NotLowered("it takes a derivative by what it detached from x") from refusal
+    found.plain = traced(kind.plain_evaluation, g, x, z, plain=True)
+    found.plain._classes = []  # found looks at them
+    if not found.form.differentiates or found.form.code != found.plain.form.code:
+        raise NotLowered("it computes another value where x requires grad")
+    return found
+
+
+def traced(
+    evaluation: Callable[..., Any], g: Any, x: Tensor, z: tuple[Any, ...], plain: bool = False
+) -> Capture:
+    """A trace of g, made now.
+
+    Args:
+        plain: the evaluation is a call_plain_g.
+    """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as entries_of
 
     found: list[Form | NotLowered] = []
@@ -236,7 +283,7 @@ def traced(evaluation: Callable[..., Any], g: Any, x: Tensor, z: tuple[Any, ...]
     def read(module: Any, _: object) -> Callable[..., Any]:
         """What Dynamo calls with the graph, and then with what the graph reads."""
         try:
-            form = recognised(module.graph, state_in(module.graph))
+            form = recognised(module.graph, state_in(module.graph), plain=plain)
         except NotLowered as reason:
             found.append(reason)
             return lambda *_: (None,)
@@ -252,7 +299,8 @@ def traced(evaluation: Callable[..., Any], g: Any, x: Tensor, z: tuple[Any, ...]
         raise
     except Exception as error:
         if len(found) != 1:
-            said = (str(error).splitlines() or [""])[0]
+            cause = getattr(error, "inner_exception", None) or error
+            said = (str(cause).splitlines() or [""])[0]
             raise NotLowered(f"it was not traced ({type(error).__name__}: {said})") from error
     if len(found) != 1:
         raise NotLowered("it was not traced: Dynamo is switched off, or does not look into it")

@@ -169,6 +169,7 @@ class KeptPlan:
             and (options.atol <= 0 or adjoint.rtol is not None)
             and lowered.x_factor is None
             and all(layer.factor is None for layer in lowered.layers)
+            and all(name in DERIVATIVES for name in self._activations)
         )
         self.adjoint_rtol = options.rtol
         if isinstance(adjoint, Implicit) and adjoint.rtol is not None:
@@ -509,7 +510,10 @@ def differentiated(
     What was solved is attached again, by what serves any map, to the map in torch.
     """
     plan = run.plan.plan
-    present = [t for t in tensors if t is not None]
+    with torch.enable_grad():
+        # Aliases: one of them may have been computed from another.
+        aliases = [None if t is None else t.view_as(t) for t in tensors]
+    present = [t for t in aliases if t is not None]
     form = run.plan
 
     def g(x: Tensor, *given: Tensor) -> Tensor:
@@ -529,7 +533,7 @@ def differentiated(
     )
     with torch.enable_grad():
         value = attach(bound_map, x.detach(), None, strategy, born_after)
-    inputs = [t for t, wanted in zip(tensors, needed, strict=True) if wanted and t is not None]
+    inputs = [t for t, wanted in zip(aliases, needed, strict=True) if wanted and t is not None]
     grads = iter(
         torch.autograd.grad(
             value, inputs, v, create_graph=torch.is_grad_enabled(), allow_unused=True
