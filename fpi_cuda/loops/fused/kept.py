@@ -15,6 +15,7 @@ from fpi_cuda import _extension
 from fpi_cuda.activations import CODES, DERIVATIVES
 from fpi_cuda.autograd import Account, BoundMap, Strategy, attach, sequence_number
 from fpi_cuda.autograd.closed_over import here
+from fpi_cuda.cells.lowering import EVALUATION
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.modules import modules_in
 from fpi_cuda.evaluation.recomputed import hooks_on_saved_tensors
@@ -47,6 +48,9 @@ DECLINED = -1
 
 ROUTE = Route("fused")
 
+REDEFINED = frozenset((*EVALUATION, "lower", "lower_descent", "value", "gradient", "_partial"))
+"""What somebody may have set on the instance of a cell or of its energy."""
+
 
 def is_plain_call(*, grad: bool) -> bool:
     """Whether nothing around the call changes or watches what torch computes."""
@@ -72,37 +76,24 @@ class OwnCell:
     capture = None
 
     def __init__(self, g: nn.Module) -> None:
-        self._parts = [
-            (part.__dict__, type(part), part, part._modules, [*part._modules.values()])
-            for part in modules_in(g)
-        ]
-        self._classes = capture.classes_of(g)
+        # No part of g is held, for plans are kept as long as g lives.
+        self._kinds = [type(part) for part in modules_in(g)]
+        self._classes = capture.Classes(self._kinds)
 
     @staticmethod
     def can_keep(g: Any) -> bool:
         """Whether all of it is this package's own, or a Linear."""
-        return isinstance(g, nn.Module) and all(
-            type(part) is LINEAR or is_ours(part) for part in modules_in(g)
-        )
+        return is_ours(g) and all(type(part) is LINEAR or is_ours(part) for part in modules_in(g))
 
     def lowered(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Lowered | None:
         """What the cell is now; None where that has to be looked into."""
-        if hooks_on_all() or functional.linear is not FUNCTIONAL_LINEAR:
+        if hooks_on_all() or functional.linear is not FUNCTIONAL_LINEAR or not g.rowwise:
             return None
-        for own, kind, part, modules, children in self._parts:
-            if (
-                type(part) is not kind
-                or own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-                or "forward" in own
-                or own["_modules"] is not modules
-                or [*modules.values()] != children
-                or (kind is not LINEAR and why_own_call_matters(part))
-            ):
+        parts = modules_in(g)
+        for part in parts:
+            if why_own_call_matters(part) or not REDEFINED.isdisjoint(part.__dict__):
                 return None
-        if not all(read(of) == known for of, read, known in self._classes):
+        if [type(part) for part in parts] != self._kinds or not self._classes.unchanged():
             return None
         lowered: Lowered = g.lower(g.prepare(*z))
         return lowered
@@ -199,14 +190,15 @@ class KeptPlan:
         found = source.capture
         self.route = Route("fused", plan.reasons, None if found is None else found.form.words)
 
-    def serves(self, x0: Any, options: Options) -> bool:
-        """Whether it is for such a state and these options."""
+    def serves(self, x0: Any, z: tuple[Any, ...], options: Options) -> bool:
+        """Whether it is for such a state, such inputs and these options."""
         return (
             type(x0) is Tensor
             and x0.shape == self.shape
             and x0.dtype is self.dtype
             and x0.device.type == "cpu"
             and (options is self.options or options == self.options)
+            and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in z)
         )
 
     def tensors_of(self, lowered: Lowered) -> list[Tensor | None] | None:
@@ -531,8 +523,10 @@ known: weakref.WeakKeyDictionary[Any, tuple[KeptPlan, ...]] = weakref.WeakKeyDic
 
 
 def key_of(g: Any) -> Any:
-    """What the plans of g are kept by."""
-    return g if hasattr(type(g), "lower") else capture.key_of_kind(g)
+    """What the plans of g are kept by; None if there can be none."""
+    if hasattr(type(g), "lower"):
+        return g if is_ours(g) else None
+    return capture.key_of_kind(g)
 
 
 def kept_solution(
@@ -540,12 +534,15 @@ def kept_solution(
 ) -> tuple[Solution, int] | None:
     """The solution by a plan that is kept, and its worst status; None where there is none."""
     key = key_of(g)
-    plans = known.get(key)
+    plans = () if key is None else known.get(key)
     if not plans or not is_plain_call(grad=torch.is_grad_enabled()):
         return None
     for plan in plans:
-        if plan.serves(x0, options):
-            lowered = plan.source.lowered(g, x0, z)
+        if plan.serves(x0, z, options):
+            try:
+                lowered = plan.source.lowered(g, x0, z)
+            except Exception:
+                return None  # the ordinary way will tell of it
             tensors = None if lowered is None else plan.tensors_of(lowered)
             if tensors is not None:
                 if plan is not plans[0]:
