@@ -107,7 +107,7 @@ class Classes:
     def __init__(self, kinds: Iterable[type], codes: Container[types.CodeType] = ()) -> None:
         self._held: list[tuple[Any, int, Callable[[Any], Any], tuple[Any, ...]]] = []
         self._functions: list[tuple[types.FunctionType, types.CodeType]] = []
-        for kind in dict.fromkeys(base for kind in kinds for base in kind.__mro__):
+        for kind in dict.fromkeys(base for each in kinds for base in each.__mro__):
             if kind in FIXED or not kind.__flags__ & MADE_IN_PYTHON:
                 continue
             of = vars(kind)
@@ -123,12 +123,12 @@ class Classes:
     def unchanged(self) -> bool:
         """Whether they hold what they held."""
         try:
-            return all(
-                len(of) == size and all(map(operator.is_, read(of), known))
-                for of, size, read, known in self._held
-            ) and all(f.__code__ is code for f, code in self._functions)
-        except KeyError:
-            return False
+            for of, size, read, known in self._held:
+                if len(of) != size or read(of) != known:  # as a rule the very same
+                    return False
+        except Exception:
+            return False  # it holds that no longer, or what does not like to be compared
+        return all(f.__code__ is code for f, code in self._functions)
 
 
 FIXED = frozenset((Tensor, nn.Parameter))

@@ -135,7 +135,7 @@ class KeptPlan:
         self.source = source
         self.shape = torch.Size((layout.batch, layout.dim))
         self.dtype = layout.dtype
-        first, *rest = lowered.layers
+        _, *rest = lowered.layers
         self._widths = [len(layer.weight) for layer in lowered.layers]
         self._activations = [layer.activation for layer in lowered.layers]
         self._carry = lowered.carry
@@ -264,7 +264,7 @@ class KeptPlan:
             evaluate: g, with its inputs.
             notice: of the call.
         """
-        batch, dim = self.shape
+        batch, _ = self.shape
         grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         if (grad and not self.differentiable) or (
             x0.requires_grad and isinstance(self.options.adjoint, Unroll)

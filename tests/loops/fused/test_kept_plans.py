@@ -179,6 +179,50 @@ def test_nothing_is_captured_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPa
         fpi.FPILayer(Map(), route="fused")(z)
 
 
+def test_the_environment_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = orthogonal()
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(x @ weight * float(os.getenv("FPI_SIZE_OF_A_TEST", "1")) + z)
+
+    z = torch.randn(B, D, dtype=F64)
+    for size in ("1", "1", "0.5"):
+        monkeypatch.setenv("FPI_SIZE_OF_A_TEST", size)
+        close(fpi.fixed_point(g, torch.zeros_like(z), z, **TIGHT).value, by_hand(g, z))
+
+
+def test_inputs_that_g_does_not_read_are_looked_at_too() -> None:
+    weight = orthogonal()
+
+    def g(x: Tensor, z: Tensor, ignored: Tensor) -> Tensor:
+        return torch.tanh(x @ weight + z)
+
+    z: Any = torch.randn(B, D, dtype=F64)
+    for _ in range(2):
+        fpi.fixed_point(g, torch.zeros_like(z), z, z.clone())
+    with pytest.raises(TypeError, match=r"z\[1\] of type str"):
+        fpi.fixed_point(g, torch.zeros_like(z), z, "no tensor")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [0.5, 0.7, 0.9])
+def test_a_number_that_changes_stays_a_number(number: float) -> None:
+    g, z = Map(), torch.randn(B, D, dtype=F64, requires_grad=True)
+    g.size = number
+    layer = fpi.FPILayer(g, route="fused", **TIGHT)
+    layer(z)
+    assert is_kept(layer, z)
+
+
+def test_a_refusal_while_dynamo_is_off_is_not_remembered() -> None:
+    capture.clear()
+    layer, z = fpi.FPILayer(Map()), torch.randn(B, D, dtype=F64)
+    with torch.compiler.set_stance("force_eager"):
+        layer(z)
+        assert not is_kept(layer, z)
+    layer(z)
+    assert is_kept(layer, z)
+
+
 WITHOUT_DYNAMO = """
 import sys, torch, fpi_cuda as fpi
 from fpi_cuda import cells
