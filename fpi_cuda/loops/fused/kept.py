@@ -311,7 +311,8 @@ class KeptPlan:
         record.route = self.route
         if grad:
             record.adjoint_route = ROUTE
-            x = Repeated.apply(Run(self, record, status, x, hidden, slopes), *tensors)
+            weights = [None if t is None or i % 4 else t.detach() for i, t in enumerate(tensors)]
+            x = Repeated.apply(Run(self, record, status, x, hidden, slopes, weights), *tensors)
         told = residual.to(torch.promote_types(self.dtype, torch.float32))
         return Solution(x, status, num_steps, told, record), worst
 
@@ -374,13 +375,14 @@ class Run:
         plan: of the solve. record: where its adjoint is told of. status: (B,) how it ended.
         x: (B, D) the solution; None once the node has it, which would hold itself otherwise.
         hidden, slopes: at the solution; see fpi_cuda._C.CellPlan.
+        weights: as they were, whatever .data of a parameter becomes.
     """
 
-    __slots__ = ("hidden", "plan", "record", "slopes", "status", "x")
+    __slots__ = ("hidden", "plan", "record", "slopes", "status", "weights", "x")
 
     def __init__(
         self, plan: KeptPlan, record: AdjointRecord, status: Tensor, x: Tensor,
-        hidden: Tensor | None, slopes: tuple[Tensor | None, ...],
+        hidden: Tensor | None, slopes: tuple[Tensor | None, ...], weights: list[Tensor | None],
     ) -> None:  # fmt: skip
         self.plan = plan
         self.record = record
@@ -388,6 +390,7 @@ class Run:
         self.x: Tensor | None = x
         self.hidden = hidden
         self.slopes = slopes
+        self.weights = weights
 
 
 class Repeated(torch.autograd.Function):
@@ -435,9 +438,7 @@ def pulled(
     status = torch.empty(batch, dtype=torch.int8)
     num_steps = torch.empty(batch, dtype=torch.int32)
     residual = torch.empty(batch, dtype=torch.float64)
-    layers = plan.layers_of(
-        [t if t is None or not place % 4 else None for place, t in enumerate(tensors)]
-    )
+    layers = plan.layers_of(run.weights)
     at = (layers, x.data_ptr(), address(run.hidden), pair(run.slopes))
     wanted = (pair(deltas), pair(weights), (0, 0))
     told = status.data_ptr(), num_steps.data_ptr(), residual.data_ptr()

@@ -153,6 +153,19 @@ def test_a_hook_on_the_value_that_calls_the_layer(make: Callable[[], Any]) -> No
     assert all(map(torch.equal, seen[0], first))
 
 
+@pytest.mark.parametrize("make", [Map, KINDS["cell"]], ids=["module", "cell"])
+def test_weights_swapped_before_backward(make: Callable[[], Any]) -> None:
+    layer, z = fpi.FPILayer(make(), **TIGHT), torch.randn(B, D, dtype=F64, requires_grad=True)
+    found = []
+    for _ in range(2):  # of a solve that keeps a plan, and of one that goes by it
+        value = layer(z)
+        weight = next(layer.g.parameters())
+        weight.data, before = 0.5 * weight.data, weight.data
+        found.append(torch.autograd.grad(value.sum(), z)[0])
+        weight.data = before
+    assert torch.equal(*found)
+
+
 def test_settings_of_dynamo_are_left_as_they_were() -> None:
     from torch._dynamo import config
 
