@@ -9,14 +9,15 @@ import random
 import threading
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
-from fpi_cuda.evaluation.modules import modules_of
+from fpi_cuda.evaluation.modules import modules_in, modules_of
 from fpi_cuda.evaluation.shortcuts import HOOKS, hooks_on_all, why_modes_matter
 from fpi_cuda.loops.fused.recognise import Form, recognised
 from fpi_cuda.lowered import Lowered, NotLowered
@@ -47,29 +48,49 @@ class Capture:
     Attributes:
         form: what it was recognised as.
         verified: it was compared with g itself.
+        classes: what it rests on besides what Dynamo guards.
         plain: where the x of the trace requires grad, another trace with one that does not, which
             was recognised as the same: g may look at that.
     """
 
-    def __init__(self, form: Form, guards: Any, function: Callable[..., Any], g: Any) -> None:
+    def __init__(self, form: Form, trace: Trace, guards: Any, code: types.CodeType, g: Any) -> None:
         self.form = form
         self.plain: Capture | None = None
         self.verified = False
         self._guards = guards
-        self._function = function
-        self._classes = classes_of(g)
+        self._function = types.FunctionType(code, trace.evaluation.__globals__)
+        self._evaluation = trace.evaluation  # Dynamo's entry goes with its code
+        modules = modules_of(g)
+        kinds = [*map(type, (g, *modules)), *trace.kinds]
+        self.classes = Classes(kinds, trace.codes)
+        self._methods = operator.attrgetter(*trace.methods)
+        self._known_methods = self._methods(Tensor)
+        self._holds_modules = bool(modules)
 
     def holds(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> bool:
         """Whether a trace of g would be the same now. Under the grad mode of the trace."""
+        if not self._guards_hold(g, x, z):
+            return False
+        return (
+            not hooks_on_all()
+            and self.classes.unchanged()
+            and (self.plain is None or self.plain.classes.unchanged())
+            and all(map(operator.is_, self._methods(Tensor), self._known_methods))
+            and not (self._holds_modules and called_otherwise(g))
+        )
+
+    def _guards_hold(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> bool:
         guards = self._guards
         if self.plain is not None:
-            if not self.plain.holds(g, x, z):
+            if not self.plain._guards_hold(g, x, z):
                 return False
             x = leaf_of(x)
-        # Dynamo lets go of an entry when something that it knows by its address is gone.
-        if guards.cache_entry is None or not guards.check({"g": g, "x": x, "z": z}):
-            return False
-        return not hooks_on_all() and all(read(of) == known for of, read, known in self._classes)
+        return guards.cache_entry is not None and guards.check({"g": g, "x": x, "z": z})
+
+    def is_alive(self) -> bool:
+        """Whether it may hold for some g: Dynamo lets go of what rests on a thing that is gone."""
+        alive = self._guards.cache_entry is not None
+        return alive and (self.plain is None or self.plain.is_alive())
 
     def reads(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> tuple[Any, ...]:
         """What an evaluation of g reads, where the trace holds: as it is now, x among it."""
@@ -89,29 +110,56 @@ def leaf_of(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def classes_of(g: Any) -> list[tuple[Any, Callable[[Any], Any], Any]]:
-    """What classes of g and of its modules hold: Dynamo trusts that a class stays as it is."""
-    kinds: dict[type, None] = {}
-    for part in (g, *modules_of(g)):
-        kinds |= dict.fromkeys(type(part).__mro__)
-    found: list[tuple[Any, Callable[[Any], Any], Any]] = []
-    for kind in kinds:
-        if kind.__module__ in ("builtins", "typing"):
-            continue
-        of = vars(kind)
-        names = [name for name, value in of.items() if callable(value) or isinstance(value, LOOKED)]
-        if kind is nn.Module:
-            names = ["__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"]
-        if len(names) > 1:
+def called_otherwise(g: Any) -> bool:
+    """Whether a call of a module in g was given another meaning on the instance."""
+    modules = modules_in(g) if isinstance(g, nn.Module) else modules_of(g)
+    return any("_call_impl" in part.__dict__ for part in modules)
+
+
+class Classes:
+    """What classes hold: Dynamo trusts that a class stays as it is.
+
+    Args:
+        kinds: they, and those that they inherit from, are looked at.
+        codes: of functions that may not be given other code.
+    """
+
+    def __init__(self, kinds: Iterable[type], codes: Container[types.CodeType] = ()) -> None:
+        self._held: list[tuple[Any, int, Callable[[Any], Any], tuple[Any, ...]]] = []
+        self._functions: list[tuple[types.FunctionType, types.CodeType]] = []
+        for kind in dict.fromkeys(base for each in kinds for base in each.__mro__):
+            if kind in FIXED or not kind.__flags__ & MADE_IN_PYTHON:
+                continue
+            of = vars(kind)
+            names = [n for n, v in of.items() if callable(v) or hasattr(type(v), "__get__")]
+            if kind is nn.Module:
+                names = ["__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"]
+            names += ["__module__", "__module__"]  # an itemgetter of two gives a tuple
             read = operator.itemgetter(*names)
-            found.append((of, read, read(of)))
-        elif names:
-            read = operator.itemgetter(names[0], names[0])
-            found.append((of, read, read(of)))
-    return found
+            self._held.append((of, len(of), read, read(of)))
+            functions = map(function_in, map(of.get, names))
+            self._functions += [(f, f.__code__) for f in functions if f and f.__code__ in codes]
+
+    def unchanged(self) -> bool:
+        """Whether they hold what they held."""
+        try:
+            for of, size, read, known in self._held:
+                if len(of) != size or read(of) != known:  # as a rule the very same
+                    return False
+        except Exception:
+            return False  # it holds that no longer, or what does not like to be compared
+        return all(f.__code__ is code for f, code in self._functions)
 
 
-LOOKED = (staticmethod, classmethod, property)
+FIXED = frozenset((Tensor, nn.Parameter))
+MADE_IN_PYTHON = 1 << 9
+"""A flag of classes that anybody can change."""
+
+
+def function_in(value: Any) -> types.FunctionType | None:
+    """The function behind what a class holds under a name."""
+    value = getattr(value, "fget", getattr(value, "__func__", value))
+    return value if isinstance(value, types.FunctionType) else None
 
 
 class Kind:
@@ -125,8 +173,20 @@ class Kind:
     def __init__(self) -> None:
         self.captures: list[Capture] = []
         self.refusals: dict[Hashable, str] = {}
-        self.evaluation = types.FunctionType(call_g.__code__.replace(), globals())
-        self.plain_evaluation = types.FunctionType(call_plain_g.__code__.replace(), globals())
+        self.evaluation = copy_of(call_g)
+        self.plain_evaluation = copy_of(call_plain_g)
+
+    def renew(self) -> None:
+        """Forget what Dynamo has let go of, and have all traced anew where classes have changed.
+
+        With what it has let go of, g may be another one than was refused.
+        """
+        left = [capture for capture in self.captures if capture.is_alive()]
+        if len(left) < len(self.captures):
+            self.captures, self.refusals = left, {}
+        if any(not capture.classes.unchanged() for capture in left):
+            # Which Dynamo has not met.
+            self.evaluation, self.plain_evaluation = copy_of(call_g), copy_of(call_plain_g)
 
 
 def call_g(g: Any, x: Any, z: Any) -> Any:
@@ -137,6 +197,11 @@ def call_g(g: Any, x: Any, z: Any) -> Any:
 def call_plain_g(g: Any, x: Any, z: Any) -> Any:
     """The same in a way that lets g make a leaf of x, which Dynamo else refuses."""
     return g(x.clone(), *z).detach()
+
+
+def copy_of(evaluation: Any) -> types.FunctionType:
+    """The same function with code of its own."""
+    return types.FunctionType(evaluation.__code__.replace(), globals())
 
 
 lock = threading.RLock()
@@ -202,6 +267,10 @@ def known_capture(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture | None:
     return None
 
 
+class NotTraced(NotLowered):
+    """Dynamo was not asked: it may be another time."""
+
+
 def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
     """A trace of g that holds, made here if there is none.
 
@@ -215,6 +284,7 @@ def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
         if found is not None:
             return found
         kind, key = kind_of(g), key_of(g, x, z)
+        kind.renew()
         reason = kind.refusals.get(key)
         if reason is None and len(kind.captures) + len(kind.refusals) >= MOST_CAPTURES:
             reason = TOO_MANY
@@ -227,7 +297,8 @@ def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
                 raise NotLowered(reason)
             capture = traced_in_turn(kind, g, x, z)
         except NotLowered as refusal:
-            kind.refusals[key] = str(refusal)
+            if not isinstance(refusal, NotTraced):
+                kind.refusals[key] = str(refusal)
             raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {refusal}") from refusal
         kind.captures.insert(0, capture)
         return capture
@@ -262,14 +333,51 @@ def traced_in_turn(kind: Kind, g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture
             raise
         raise NotLowered("it takes a derivative by what it detached from x") from refusal
     found.plain = traced(kind.plain_evaluation, g, x, z, plain=True)
-    found.plain._classes = []  # found looks at them
     if not found.form.differentiates or found.form.code != found.plain.form.code:
         raise NotLowered("it computes another value where x requires grad")
     return found
 
 
+class Trace:
+    """What was met while a g was traced.
+
+    Attributes:
+        evaluation: the function that was traced.
+        codes: of functions that g has called.
+        kinds: the classes of what Dynamo guards, and those that it guards themselves.
+        methods: those of Tensor that may be called.
+    """
+
+    def __init__(self, evaluation: types.FunctionType) -> None:
+        self.evaluation = evaluation
+        self.codes: frozenset[types.CodeType] = frozenset()
+        self.kinds: set[type] = set()
+        self.methods = {"__add__", "__radd__"}
+        self._guards: Iterable[Any] = ()
+
+    def look_at_graph(self, graph: Any) -> None:
+        """See what it calls."""
+        context = TracingContext.get()
+        self.codes = frozenset(context.traced_code)
+        if any(code.co_filename == os.getenv.__code__.co_filename for code in self.codes):
+            raise NotLowered("it reads what the operating system has")
+        self._guards = list(context.guards_context.dynamo_guards)
+        for node in graph.nodes:
+            name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+            names = (name, f"__{name}__", f"__r{name}__")
+            self.methods |= {n for n in names if hasattr(Tensor, n)}
+
+    def look_at_guards(self) -> None:
+        """See what they are of, now that they are made."""
+        for guard in self._guards:
+            for found in (guard.guarded_class_weakref, guard.obj_weakref):
+                value = found() if isinstance(found, weakref.ref) else None
+                if isinstance(value, type):
+                    self.kinds.add(value)
+
+
 def traced(
-    evaluation: Callable[..., Any], g: Any, x: Tensor, z: tuple[Any, ...], plain: bool = False
+    evaluation: types.FunctionType, g: Any, x: Tensor, z: tuple[Any, ...], plain: bool = False
 ) -> Capture:
     """A trace of g, made now.
 
@@ -279,10 +387,12 @@ def traced(
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as entries_of
 
     found: list[Form | NotLowered] = []
+    trace = Trace(evaluation)
 
     def read(module: Any, _: object) -> Callable[..., Any]:
         """What Dynamo calls with the graph, and then with what the graph reads."""
         try:
+            trace.look_at_graph(module.graph)
             form = recognised(module.graph, state_in(module.graph), plain=plain)
         except NotLowered as reason:
             found.append(reason)
@@ -303,25 +413,30 @@ def traced(
             said = (str(cause).splitlines() or [""])[0]
             raise NotLowered(f"it was not traced ({type(error).__name__}: {said})") from error
     if len(found) != 1:
-        raise NotLowered("it was not traced: Dynamo is switched off, or does not look into it")
+        raise NotTraced("it was not traced: Dynamo is switched off, or does not look into it")
     (form,) = found
     if isinstance(form, NotLowered):
         raise form
     new = [entry for entry in entries_of(code) if id(entry.code) not in before]
     if len(new) != 1 or has_effects(new[0].code):
         raise NotLowered(WITH_EFFECTS)
-    function = types.FunctionType(new[0].code, evaluation.__globals__)
-    return Capture(form, new[0].guard_manager, function, g)
+    trace.look_at_guards()
+    return Capture(form, trace, new[0].guard_manager, new[0].code, g)
 
 
 @contextmanager
 def tracing_for_guards() -> Iterator[None]:
-    """Dynamo with guards on hooks, and with derivatives that g takes of itself in the trace."""
+    """Dynamo with guards on hooks, and with derivatives that g takes of itself in the trace.
+
+    Numbers stay numbers: Dynamo would make an input of one that is not what it was before.
+    """
     from torch._dynamo import config
 
     wanted = {
         "skip_nnmodule_hook_guards": False,
         "trace_autograd_ops": True,
+        "specialize_float": True,
+        "specialize_int": True,
         "recompile_limit": 4 * MOST_CAPTURES,
         "accumulated_recompile_limit": 4 * MOST_CAPTURES,
     }

@@ -15,6 +15,7 @@ from fpi_cuda import _extension
 from fpi_cuda.activations import CODES, DERIVATIVES
 from fpi_cuda.autograd import Account, BoundMap, Strategy, attach, sequence_number
 from fpi_cuda.autograd.closed_over import here
+from fpi_cuda.cells.lowering import EVALUATION
 from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.modules import modules_in
 from fpi_cuda.evaluation.recomputed import hooks_on_saved_tensors
@@ -57,6 +58,9 @@ NONE = (0, 0)
 Addresses = tuple[int, int, int, int, int, int]
 """Of a weight, with its strides, and of bias, shift and factor; see fpi_cuda._C.CellPlan."""
 
+REDEFINED = frozenset((*EVALUATION, "lower", "lower_descent", "value", "gradient", "_partial"))
+"""What somebody may have set on the instance of a cell or of its energy."""
+
 
 def is_plain_call(*, grad: bool) -> bool:
     """Whether nothing around the call changes or watches what torch computes."""
@@ -82,37 +86,24 @@ class OwnCell:
     capture = None
 
     def __init__(self, g: nn.Module) -> None:
-        self._parts = [
-            (part.__dict__, type(part), part, part._modules, [*part._modules.values()])
-            for part in modules_in(g)
-        ]
-        self._classes = capture.classes_of(g)
+        # No part of g is held, for plans are kept as long as g lives.
+        self._kinds = [type(part) for part in modules_in(g)]
+        self._classes = capture.Classes(self._kinds)
 
     @staticmethod
     def can_keep(g: Any) -> bool:
         """Whether all of it is this package's own, or a Linear."""
-        return isinstance(g, nn.Module) and all(
-            type(part) is LINEAR or is_ours(part) for part in modules_in(g)
-        )
+        return is_ours(g) and all(type(part) is LINEAR or is_ours(part) for part in modules_in(g))
 
     def lowered(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Lowered | None:
         """What the cell is now; None where that has to be looked into."""
-        if hooks_on_all() or functional.linear is not FUNCTIONAL_LINEAR:
+        if hooks_on_all() or functional.linear is not FUNCTIONAL_LINEAR or not g.rowwise:
             return None
-        for own, kind, part, modules, children in self._parts:
-            if (
-                type(part) is not kind
-                or own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-                or "forward" in own
-                or own["_modules"] is not modules
-                or [*modules.values()] != children
-                or (kind is not LINEAR and why_own_call_matters(part))
-            ):
+        parts = modules_in(g)
+        for part in parts:
+            if why_own_call_matters(part) or not REDEFINED.isdisjoint(part.__dict__):
                 return None
-        if not all(read(of) == known for of, read, known in self._classes):
+        if [type(part) for part in parts] != self._kinds or not self._classes.unchanged():
             return None
         lowered: Lowered = g.lower(g.prepare(*z))
         return lowered
@@ -210,14 +201,15 @@ class KeptPlan:
         found = source.capture
         self.route = Route("fused", plan.reasons, None if found is None else found.form.words)
 
-    def serves(self, x0: Any, options: Options) -> bool:
-        """Whether it is for such a state and these options."""
+    def serves(self, x0: Any, z: tuple[Any, ...], options: Options) -> bool:
+        """Whether it is for such a state, such inputs and these options."""
         return (
             type(x0) is Tensor
             and x0.shape == self.shape
             and x0.dtype is self.dtype
             and x0.device.type == "cpu"
             and (options is self.options or options == self.options)
+            and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in z)
         )
 
     def tensors_of(self, lowered: Lowered) -> list[Tensor | None] | None:
@@ -332,7 +324,8 @@ class KeptPlan:
         record.route = self.route
         if grad:
             record.adjoint_route = ROUTE
-            x = Repeated.apply(Run(self, record, status, x, hidden, slopes), *tensors)
+            weights = [None if t is None or i % 4 else t.detach() for i, t in enumerate(tensors)]
+            x = Repeated.apply(Run(self, record, status, x, hidden, slopes, weights), *tensors)
         told = residual.to(torch.promote_types(self.dtype, torch.float32))
         return Solution(x, status, num_steps, told, record), worst
 
@@ -395,13 +388,14 @@ class Run:
         plan: of the solve. record: where its adjoint is told of. status: (B,) how it ended.
         x: (B, D) the solution; None once the node has it, which would hold itself otherwise.
         hidden, slopes: at the solution; see fpi_cuda._C.CellPlan.
+        weights: as they were, whatever .data of a parameter becomes.
     """
 
-    __slots__ = ("hidden", "plan", "record", "slopes", "status", "x")
+    __slots__ = ("hidden", "plan", "record", "slopes", "status", "weights", "x")
 
     def __init__(
         self, plan: KeptPlan, record: AdjointRecord, status: Tensor, x: Tensor,
-        hidden: Tensor | None, slopes: tuple[Tensor | None, ...],
+        hidden: Tensor | None, slopes: tuple[Tensor | None, ...], weights: list[Tensor | None],
     ) -> None:  # fmt: skip
         self.plan = plan
         self.record = record
@@ -409,6 +403,7 @@ class Run:
         self.x: Tensor | None = x
         self.hidden = hidden
         self.slopes = slopes
+        self.weights = weights
 
 
 class Repeated(torch.autograd.Function):
@@ -452,9 +447,7 @@ def pulled(
         weights.append(x.new_empty(weight.shape) if by_weight else None)
         deltas.append(x.new_empty((batch, width)) if by_shift or by_bias else None)
         found[4 * layer : 4 * layer + 3] = weights[-1], None, deltas[-1] if by_shift else None
-    layers = plan.layers_of(
-        [t if t is None or not place % 4 else None for place, t in enumerate(tensors)]
-    )
+    layers = plan.layers_of(run.weights)
     at = (layers, x.data_ptr(), address(run.hidden), pair(run.slopes))
 
     def solved(b: Tensor, into: SolveResult, deltas: Pair, weights: Pair) -> int:
@@ -548,8 +541,10 @@ known: weakref.WeakKeyDictionary[Any, tuple[KeptPlan, ...]] = weakref.WeakKeyDic
 
 
 def key_of(g: Any) -> Any:
-    """What the plans of g are kept by."""
-    return g if hasattr(type(g), "lower") else capture.key_of_kind(g)
+    """What the plans of g are kept by; None if there can be none."""
+    if hasattr(type(g), "lower"):
+        return g if is_ours(g) else None
+    return capture.key_of_kind(g)
 
 
 def kept_solution(
@@ -557,12 +552,15 @@ def kept_solution(
 ) -> tuple[Solution, int] | None:
     """The solution by a plan that is kept, and its worst status; None where there is none."""
     key = key_of(g)
-    plans = known.get(key)
+    plans = () if key is None else known.get(key)
     if not plans or not is_plain_call(grad=torch.is_grad_enabled()):
         return None
     for plan in plans:
-        if plan.serves(x0, options):
-            lowered = plan.source.lowered(g, x0, z)
+        if plan.serves(x0, z, options):
+            try:
+                lowered = plan.source.lowered(g, x0, z)
+            except Exception:
+                return None  # the ordinary way will tell of it
             tensors = None if lowered is None else plan.tensors_of(lowered)
             if tensors is not None:
                 if plan is not plans[0]:

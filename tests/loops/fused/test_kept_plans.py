@@ -1,0 +1,288 @@
+"""Plans of solves are used where nothing has changed, change no number, and hold nothing."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from changing_maps import F64, TIGHT, B, D, Map, by_hand, close, function_of, orthogonal
+from torch import Tensor, nn
+
+import fpi_cuda as fpi
+from fpi_cuda import cells
+from fpi_cuda.loops.fused import capture, kept
+
+pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "module": Map,
+    "function": lambda: function_of(orthogonal()),
+    "cell": lambda: cells.Dense(D, D, dtype=F64),
+    "two layers": lambda: cells.MLP(D, D, D, dtype=F64),
+}
+each_kind = pytest.mark.parametrize("make", KINDS.values(), ids=KINDS.keys())
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Iterator[None]:
+    kept.clear()
+    yield
+    kept.clear()
+
+
+def is_kept(layer: fpi.FPILayer, z: Tensor) -> bool:
+    return kept.kept_solution(layer.g, torch.zeros_like(z), (z,), layer.options) is not None
+
+
+def solved(layer: fpi.FPILayer, z: Tensor) -> list[Tensor]:
+    """All numbers of a solve and of its gradients."""
+    z = z.detach().requires_grad_()
+    solution = layer.solve(z)
+    held = layer.g.parameters() if isinstance(layer.g, nn.Module) else ()
+    grads = torch.autograd.grad(solution.value.square().sum(), [z, *held])
+    stats = solution.adjoint_stats
+    told = [solution.status, solution.num_steps, solution.residual]
+    return [solution.value, *told, *grads, stats.status, stats.num_steps, stats.residual]
+
+
+@each_kind
+@pytest.mark.parametrize("options", [{}, TIGHT, {"solver": fpi.Picard(), "rtol": 1e-6}], ids=str)
+def test_no_number_depends_on_how_often_was_solved(
+    make: Callable[[], Any], options: dict[str, Any]
+) -> None:
+    layer, z = fpi.FPILayer(make(), **options), torch.randn(B, D, dtype=F64)
+    assert not is_kept(layer, z)
+    first = solved(layer, z)
+    assert is_kept(layer, z.requires_grad_())
+    for _ in range(9):
+        for now, before in zip(solved(layer, z), first, strict=True):
+            assert torch.equal(now, before)
+    kept.clear()
+    for now, before in zip(solved(layer, z), first, strict=True):
+        assert torch.equal(now, before)
+
+
+@each_kind
+def test_plans_are_counted_and_let_go_of(make: Callable[[], Any]) -> None:
+    layer, z = fpi.FPILayer(make()), torch.randn(B, D, dtype=F64)
+    assert kept.memory() == 0
+    for _ in range(2):
+        layer(z)
+    assert is_kept(layer, z)
+    assert kept.memory() > 0
+    value = layer(z.requires_grad_())
+    kept.clear()
+    assert kept.memory() == 0
+    assert not is_kept(layer, z)
+    value.sum().backward()  # of a solve whose plan is gone
+    assert z.grad is not None
+
+
+@each_kind
+def test_no_more_than_so_many_are_kept(make: Callable[[], Any]) -> None:
+    g = make()
+    for count in range(1, kept.MOST_PLANS + 4):
+        fpi.FPILayer(g)(torch.randn(count, D, dtype=F64))
+    (plans,) = kept.known.values()
+    assert len(plans) <= kept.MOST_PLANS
+
+
+@each_kind
+def test_threads_share_a_layer(make: Callable[[], Any]) -> None:
+    layer = fpi.FPILayer(make(), **TIGHT)
+    inputs = [torch.randn(2 + n % 2, D, dtype=F64) for n in range(6)]
+    expected = [solved(layer, z) for z in inputs]
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            found = solved(layer, inputs[number])
+            if not all(map(torch.equal, found, expected[number])):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Nested(nn.Module):
+    """Holds a layer of its own, which is solved in each evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = fpi.FPILayer(Map(), **TIGHT)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return 0.3 * self.inner(0.2 * x + z)
+
+
+def test_a_layer_inside_g() -> None:
+    g, z = Nested(), torch.randn(B, D, dtype=F64)
+    layer = fpi.FPILayer(g, **TIGHT)
+    inner = g.inner.g
+    expected = by_hand(lambda x, z: 0.3 * by_hand(inner, 0.2 * x + z), z)
+    for _ in range(3):
+        close(layer(z), expected)
+
+
+@each_kind
+def test_a_hook_on_the_value_that_calls_the_layer(make: Callable[[], Any]) -> None:
+    layer, z = fpi.FPILayer(make(), **TIGHT), torch.randn(B, D, dtype=F64).requires_grad_()
+    first = solved(layer, z)
+    seen = []
+
+    def again(grad: Tensor) -> None:
+        with torch.enable_grad():
+            seen.append(solved(layer, z))
+
+    value = layer(z)
+    value.register_hook(again)
+    (grad,) = torch.autograd.grad(value.square().sum(), z)
+    assert torch.equal(grad, first[4])
+    assert all(map(torch.equal, seen[0], first))
+
+
+@pytest.mark.parametrize("make", [Map, KINDS["cell"]], ids=["module", "cell"])
+def test_weights_swapped_before_backward(make: Callable[[], Any]) -> None:
+    layer, z = fpi.FPILayer(make(), **TIGHT), torch.randn(B, D, dtype=F64, requires_grad=True)
+    found = []
+    for _ in range(2):  # of a solve that keeps a plan, and of one that goes by it
+        value = layer(z)
+        weight = next(layer.g.parameters())
+        weight.data, before = 0.5 * weight.data, weight.data
+        found.append(torch.autograd.grad(value.sum(), z)[0])
+        weight.data = before
+    assert torch.equal(*found)
+
+
+def test_settings_of_dynamo_are_left_as_they_were() -> None:
+    from torch._dynamo import config
+
+    before = config.get_config_copy()
+    state = torch.get_rng_state()
+    capture.clear()
+    g, z = function_of(orthogonal()), torch.randn(B, D, dtype=F64)
+    torch.set_rng_state(state)
+    fpi.fixed_point(g, torch.zeros_like(z), z)
+    assert capture.kind_of(g).captures
+    assert config.get_config_copy() == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_is_captured_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(capture.SWITCH, "0")
+    capture.clear()
+    layer, z = fpi.FPILayer(Map()), torch.randn(B, D, dtype=F64)
+    for _ in range(3):
+        layer(z)
+    assert not is_kept(layer, z)
+    assert not any(kind.captures for kind in capture.kinds.values())
+    with pytest.raises(RuntimeError, match=capture.SWITCHED_OFF):
+        fpi.FPILayer(Map(), route="fused")(z)
+
+
+def test_the_environment_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = orthogonal()
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(x @ weight * float(os.getenv("FPI_SIZE_OF_A_TEST", "1")) + z)
+
+    z = torch.randn(B, D, dtype=F64)
+    for size in ("1", "1", "0.5"):
+        monkeypatch.setenv("FPI_SIZE_OF_A_TEST", size)
+        close(fpi.fixed_point(g, torch.zeros_like(z), z, **TIGHT).value, by_hand(g, z))
+
+
+def test_inputs_that_g_does_not_read_are_looked_at_too() -> None:
+    weight = orthogonal()
+
+    def g(x: Tensor, z: Tensor, ignored: Tensor) -> Tensor:
+        return torch.tanh(x @ weight + z)
+
+    z: Any = torch.randn(B, D, dtype=F64)
+    for _ in range(2):
+        fpi.fixed_point(g, torch.zeros_like(z), z, z.clone())
+    with pytest.raises(TypeError, match=r"z\[1\] of type str"):
+        fpi.fixed_point(g, torch.zeros_like(z), z, "no tensor")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [0.5, 0.7, 0.9])
+def test_a_number_that_changes_stays_a_number(number: float) -> None:
+    g, z = Map(), torch.randn(B, D, dtype=F64, requires_grad=True)
+    g.size = number
+    layer = fpi.FPILayer(g, route="fused", **TIGHT)
+    layer(z)
+    assert is_kept(layer, z)
+
+
+def test_a_refusal_while_dynamo_is_off_is_not_remembered() -> None:
+    capture.clear()
+    layer, z = fpi.FPILayer(Map()), torch.randn(B, D, dtype=F64)
+    with torch.compiler.set_stance("force_eager"):
+        layer(z)
+        assert not is_kept(layer, z)
+    layer(z)
+    assert is_kept(layer, z)
+
+
+WITHOUT_DYNAMO = """
+import sys, torch, fpi_cuda as fpi
+from fpi_cuda import cells
+assert "torch._dynamo" not in sys.modules, "import"
+z = torch.randn(3, 4, requires_grad=True)
+for g in (cells.Dense(4, 4), cells.MLP(4, 4, 5)):
+    layer = fpi.FPILayer(g)
+    for _ in range(3):
+        layer(z).sum().backward()
+assert "torch._dynamo" not in sys.modules, "cells"
+class Convolved(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 2, 3, padding=1)
+    def forward(self, x, z):
+        return torch.tanh(0.1 * self.conv(x) + z)
+layer = fpi.FPILayer(Convolved())
+for _ in range(3):
+    layer(torch.randn(3, 2, 5, 5)).sum().backward()
+assert "torch._dynamo" not in sys.modules, "convolutions"
+"""
+
+
+def test_dynamo_is_imported_by_captures_alone() -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_DYNAMO],
+        capture_output=True, text=True, check=False, env=os.environ | {capture.SWITCH: "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+@each_kind
+def test_plans_keep_nobody_alive(make: Callable[[], Any]) -> None:
+    layer, z = fpi.FPILayer(make()), torch.randn(B, D, dtype=F64, requires_grad=True)
+    for _ in range(3):
+        value = layer(z)
+        value.sum().backward()
+    assert is_kept(layer, z)
+    gone = [weakref.ref(layer.g), weakref.ref(layer), weakref.ref(value.grad_fn)]
+    if isinstance(layer.g, nn.Module):
+        gone += map(weakref.ref, layer.g.parameters())
+    else:
+        gone.append(weakref.ref(layer.g.__closure__[1].cell_contents))
+    gc.collect()
+    gc.disable()
+    try:
+        del layer, value
+        assert [ref() for ref in gone] == [None] * len(gone)
+    finally:
+        gc.enable()
