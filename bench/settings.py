@@ -145,15 +145,17 @@ def best_settings() -> dict[str, Any]:
 def candidates(entry: Entry, task: Task, most: int | None = None) -> tuple[Peer, ...]:
     """The settings to try: those that a search found at the nearest batch size.
 
-    Where there was none, the first `most`; None tries all.
+    Where there was none, those found on other problems; else the first `most`, None tries all.
     """
     if len(entry.candidates) == 1 or entry.pick == "first_solving":
         return entry.candidates
     problem = task.variants.problem
-    found = best_settings().get(problem.z.device.type, {}).get(family(problem), {})
-    by_batch = found.get(entry.label, {})
+    found = best_settings().get(problem.z.device.type, {})
+    by_batch = found.get(family(problem), {}).get(entry.label, {})
     nearest = min(by_batch, key=lambda b: abs(math.log(int(b) / task.batch)), default=None)
-    named = [p for p in entry.candidates if nearest and p.name in by_batch[nearest]]
+    elsewhere = [n for rows in found.values() for n in rows.get(entry.label, {}).get("256", ())]
+    names = by_batch[nearest] if nearest else elsewhere
+    named = [peer for peer in entry.candidates if peer.name in names]
     return tuple(named) or entry.candidates[:most]
 
 

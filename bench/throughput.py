@@ -10,11 +10,12 @@ meet their targets; then all are timed in paired rounds, each call on inputs in 
 and on weights just written. A row that misses a target on some samples is marked, and compared with
 nothing. One whose solves take too long at a batch size is left out there by name.
 
-A "(best)" row takes the settings that --search found and left in bench/best.json. The short form,
-the default, measures a few batch sizes; --full measures the whole grid, with more widths and
-activations, and the cost of a sample over the batch size. Results go to DIR/throughput.json, on a
-device to DIR/throughput-<device>.json, library by library, with settings, and plots beside it;
-tables and a summary of ten lines go to the terminal.
+A "(best)" row takes the settings that --search found and left in bench/best.json; --only names
+problems to search anew. The short form, the default, measures a few batch sizes; --full measures
+the whole grid, with more widths and activations, the libraries' default settings, and the cost of a
+sample over the batch size. Results go to DIR/throughput.json, on a device to
+DIR/throughput-<device>.json, library by library, with settings, and plots beside it; tables and a
+summary of ten lines go to the terminal.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +55,8 @@ class Size:
     Attributes:
         own: users' maps. own_batches, tanh_batches, trained_batches: batch sizes.
         main_batch: where memory is measured.
+        most_numbers: in the state of all samples of a user's map; a batch is cut to that.
+        defaults: also measure libraries as they come, on cells.
         variants: inputs and weights that calls take in turn.
         most_settings: tried for a "best" row of which no search is kept; None tries all.
         compile_all: time what compiles on every problem: JAX not on users' maps and the tanh cell
@@ -62,6 +66,8 @@ class Size:
 
     own: tuple[own.Own, ...] = own.MAPS + own.WIDER
     own_batches: tuple[int, ...] = (1, 16, 256, 4096)
+    most_numbers: int = 2**24
+    defaults: bool = True
     tanh_batches: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
     trained_batches: tuple[int, ...] = (1, 16, 256, 1024)
     tanh_features: int = 128
@@ -79,6 +85,8 @@ FULL = Size()
 SHORT = Size(
     own=own.MAPS,
     own_batches=(1, 256),
+    most_numbers=2**17,
+    defaults=False,
     tanh_batches=(16, 256),
     trained_batches=(256,),
     digits_epochs=20,
@@ -191,7 +199,7 @@ class Bench:
     def __init__(self, record: Record, size: Size, entries: list[Entry]) -> None:
         self.record = record
         self.size = size
-        self.entries = entries
+        self.entries = [e for e in entries if size.defaults or not e.label.endswith("(default)")]
         self.own_entries = own_entries(entries)
         record.results.update(kind="throughput", training=[], problems=[])
 
@@ -217,13 +225,18 @@ class Bench:
         return [
             self.hold(
                 each.problem(self.size.variants).to(device),
-                self.size.own_batches,
+                self.batches(each),
                 entries=self.own_entries,
                 distinct=each.distinct,
                 not_here=() if n == 0 else self.unless_all("torch.compile"),
             )
             for n, each in enumerate(self.size.own)
         ]
+
+    def batches(self, each: own.Own) -> tuple[int, ...]:
+        """Its batch sizes."""
+        most = max(1, self.size.most_numbers // math.prod(each.shape))
+        return tuple(dict.fromkeys(min(batch, most) for batch in self.size.own_batches))
 
     def tanh(self, device: torch.device) -> Comparison:
         """The cell that all diagnoses are made on."""
@@ -305,7 +318,7 @@ def run(
             results["total_seconds"] = time.perf_counter() - started
 
     ours = [entry for entry in entries if entry.library == "fpi_cuda"]
-    others = [entry for entry in entries if entry not in ours]
+    others = [entry for entry in bench.entries if entry not in ours]
     if device.type == "cpu":
         keep = functools.partial(results.__setitem__, "overhead")
         record.row("overhead", functools.partial(cost.overhead, size.rounds), keep)

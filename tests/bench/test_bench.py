@@ -384,7 +384,10 @@ def test_settings_found_by_a_search_are_the_ones_tried(
         assert [p.name for p in settings.candidates(entry, many)] == [names[1], names[3]]
         other = task_of(tanh_cell(8, 4))
         other.variants.problem = own.MAPS[0].problem(1)
-        assert settings.candidates(entry, other, 2) == entry.candidates[:2]
+        assert [p.name for p in settings.candidates(entry, other)] == [names[1], names[3]]
+        unknown = next(entry for entry in ENTRIES if entry.label == "torchdeq Broyden (best)")
+        assert settings.candidates(unknown, few, 2) == unknown.candidates[:2]
+        assert settings.candidates(unknown, few) == unknown.candidates
     finally:
         settings.best_settings.cache_clear()
 
