@@ -171,7 +171,8 @@ def choose(
     """Pick the entry's settings on this problem.
 
     Args:
-        most: how many settings of a "fastest" entry are tried where no search has been made.
+        most: how many settings of a "fastest" entry are tried where no search has been made, or
+            nothing of what it found runs here.
         peers: the settings to try, whatever a search has found.
     Raises:
         RuntimeError: no setting ran; the message tells why.
@@ -179,11 +180,15 @@ def choose(
     if entry.pick == "first_solving":
         return _first_solving(entry, task)
     reasons: list[str] = []
-    found = [
-        forward
-        for peer in peers or candidates(entry, task, most)
-        if (forward := _attempt(lambda peer=peer: try_forward(peer, task), peer, reasons))
-    ]
+    found: list[Forward] = []
+    for some in (peers or candidates(entry, task, most), entry.candidates[:most]):
+        found = [
+            forward
+            for peer in some
+            if (forward := _attempt(lambda peer=peer: try_forward(peer, task), peer, reasons))
+        ]
+        if found:
+            break
     if not found:
         raise RuntimeError("; ".join(reasons))
     fastest = max(found, key=lambda item: (item.tol.solved, -item.seconds))
