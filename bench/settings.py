@@ -181,11 +181,13 @@ def choose(
         return _first_solving(entry, task)
     reasons: list[str] = []
     found: list[Forward] = []
-    for some in (peers or candidates(entry, task, most), entry.candidates[:most]):
+    first = peers or candidates(entry, task, most)
+    for some in (first, entry.candidates[:most]):
         found = [
             forward
             for peer in some
-            if (forward := _attempt(lambda peer=peer: try_forward(peer, task), peer, reasons))
+            if (some is first or peer not in first)
+            and (forward := _attempt(lambda peer=peer: try_forward(peer, task), peer, reasons))
         ]
         if found:
             break
