@@ -223,7 +223,9 @@ def verdicts(results: dict[str, Any]) -> list[str]:
                 f"{what} {verdict(tables[batch], key)}"
                 for key, what in (("forward", "fwd"), ("both", "fwd+bwd"))
             ]
-            lines.append(f"{problem['name'].split(',')[0]}, B={batch}: {'; '.join(said)}")
+            name = problem["name"].split(",")[0]
+            name = name if is_own(problem) else f"cell, {name}"
+            lines.append(f"{name}, B={batch}: {'; '.join(said)}")
     return lines[:MOST_VERDICTS]
 
 

@@ -593,10 +593,10 @@ def test_terminal_tables_fit_and_name_every_row(results: dict) -> None:
     assert [line.split(":")[0] for line in last] == [
         "your tanh, B=1",
         "your tanh, B=8",
-        "tanh, B=2",
-        "tanh, B=8",
-        "digits FPI_NN, B=8",
-        "digits FPI_GD, B=8",
+        "cell, tanh, B=2",
+        "cell, tanh, B=8",
+        "cell, digits FPI_NN, B=8",
+        "cell, digits FPI_GD, B=8",
     ]
     assert all("than torch loop" in line or "level with torch loop" in line for line in last)
 
