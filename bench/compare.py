@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from bench import checkout
 from bench.contamination import contamination
 from bench.loss_scale import loss_scale
-from bench.measure import paired_rounds, spread
+from bench.measure import fresh_rounds, spread
 from bench.peers import Entry
 from bench.peers.ours import BASELINE
-from bench.problems import Problem
+from bench.problems import Problem, Variants
 from bench.record import reason
-from bench.settings import Chosen, Task, at_batch, choose, make_task
+from bench.settings import Chosen, Task, choose, names_of
 
 COUNTED = ("fpi_cuda Anderson", "fpi_cuda Picard", "torchdeq Anderson (best)")
 """Rows whose evaluations are kept sample by sample: the histogram's."""
@@ -31,11 +27,12 @@ class Comparison:
 
     Attributes:
         entries: the rows in the order of the tables; times are set against the one named BASELINE.
-        batches: settings are chosen at `main_batch`, and compiled solves timed there only unless
-            `compile_everywhere`.
-        num_candidates: settings tried for each "best" row; None tries all.
-        diagnose: also measure contamination and the gradient's dependence on the loss scale, and
-            compile a solve even where `compile_everywhere` does not hold.
+        batches: settings are chosen, and times taken, at each; memory at `main_batch`.
+        most_settings: tried for each "best" row of which no search is kept; None tries all.
+        diagnose: also measure contamination and the gradient's dependence on the loss scale.
+        variants: inputs and weights that times are taken on, in turn.
+        distinct: different samples in a batch.
+        not_here: libraries that compile for longer than this form has time for.
         measured: what was kept so far, by label.
         result: the same as the report takes it.
     """
@@ -45,74 +42,74 @@ class Comparison:
     batches: tuple[int, ...]
     main_batch: int
     rounds: int
-    num_candidates: int | None = None
-    compile_everywhere: bool = True
+    most_settings: int | None = None
     diagnose: bool = False
+    variants: int = 1
+    distinct: int = 256
+    not_here: tuple[str, ...] = ()
     measured: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.result |= {"name": self.problem.name, "failed": {}, "tables": []}
+        own = self.problem.g == "your module"
+        self.result |= {"name": self.problem.name, "own": own, "failed": {}, "tables": []}
+        self._ours: dict[int, Chosen | None] = {}
 
     @functools.cached_property
-    def task(self) -> Task:
-        """At the main batch."""
-        start = self.entries[0].candidates[0]
-        return make_task(self.problem.with_batch(self.main_batch), start)
+    def in_turn(self) -> Variants:
+        """The problem as it is timed."""
+        return Variants(self.problem, self.variants, self.distinct)
 
-    @functools.cached_property
-    def ours(self) -> Chosen | None:
+    def task(self, batch: int) -> Task:
+        """At one batch size."""
+        return Task(self.in_turn, batch, self.entries[0].candidates[0])
+
+    def ours(self, batch: int) -> Chosen | None:
         """The settings of the row that times are set against; None where it is not asked for."""
-        entry = next((entry for entry in self.entries if entry.label == BASELINE), None)
-        try:
-            return entry and choose(entry, self.task, self.num_candidates)
-        except RuntimeError:  # told in its own row; the others are measured without a ratio
-            return None
+        if batch not in self._ours:
+            entry = next((entry for entry in self.entries if entry.label == BASELINE), None)
+            try:
+                self._ours[batch] = entry and choose(entry, self.task(batch))
+            except RuntimeError:  # told in its own row; the others are measured without a ratio
+                self._ours[batch] = None
+        return self._ours[batch]
 
     def measure(self, entry: Entry) -> dict[str, Any]:
         """All that is told of one library, times by batch size; why, where none of it ran."""
-        compiles = entry.candidates[0].compiles
-        if compiles and not (self.compile_everywhere or self.diagnose):
-            return {"failed": "compiled for the tanh cell only, in the short form"}
-        ours = self.ours
-        try:
-            chosen = (
-                ours
-                if ours is not None and entry.label == BASELINE
-                else choose(entry, self.task, self.num_candidates)
-            )
-        except RuntimeError as error:
-            return {"failed": str(error)}
+        if entry.library in self.not_here:
+            return {"failed": "its compiler takes too long for the short form"}
         main = self.main_batch
-        found: dict[str, Any] = {"failures": chosen.failures, "rows": {}, "left_out": {}}
-        found["rows"][str(main)] = compare(
-            chosen, ours, self.task.problem, self.task.v, self.rounds, memory=True
-        )
-        for batch in self.batches:
-            if batch == main or (compiles and not self.compile_everywhere):
-                continue
+        found: dict[str, Any] = {"failures": [], "rows": {}, "left_out": {}}
+        for batch in sorted(self.batches, key=lambda batch: batch != main):
+            task = self.task(batch)
             try:
-                found["rows"][str(batch)] = self._at(batch, chosen)
+                ours = self.ours(batch)
+                mine = ours if ours and entry.label == BASELINE else None
+                chosen = mine or choose(entry, task, self.most_settings)
+                row = compare(chosen, ours, task, self.rounds, memory=batch == main)
             except Exception as error:
+                if batch == main:
+                    return {"failed": str(error) or reason(error)}
                 found["left_out"][str(batch)] = reason(error)
-        if entry.label in COUNTED:
-            peer, tol = chosen.forward.peer, chosen.forward.tol.tol
-            found["steps"] = peer.num_steps(self.task.problem, tol).tolist()
-        if self.diagnose:
-            found["contamination"] = contamination(chosen, self.problem)
-            found["loss_scale"] = loss_scale(chosen, self.task)
+                continue
+            found["rows"][str(batch)] = row
+            if batch == main:
+                found["failures"] = chosen.failures
+                self.extras(chosen, task, found)
         return found
 
-    def _at(self, batch: int, chosen: Chosen) -> dict[str, Any]:
-        """The row at another batch size."""
-        sized = self.problem.with_batch(batch)
-        v = self.task.v[torch.arange(batch, device=self.task.v.device) % self.main_batch]
-        theirs = at_batch(chosen, sized, v)
-        ours = theirs if chosen is self.ours else None
-        if ours is None and self.ours is not None:
-            with contextlib.suppress(Exception):  # told in its own row
-                ours = at_batch(self.ours, sized, v)
-        return compare(theirs, ours, sized, v, self.rounds, memory=False)
+    def extras(self, chosen: Chosen, task: Task, found: dict[str, Any]) -> None:
+        """What is measured at the main batch only."""
+        if chosen.label in COUNTED:
+            peer, tol = chosen.forward.peer, chosen.forward.tol.tol
+            found["steps"] = peer.num_steps(task.problem, tol).tolist()
+        if self.diagnose:
+            found["contamination"] = contamination(chosen, task.problem)
+            found["loss_scale"] = loss_scale(chosen, task)
+
+    def search(self, entry: Entry, batch: int) -> list[str]:
+        """The names of the fastest settings of all, forward and with the backward."""
+        return names_of(choose(entry, self.task(batch), peers=entry.candidates))
 
     def keep(self, label: str, found: dict[str, Any]) -> None:
         """Bring `result` up to date with what `measure` found."""
@@ -134,11 +131,11 @@ class Comparison:
                 failed[f"{label}, some settings"] = "; ".join(f["failures"])
         self.result |= {
             "commit": checkout.commit(),
-            "features": self.problem.x0.shape[1],
+            "features": self.problem.features,
             "dtype": str(self.problem.x0.dtype).removeprefix("torch."),
             "rtol": self.problem.rtol,
-            "condition": self.task.reference.condition,
-            "gradient_rtol": self.task.gradient_rtol,
+            "gradient_rtol": self.problem.gradient_rtol,
+            "judged": self.in_turn.judged(),
             "failed": failed,
             "tables": tables,
         }
@@ -148,65 +145,79 @@ class Comparison:
                 self.result[name] = [f[name] for f in ran.values() if name in f]
 
 
+Timed = dict[str, Callable[[int], Callable[[], object]]]
+"""By label: what makes the n-th call ready."""
+
+
 def compare(
-    item: Chosen, ours: Chosen | None, problem: Problem, v: Tensor, rounds: int, *, memory: bool
+    item: Chosen, ours: Chosen | None, task: Task, rounds: int, *, memory: bool
 ) -> dict[str, Any]:
     """Time what was chosen for this very problem and batch in turn with ours: one row.
 
+    Every call is on inputs in memory of their own and on weights that have just been written.
+
     Args:
-        v: (B, d) gradient of the loss in x.
         memory: measure peak memory too.
     """
-    forward_calls: dict[str, Callable[[], object]] = {}
-    both_calls: dict[str, Callable[[], object]] = {}
+    forward: Timed = {}
+    both: Timed = {}
     for each in filter(None, (ours, item)):
-        forward_calls[each.label] = functools.partial(
-            each.forward.peer.solve, problem, each.forward.tol.tol
-        )
+        forward[each.label] = functools.partial(ready, each, task)
         if item.both is not None and each.both is not None:
-            both_calls[each.label] = functools.partial(
-                each.both.peer.solve_and_grad,
-                problem,
-                each.both.tol.tol,
-                each.both.adjoint.tol,
-                v,
-            )
-    device = problem.z.device
-    forward = paired_rounds(forward_calls, rounds, device)
-    both = paired_rounds(both_calls, rounds, device)
-    return _row(item, problem, forward, both, memory)
+            both[each.label] = functools.partial(ready_both, each, task)
+    device = task.v.device
+    row = _row(item, task, memory)
+    solved = row["solved"] * task.batch
+    row["forward"] = _timing(fresh_rounds(forward, rounds, device), item.label, solved)
+    if item.both is not None:
+        solved = min(row["solved"], row["gradient_solved"]) * task.batch
+        row["both"] = _timing(fresh_rounds(both, rounds, device), item.label, solved)
+    return row
 
 
-def _row(
-    chosen: Chosen,
-    problem: Problem,
-    forward_times: dict[str, list[float]],
-    both_times: dict[str, list[float]],
-    memory: bool,
-) -> dict[str, Any]:
+def ready(chosen: Chosen, task: Task, n: int) -> Callable[[], object]:
+    """A forward call on the n-th inputs and weights."""
+    peer, tol = chosen.forward.peer, chosen.forward.tol.tol
+    loaded = peer.load(task.use(n), task.v)
+    return lambda: peer.run(loaded, tol)
+
+
+def ready_both(chosen: Chosen, task: Task, n: int) -> Callable[[], object]:
+    """The same with the backward."""
+    both = chosen.both
+    assert both is not None
+    loaded = both.peer.load(task.use(n), task.v)
+    return lambda: both.peer.run_both(loaded, both.tol.tol, both.adjoint.tol)
+
+
+def _row(chosen: Chosen, task: Task, memory: bool) -> dict[str, Any]:
     peer, tol = chosen.forward.peer, chosen.forward.tol
+    problem = task.problem
     steps = peer.num_steps(problem, tol.tol).double()
     row: dict[str, Any] = {
         "label": chosen.label,
         "library": peer.library,
+        "way": peer.way(problem, tol.tol),
         "setting": peer.name,
         "tol": tol.tol,
         "solved": tol.solved,
         "worst_residual": tol.worst,
         "steps_mean": float(steps.mean()),
         "steps_max": float(steps.max()),
-        "forward": _timing(forward_times, chosen.label, tol.solved * problem.batch),
     }
     if memory:
         row["peak_bytes"] = peer.peak_bytes(problem, tol.tol)
+    if peer.compiles:
+        row["compile_seconds"] = chosen.forward.compiling + (
+            chosen.both.compiling if chosen.both else 0.0
+        )
     if chosen.both is not None:
         both = chosen.both
         row["both_setting"] = both.peer.name
+        row["both_tol"] = both.tol.tol
         row["adjoint_tol"] = both.adjoint.tol
         row["gradient_solved"] = both.adjoint.solved
         row["gradient_worst_error"] = both.adjoint.worst
-        share = min(both.tol.solved, both.adjoint.solved)
-        row["both"] = _timing(both_times, chosen.label, share * problem.batch)
     return row
 
 

@@ -44,19 +44,19 @@ class Size:
     Attributes:
         tanh: batch and features of the small cell. conv: batch, channels and side of the large.
         steps: the time per iteration is the slope between these two numbers of steps.
-        num_candidates: settings tried for each "best" row of a peer; None tries all.
+        most_settings: settings tried for each "best" row of a peer; None tries all.
     """
 
     tanh: tuple[int, int] = (256, 128)
     conv: tuple[int, int, int] = (128, 48, 32)
     steps: tuple[int, int] = (50, 250)
     rounds: int = 11
-    num_candidates: int | None = 3
+    most_settings: int | None = 3
 
 
 FULL = Size()
-SHORT = Size(conv=(4, 8, 12), steps=(20, 60), rounds=3, num_candidates=1)
-DEVICE_SHORT = Size(rounds=5, num_candidates=1)
+SHORT = Size(conv=(4, 8, 12), steps=(20, 60), rounds=3, most_settings=1)
+DEVICE_SHORT = Size(rounds=5, most_settings=1)
 """On a device it is not the size that costs time."""
 
 
@@ -276,7 +276,7 @@ def run(record: Record, size: Size, device: torch.device, modules: tuple[str, ..
         (size.tanh[0],),
         size.tanh[0],
         size.rounds,
-        size.num_candidates,
+        size.most_settings,
     )
     large = LargeCell(size, device)
     results["tanh"] = small.result

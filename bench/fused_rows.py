@@ -55,7 +55,7 @@ TINY = Size((16, 9, 12), ((16, 8),), (16, 8, 12), (20, 8), 1, 1)
 
 
 class Routed(FpiCuda):
-    """fixed_point by one route, in one precision, by a backend or the best there is."""
+    """A layer that goes one route, in one precision, by a backend or the best there is."""
 
     def __init__(
         self,
@@ -64,27 +64,8 @@ class Routed(FpiCuda):
         precision: str = "ieee",
         backend: str | None = None,
     ) -> None:
-        super().__init__(solver)
+        super().__init__(solver, route, precision=precision, backend=backend)
         self.name = f"{solver}, route={route}, precision={precision}, backend={backend}"
-        self.route = route
-        self.precision = precision
-        self.backend = backend
-
-    def _solution(
-        self, problem: Problem, z: Tensor, tol: float, adjoint_tol: float
-    ) -> fpi.Solution:
-        return fpi.fixed_point(
-            problem.cell,
-            problem.x0,
-            z,
-            solver=self.solver,
-            rtol=tol,
-            max_steps=problem.max_steps,
-            adjoint=fpi.Implicit(rtol=adjoint_tol),
-            route=self.route,
-            precision=self.precision,
-            backend=self.backend,
-        )
 
 
 def ours(device: torch.device) -> list[Entry]:

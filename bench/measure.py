@@ -21,6 +21,7 @@ SAME = 3
 """Halvings without any effect after which the search gives up."""
 SHORTEST_SAMPLE = 0.02
 """Seconds that one timing sample lasts at least, by repeating short calls."""
+MOST_REPEATS = 2000
 
 LONGEST_ROW = 8.0
 FEWEST_ROUNDS = 3
@@ -225,9 +226,18 @@ def busy_seconds(call: Callable[[], object]) -> float:
     return sum(busy) / 1e6
 
 
-def quickest(call: Callable[[], object], device: torch.device, tries: int = 3) -> float:
-    """The shortest of a few timings: enough to choose between settings."""
-    return min(seconds(call, device) for _ in range(tries))
+def quickest(call: Callable[[], object], device: torch.device, tries: int = 5) -> float:
+    """The shortest of a few timings: enough to choose between settings.
+
+    On the CPU it is the time that this process worked, whoever else uses the machine.
+    """
+
+    def worked() -> float:
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+
+    return min(worked() if device.type == "cpu" else seconds(call, device) for _ in range(tries))
 
 
 def paired_rounds(
@@ -241,16 +251,30 @@ def paired_rounds(
         the seconds of each call in each round, of a slow one in the first rounds only; entries of
         one round are paired, so that a ratio of two calls sees the same machine.
     """
+    fresh = {name: (lambda _, call=call: call) for name, call in calls.items()}
+    return fresh_rounds(fresh, rounds, device)
+
+
+def fresh_rounds(
+    calls: Mapping[str, Callable[[int], Callable[[], object]]],
+    rounds: int,
+    device: torch.device,
+) -> dict[str, list[float]]:
+    """The same for calls that are made anew each time: calls[name](n), the n-th, is not timed."""
+
+    def taken(name: str, first: int, repeats: int) -> float:
+        return sum(seconds(calls[name](first + n), device) for n in range(repeats)) / repeats
+
+    quick = {name: min(taken(name, n, 1) for n in (0, 1)) for name in calls}
     repeats = {
-        name: max(1, round(SHORTEST_SAMPLE / max(quickest(call, device, 2), 1e-6)))
-        for name, call in calls.items()
+        name: round(min(MOST_REPEATS, SHORTEST_SAMPLE / t)) or 1 for name, t in quick.items()
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
+    for first in range(rounds):
+        for name in calls:
             spent = sum(times[name]) * repeats[name]
             if len(times[name]) < FEWEST_ROUNDS or spent < LONGEST_ROW:
-                times[name].append(seconds(call, device, repeats[name]))
+                times[name].append(taken(name, first, repeats[name]))
     return times
 
 

@@ -33,8 +33,12 @@ MARKERS = ("o", "s", "^", "v", "D", "x")
 
 
 def plot(results: dict[str, Any], path: Path) -> list[Path]:
-    """Write the pictures of a results file beside it: <its name>-throughput.png and so on."""
-    results = results | {"problems": [p for p in results["problems"] if p["tables"]]}
+    """Write the pictures of a results file beside it: <its name>-throughput.png and so on.
+
+    Of cells; users' own maps are in the tables.
+    """
+    cells = [p for p in results["problems"] if p["tables"] and not p.get("own")]
+    results = results | {"problems": cells}
     if not results["problems"]:
         return []
     return [

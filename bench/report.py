@@ -24,8 +24,17 @@ Table = list[tuple[str, ...]]
 
 
 def text(results: dict[str, Any]) -> str:
-    """Everything measured, as tables at most 100 columns wide."""
+    """Everything measured, as tables at most 100 columns wide; what it comes to stands last."""
     lines: list[str] = []
+    for problem in filter(is_own, results["problems"]):
+        if problem["tables"]:
+            lines += ["", *wrapped([own_title(problem)]), *aligned(own_table(problem))]
+        lines += wrapped(compiling(problem) + beyond(problem) + not_run(problem))
+    if "overhead" in results:
+        lines += ["", *wrapped([OVERHEAD]), *aligned(overhead_table(results["overhead"]))]
+    if "scaling" in results:
+        lines += ["", *wrapped([SCALING]), *aligned(scaling_table(results["scaling"]))]
+    lines.append("")
     for layer in results["training"]:
         last = layer["history"][-1]
         lines += wrapped(
@@ -36,12 +45,11 @@ def text(results: dict[str, Any]) -> str:
             ]
         )
     lines += ["", *wrapped([LEGEND])]
-    for problem in results["problems"]:
+    for problem in (problem for problem in results["problems"] if not is_own(problem)):
         for table in problem["tables"]:
             lines += ["", title(problem, table["batch"]), *aligned(fitting_table(table))]
             lines += wrapped(left_out(table))
-        ran = settings(problem) if problem["tables"] else []
-        lines += wrapped(ran + faster(problem) + not_run(problem))
+        lines += wrapped(compiling(problem) + not_run(problem))
         if problem.get("contamination"):
             lines += ["", CONTAMINATION, *aligned(contamination_table(problem))]
             lines += ["", LOSS_SCALE, *aligned(loss_scale_table(problem))]
@@ -51,11 +59,11 @@ def text(results: dict[str, Any]) -> str:
             f"{results['training_seconds']:.0f} s of training, "
             f"{results['total_seconds']:.0f} s in all"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *verdicts(results)])
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The same for the page: the main tables, the settings, and where it was measured."""
+    """The same for the page: the main tables, and where it was measured."""
     where = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     commits = {problem.get("commit", where["commit"]): None for problem in results["problems"]}
@@ -64,15 +72,23 @@ def markdown(results: dict[str, Any]) -> str:
         f"Measured on {where['cpu'] if where['device'] == 'cpu' else where['device']}, "
         f"{where['threads']} thread(s), Python {where['python']}, {versions}, commit "
         f"{' and '.join(commits)}, {where['date']}: `{where['command']}`.",
-        LEGEND,
     ]
-    for problem in results["problems"]:
+    for problem in filter(is_own, results["problems"]):
+        if problem["tables"]:
+            parts += [f"**{own_title(problem)}**", piped(own_table(problem))]
+        parts += [*compiling(problem), *beyond(problem), *not_run(problem)]
+    if "overhead" in results:
+        parts += [f"**{OVERHEAD}**", piped(overhead_table(results["overhead"]))]
+    if "scaling" in results:
+        parts += [f"**{SCALING}**", piped(scaling_table(results["scaling"]))]
+    parts.append(LEGEND)
+    for problem in (problem for problem in results["problems"] if not is_own(problem)):
         if not problem["tables"]:
             parts += not_run(problem)
             continue
         table = main_table(problem)
         parts += [f"**{title(problem, table['batch'])}**", piped(throughput_table(table))]
-        parts += [*faster(problem), *not_run(problem), *beyond(problem)]
+        parts += [*faster(problem), *compiling(problem), *not_run(problem), *beyond(problem)]
         if problem.get("contamination"):
             parts += [f"**{CONTAMINATION}**", piped(contamination_table(problem))]
             parts += [f"**{LOSS_SCALE}**", piped(loss_scale_table(problem))]
@@ -85,17 +101,154 @@ LEGEND = (
     "evaluations of g per sample, mean/most; grad.: share of samples whose gradient meets the "
     "gradient error named above the table; fwd/s and fwd+bwd/s: samples per second that do; time / "
     "ours: the row's time over fpi_cuda Anderson's, median (least-most) of paired rounds, below 1 "
-    "is faster than it; MB: peak memory beyond the inputs; -: no backward ran."
+    "is faster than it; MB: peak memory beyond the inputs; -: no backward ran; *: some samples "
+    "miss a target, and the row is compared with nothing. torch loops write the cell out in addmm."
 )
+OVERHEAD = (
+    "Besides the arithmetic: layer(z) at B=1, d=128 over one call of the op, and Python calls "
+    "inside fpi_cuda, forward and with backward"
+)
+SCALING = "ns for a step of one sample, dense cell, d=32"
 CAPTION = "The pictures show each library at its best settings."
 CONTAMINATION = "Batch contamination: how 32 easy samples fare beside 32 hard or NaN ones"
 LOSS_SCALE = "Largest gradient error of a sample, by loss scale"
 
 
+def is_own(problem: dict[str, Any]) -> bool:
+    """Whether its map is a user's."""
+    return bool(problem.get("own"))
+
+
+def met(row: dict[str, Any], key: str) -> bool:
+    """Whether all samples meet the targets: of the residual, with the backward the gradient's."""
+    return row["solved"] == 1.0 and (key == "forward" or row.get("gradient_solved") == 1.0)
+
+
+def ratio(row: dict[str, Any], key: str) -> float | None:
+    """Its time over ours, where both can be compared."""
+    timed = row.get(key, {}).get("time_over_baseline")
+    return timed["median"] if timed and met(row, key) else None
+
+
+def own_title(problem: dict[str, Any]) -> str:
+    """What the table of a user's map shows."""
+    return (
+        f"{problem['name']}, {problem['dtype']}, true residual {problem['rtol']:g}, gradient error "
+        f"{problem['gradient_rtol']:.1g}: time over fpi_cuda Anderson's, forward / with backward"
+    )
+
+
+def own_table(problem: dict[str, Any]) -> Table:
+    """A row for each library, a column for each batch; of the first row the time itself."""
+    tables = problem["tables"]
+    rows: Table = [("library", "g", *(f"B={table['batch']}" for table in tables))]
+    by_batch = [{row["label"]: row for row in table["rows"]} for table in tables]
+    for label in dict.fromkeys(label for held in by_batch for label in held):
+        cells = [own_cell(held[label]) if label in held else "-" for held in by_batch]
+        way = next(held[label]["way"] for held in by_batch if label in held)
+        rows.append((label, way, *cells))
+    if len(rows) > 1:
+        first = [held.get(rows[1][0]) for held in by_batch]
+        rows.insert(1, ("", "", *("" if row is None else own_seconds(row) for row in first)))
+    return rows
+
+
+def own_cell(row: dict[str, Any]) -> str:
+    """Both ratios; * where a target is missed."""
+    cells = []
+    for key in ("forward", "both"):
+        timed = row.get(key, {}).get("time_over_baseline")
+        cells.append(two(timed["median"]) + ("" if met(row, key) else "*") if timed else "-")
+    return " / ".join(cells)
+
+
+def own_seconds(row: dict[str, Any]) -> str:
+    """Both times of ours."""
+    return (
+        " / ".join(f"{1e6 * row[key]['seconds']:,.0f}" for key in ("forward", "both") if key in row)
+        + " µs"
+    )
+
+
+def compiling(problem: dict[str, Any]) -> list[str]:
+    """How long compilers took before the first solve, at the batch where that was longest."""
+    found: dict[str, float] = {}
+    for table in problem["tables"]:
+        for row in table["rows"]:
+            if "compile_seconds" in row:
+                label = row["label"]
+                found[label] = max(found.get(label, 0.0), row["compile_seconds"])
+    told = ", ".join(f"{label} {seconds:.0f} s" for label, seconds in found.items())
+    return [f"compiled before, for one batch size: {told}"] if told else []
+
+
+def overhead_table(rows: list[dict[str, Any]]) -> Table:
+    """A line for each g and solver."""
+    table: Table = [("g", "solver", "op, µs", "layer, µs", "layer / op", "calls", "with backward")]
+    return table + [
+        (
+            row["g"],
+            row["solver"],
+            f"{1e6 * row['op_seconds']:.0f}",
+            f"{1e6 * row['seconds']:.0f}",
+            two(row["over_op"]),
+            str(row["calls"]),
+            str(row["calls_with_backward"]),
+        )
+        for row in rows
+    ]
+
+
+def scaling_table(rows: list[dict[str, Any]]) -> Table:
+    """A line for each solver, a column for each batch."""
+    table: Table = [("solver", *(f"B={row['batch']:,}" for row in rows))]
+    return table + [
+        (name, *(f"{1e9 * row[name]:.1f}" for row in rows)) for name in ("Picard", "Anderson")
+    ]
+
+
+MOST_VERDICTS = 10
+
+
+def verdicts(results: dict[str, Any]) -> list[str]:
+    """Ten lines: who is ahead, our fastest row or the fastest of all others, and by how much."""
+    own = [problem for problem in results["problems"] if is_own(problem)][: MOST_VERDICTS // 2 - 1]
+    cells = [problem for problem in results["problems"] if not is_own(problem)]
+    lines = []
+    for problem in own + cells:
+        tables = {table["batch"]: table for table in problem["tables"]}
+        chosen = {min(tables), MIDDLE if MIDDLE in tables else max(tables)} if tables else set()
+        for batch in sorted(chosen):
+            said = [
+                f"{what} {verdict(tables[batch], key)}"
+                for key, what in (("forward", "fwd"), ("both", "fwd+bwd"))
+            ]
+            name = problem["name"].split(",")[0]
+            name = name if is_own(problem) else f"cell, {name}"
+            lines.append(f"{name}, B={batch}: {'; '.join(said)}")
+    return lines[:MOST_VERDICTS]
+
+
+def verdict(table: dict[str, Any], key: str) -> str:
+    """Our fastest row over the fastest of the others, rows that miss a target left out."""
+    rows = [(ratio(row, key), row) for row in table["rows"]]
+    ours = [found for found, row in rows if found and row["library"] == "fpi_cuda"]
+    theirs = [
+        (found, row["library"]) for found, row in rows if found and row["library"] != "fpi_cuda"
+    ]
+    if not ours or not theirs:
+        return "not compared"
+    found, library = min(theirs)
+    times = found / min(ours)
+    if FASTER < times < 1 / FASTER:
+        return f"level with {library}"
+    return f"{two(max(times, 1 / times))}x {'faster' if times > 1 else 'slower'} than {library}"
+
+
 def main_table(problem: dict[str, Any]) -> dict[str, Any]:
     """The batch size at which settings were chosen and memory was measured."""
     tables: list[dict[str, Any]] = problem["tables"]
-    return max(tables, key=lambda table: "peak_bytes" in table["rows"][0])
+    return max(tables, key=lambda table: any("peak_bytes" in row for row in table["rows"]))
 
 
 def title(problem: dict[str, Any], batch: int) -> str:
@@ -107,18 +260,25 @@ def title(problem: dict[str, Any], batch: int) -> str:
 
 
 def fitting_table(table: dict[str, Any]) -> Table:
-    """The same without the ranges where they would make it too wide for the terminal."""
-    full = throughput_table(table)
-    fits = max(map(len, aligned(full))) <= WIDTH
-    return full if fits else throughput_table(table, ranges=False)
+    """The same without ranges, the cell's name (it is the problem's) and memory, until it fits."""
+    forms = [
+        throughput_table(table),
+        throughput_table(table, ranges=False),
+        throughput_table(table, ranges=False, cells=False),
+    ]
+    forms.append([row[: COLUMNS.index("MB")] for row in forms[-1]])
+    return next((f for f in forms if max(map(len, aligned(f))) <= WIDTH), forms[-1])
 
 
-def throughput_table(table: dict[str, Any], *, ranges: bool = True) -> Table:
-    """Rows of COLUMNS: samples converged per second, and time over fpi_cuda Anderson's."""
+def throughput_table(table: dict[str, Any], *, ranges: bool = True, cells: bool = True) -> Table:
+    """Rows of COLUMNS: samples converged per second, and time over fpi_cuda Anderson's.
+
+    Rows that miss a target on some samples are marked, and stand last.
+    """
     rows: Table = [COLUMNS]
     rows += [
         (
-            row["label"],
+            labelled(row, cells),
             share(row["solved"]),
             f"{row['steps_mean']:.0f}/{row['steps_max']:.0f}",
             *_timing(row["forward"], ranges),
@@ -126,9 +286,21 @@ def throughput_table(table: dict[str, Any], *, ranges: bool = True) -> Table:
             *_timing(row.get("both"), ranges),
             f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else "",
         )
-        for row in table["rows"]
+        for row in sorted(table["rows"], key=misses)
     ]
     return rows if any(row[-1] for row in rows[1:]) else [row[:-1] for row in rows]
+
+
+def misses(row: dict[str, Any]) -> bool:
+    """Whether some sample misses a target that was measured."""
+    return not met(row, "both" if "both" in row else "forward")
+
+
+def labelled(row: dict[str, Any], cells: bool = True) -> str:
+    """The row's name; of ours the route and the cell, too."""
+    way = f", {row['way']}" if row["library"] == "fpi_cuda" and "way" in row else ""
+    way = way if cells else way.partition(":")[0]
+    return f"{row['label']}{way}{' *' if misses(row) else ''}"
 
 
 def _timing(timing: dict[str, Any] | None, ranges: bool) -> tuple[str, str]:
@@ -178,21 +350,6 @@ def loss_scale_table(problem: dict[str, Any]) -> Table:
     return rows
 
 
-def settings(problem: dict[str, Any]) -> list[str]:
-    """Which settings stand behind each row."""
-    lines = []
-    for row in main_table(problem)["rows"]:
-        line = f"{row['label']}: {row['setting']}, tolerance {row['tol']:.2g}"
-        if "both_setting" in row:
-            other = "" if row["both_setting"] == row["setting"] else f"{row['both_setting']}, "
-            line += (
-                f"; backward: {other}tolerance {row['adjoint_tol']:.2g}, "
-                f"{share(row['gradient_solved'])} within the gradient error"
-            )
-        lines.append(line)
-    return lines
-
-
 def not_run(problem: dict[str, Any]) -> list[str]:
     """Which rows there are not, and why; labels with the same reason share a line."""
     reasons: dict[str, list[str]] = {}
@@ -228,9 +385,9 @@ def faster(problem: dict[str, Any]) -> list[str]:
         found: dict[str, list[str]] = {}
         for table in problem["tables"]:
             ratios = {
-                row["label"]: row[key]["time_over_baseline"]["median"]
+                row["label"]: times
                 for row in table["rows"]
-                if key in row and row["library"] != "fpi_cuda" and row["solved"] == 1.0
+                if row["library"] != "fpi_cuda" and (times := ratio(row, key)) is not None
             }
             label = min(ratios, key=lambda label: ratios[label], default="")
             if label and ratios[label] < FASTER:
@@ -353,50 +510,59 @@ SHOWN = {
     "torch.compile'd loop": ("torch.compile",),
     "torchdeq": ("torchdeq",),
     "jaxopt": ("jaxopt",),
+    "optimistix": ("optimistix",),
 }
 """Rows of README's table: what it calls them, and their "library" in the results."""
 FEWEST, MIDDLE, MOST = 1, 256, 4096
 """Batch sizes of README's table."""
+OWN_SHOWN = ("your tanh, d=128", "your attention, 16x32")
+"""Users' maps in README's table."""
 
 
 def summary(folder: Path) -> str:
-    """README's table: times over ours of the tanh cell on every machine, and who is faster where.
+    """README's table: times over ours on every machine, users' maps first, and who is faster where.
 
-    A cell is of the fastest row of that library that solves every sample, at its best settings.
+    A cell is of the fastest row of that library that meets the targets on every sample.
     """
     columns: list[tuple[str, dict[str, Any]]] = []
     lines = []
     for path in sorted(folder.glob("throughput-*.json")):
         results = json.loads(path.read_text())
-        tanh = next(p for p in results["problems"] if p["name"] == "tanh")
         device = results["machine"]["device"].removeprefix("NVIDIA ").replace("cpu", "CPU")
-        columns += [
-            (f"{device}, B={table['batch']}", table)
-            for table in tanh["tables"]
-            if table["batch"] in (FEWEST, MIDDLE, MOST)
-        ]
+        named = {problem["name"]: problem for problem in results["problems"]}
+        own = [name for name in OWN_SHOWN if name in named]
+        for name in (*own, "tanh"):
+            shown = (FEWEST, MIDDLE) if own else (FEWEST, MIDDLE, MOST)
+            called = name.split(",")[0] if name in own else "cell"
+            columns += [
+                (f"{called}, {device}, B={table['batch']}", table)
+                for table in named[name]["tables"]
+                if table["batch"] in shown
+            ]
         lines += ahead(results["problems"], device)
     rows: Table = [("time over fpi_cuda's", *(name for name, _ in columns))]
     rows += [
         (name, *(" / ".join(fastest(table, libraries)) for _, table in columns))
         for name, libraries in SHOWN.items()
     ]
+    tanh = named["tanh"]
     legend = (
-        f"A tanh cell (d={tanh['features']}, {tanh['dtype']}) solved to a true residual of "
-        f"{tanh['rtol']:g}: forward / forward and backward, each library at its best settings. "
+        "Forward / forward and backward, each library at its best settings, at equal error of "
+        f"solution and gradient. Yours: modules of plain torch; cell: `cells.Dense`, "
+        f"d={tanh['features']}, {tanh['dtype']}, to a true residual of {tanh['rtol']:g}. "
         "Above 1 fpi_cuda (Anderson) is faster; -: not measured."
     )
     return "\n\n".join([legend, piped(rows), *lines])
 
 
 def fastest(table: dict[str, Any], libraries: tuple[str, ...]) -> list[str]:
-    """The least time over ours, forward and with backward, of rows that solve every sample."""
-    rows = [r for r in table["rows"] if r["library"] in libraries and r["solved"] == 1.0]
-    ratios = [
-        [row[key]["time_over_baseline"]["median"] for row in rows if key in row]
+    """The least time over ours, forward and with backward, of rows that meet the targets."""
+    rows = [row for row in table["rows"] if row["library"] in libraries]
+    found = [
+        [times for row in rows if (times := ratio(row, key)) is not None]
         for key in ("forward", "both")
     ]
-    return [two(min(some)) if some else "-" for some in ratios]
+    return [two(min(some)) if some else "-" for some in found]
 
 
 def ahead(problems: list[dict[str, Any]], device: str) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.memory import torch_peak_bytes
-from bench.problems import CountingCell, Problem
+from bench.problems import Counter, Problem
 
 
 class Peer:
@@ -36,14 +36,14 @@ class Peer:
 
     def first_tolerance(self, problem: Problem) -> float:
         """Where the search for the loosest sufficient tolerance begins; absolute by default."""
-        return problem.rtol * max(1.0, float(problem.x0.shape[1]) ** 0.5)
+        return problem.rtol * max(1.0, float(problem.features) ** 0.5)
 
     def first_adjoint_tolerance(self, problem: Problem) -> float:
         """The same for the backward solve; the forward's by default."""
         return self.first_tolerance(problem)
 
     def solve(self, problem: Problem, tol: float) -> Tensor:
-        """(B, d) the library's fixed point, without gradients."""
+        """(B, ...) the library's fixed point, without gradients."""
         raise NotImplementedError
 
     def solve_and_grad(
@@ -52,9 +52,29 @@ class Peer:
         """The fixed point x, and the gradients of sum(v * x) in z and in each parameter."""
         raise NotImplementedError
 
+    def load(self, problem: Problem, v: Tensor | None = None) -> Any:
+        """What `run` and `run_both` take: the problem where this library keeps its data.
+
+        It is not timed. Whatever serves other inputs and weights of the same shapes, such as a
+        compiled solve, is made once and kept by the peer.
+        """
+        return problem, v
+
+    def run(self, loaded: Any, tol: float) -> Any:
+        """What is timed: a forward solve, ended, in the library's own arrays."""
+        return self.solve(loaded[0], tol)
+
+    def run_both(self, loaded: Any, tol: float, adjoint_tol: float) -> Any:
+        """The same with the backward."""
+        return self.solve_and_grad(loaded[0], tol, adjoint_tol, loaded[1])
+
+    def way(self, problem: Problem, tol: float) -> str:
+        """How g is given to it and run."""
+        return "as you wrote it" if problem.g == "your module" else "addmm by hand"
+
     def num_steps(self, problem: Problem, tol: float) -> Tensor:
         """(B,) evaluations of g on each sample; by default those of the whole batch, counted."""
-        counter = CountingCell(problem.cell)
+        counter = Counter(problem)
         self.solve(dataclasses.replace(problem, cell=counter), tol)
         return torch.full((problem.batch,), counter.rows // problem.batch, dtype=torch.int32)
 

@@ -38,7 +38,7 @@ class GraphedLoop(Peer):
 
         def body() -> Tensor:
             with torch.no_grad():
-                return repeated(problem, problem.cell.prepare(problem.z), count)
+                return repeated(problem.bound(problem.z), problem.x0, count)
 
         return self._replayed(body, problem, count)
 
@@ -50,11 +50,11 @@ class GraphedLoop(Peer):
         z = problem.z.detach().clone().requires_grad_()
 
         def body() -> tuple[Tensor, list[Tensor]]:
-            prepared = problem.cell.prepare(z)
+            step = problem.bound(z)
             with torch.no_grad():
-                x = repeated(problem, prepared.detach(), count)
+                x = repeated(step, problem.x0, count)
             state = x.requires_grad_()
-            image = problem.cell.step(state, prepared)
+            image = step(state)
             c = v
             for _ in range(adjoint_count):
                 c = torch.autograd.grad(image, state, c, retain_graph=True)[0] + v
@@ -70,9 +70,8 @@ class GraphedLoop(Peer):
         key = (id(problem), tol)
         if key not in self._counts:
             with torch.no_grad():
-                prepared = problem.cell.prepare(problem.z)
                 self._counts[key] = steps_of(
-                    lambda x: problem.cell.step(x, prepared), problem.x0, tol, problem.max_steps
+                    problem.bound(problem.z), problem.x0, tol, problem.max_steps
                 )
             self._kept.append(problem)
         return self._counts[key]
@@ -82,7 +81,7 @@ class GraphedLoop(Peer):
         key = (id(problem), tol, adjoint_tol, id(v))
         if key not in self._counts:
             state = self.solve(problem, tol).clone().requires_grad_()
-            image = problem.cell.step(state, problem.cell.prepare(problem.z))
+            image = problem.bound(problem.z)(state)
 
             def adjoint_step(c: Tensor) -> Tensor:
                 return torch.autograd.grad(image, state, c, retain_graph=True)[0] + v
@@ -110,11 +109,10 @@ class GraphedLoop(Peer):
         return result
 
 
-def repeated(problem: Problem, prepared: Tensor, count: int) -> Tensor:
-    """x0 after `count` Picard steps."""
-    x = problem.x0
+def repeated(step: Callable[[Tensor], Tensor], x: Tensor, count: int) -> Tensor:
+    """x after `count` Picard steps."""
     for _ in range(count):
-        x = problem.cell.step(x, prepared)
+        x = step(x)
     return x
 
 

@@ -20,8 +20,15 @@ class Jaxopt(JaxPeer):
 
     library = "jaxopt"
 
-    def __init__(self, name: str, solver: str, adjoint: str = "normal_cg", **options: Any) -> None:
-        super().__init__(name, solver=solver, adjoint=adjoint, **options)
+    def __init__(
+        self,
+        name: str,
+        solver: str,
+        adjoint: str = "normal_cg",
+        batched: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(name, batched, solver=solver, adjoint=adjoint, **options)
         self.options = options
 
     def solve_one(
@@ -46,28 +53,39 @@ class Jaxopt(JaxPeer):
         return x, state.num_fun_eval
 
 
+def _best_picard() -> tuple[Jaxopt, ...]:
+    return tuple(
+        Jaxopt(f"{_whole(batched)}adjoint {adjoint}", "picard", adjoint, batched=batched)
+        for batched in (False, True)
+        for adjoint in ("bicgstab", "gmres", "normal_cg")
+    )
+
+
+def _best_anderson() -> tuple[Jaxopt, ...]:
+    return tuple(
+        Jaxopt(
+            f"{_whole(batched)}history_size={m}, ridge={ridge:g}, adjoint bicgstab",
+            "anderson",
+            "bicgstab",
+            batched=batched,
+            history_size=m,
+            ridge=ridge,
+        )
+        for m, ridge, batched in (
+            (5, 1e-8, False), (5, 1e-10, False), (3, 1e-10, False), (8, 1e-10, False),
+            (5, 1e-8, True), (3, 1e-8, True),
+        )
+    )  # fmt: skip
+
+
+def _whole(batched: bool) -> str:
+    return "the batch as one, " if batched else ""
+
+
 def entries() -> list[Entry]:
     return [
         Entry("jaxopt Picard (default)", (Jaxopt("default", "picard"),)),
-        Entry(
-            "jaxopt Picard (best)",
-            (
-                Jaxopt("adjoint bicgstab", "picard", "bicgstab"),
-                Jaxopt("adjoint gmres", "picard", "gmres"),
-            ),
-        ),
+        Entry("jaxopt Picard (best)", _best_picard()),
         Entry("jaxopt Anderson (default)", (Jaxopt("default", "anderson"),)),
-        Entry(
-            "jaxopt Anderson (best)",
-            tuple(
-                Jaxopt(
-                    f"history_size={m}, ridge={ridge:g}, adjoint bicgstab",
-                    "anderson",
-                    "bicgstab",
-                    history_size=m,
-                    ridge=ridge,
-                )
-                for m, ridge in ((5, 1e-8), (5, 1e-10), (3, 1e-10), (8, 1e-10))
-            ),
-        ),
+        Entry("jaxopt Anderson (best)", _best_anderson()),
     ]

@@ -79,6 +79,7 @@ def entries() -> list[Entry]:
             (
                 Optimistix("Picard, adjoint GMRES", solver="picard", linear="gmres"),
                 Optimistix("Picard, adjoint BiCGStab", solver="picard", linear="bicgstab"),
+                Optimistix("Picard, the batch as one", True, solver="picard", linear="gmres"),
                 Optimistix("Newton", solver="newton", linear="auto", max_steps=20),
             ),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -16,6 +17,8 @@ from bench.problems import Problem
 
 STEPS_PER_DECADE = 16
 """simple_fixed_point_iter has no stop test: the search chooses its steps through the tolerance."""
+FEWER = 32.0
+"""Where that search begins, over rtol: most maps contract faster than so many steps a decade."""
 
 
 class TorchDEQ(Peer):
@@ -25,6 +28,7 @@ class TorchDEQ(Peer):
         f_solver, b_solver: names of its forward and backward solvers.
         stop_mode: "abs", its default, or "rel"; both take the largest residual of the batch.
         max_iter: None takes the problem's cap.
+        hook_ift: its backward by a hook.
         options: keywords of the solver (m, lam, LBFGS_thres); the backward gets them too.
     """
 
@@ -37,6 +41,7 @@ class TorchDEQ(Peer):
         b_solver: str = "fixed_point_iter",
         stop_mode: str = "abs",
         max_iter: int | None = None,
+        hook_ift: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -45,53 +50,56 @@ class TorchDEQ(Peer):
             b_solver=b_solver,
             stop_mode=stop_mode,
             max_iter=max_iter,
+            hook_ift=hook_ift,
             **options,
         )
         self.options = options
+        self._made: dict[tuple[Any, ...], Any] = {}
 
     def first_tolerance(self, problem: Problem) -> float:
+        if self._has_no_stop_test:
+            return FEWER * problem.rtol
         relative = self.settings["stop_mode"] == "rel"
         return problem.rtol if relative else super().first_tolerance(problem)
 
-    def _deq(self, problem: Problem, tol: float, adjoint_tol: float) -> Any:
+    def _deq(self, problem: Problem, tol: float, adjoint_tol: float, training: bool) -> Any:
+        """The DEQ, made once for its options."""
         most = self.settings["max_iter"] or problem.max_steps
-        return torchdeq.get_deq(
-            f_solver=self.settings["f_solver"],
-            b_solver=_with_options(self.settings["b_solver"], self.options),
-            ift=True,
-            f_tol=tol,
-            b_tol=adjoint_tol,
-            f_stop_mode=self.settings["stop_mode"],
-            b_stop_mode=self.settings["stop_mode"],
-            f_max_iter=fixed_steps(tol) if self._has_no_stop_test else most,
-            b_max_iter=most,
-        )
+        key = (tol, adjoint_tol, most, training)
+        if key not in self._made:
+            deq = torchdeq.get_deq(
+                f_solver=self.settings["f_solver"],
+                b_solver=_with_options(self.settings["b_solver"], self.options),
+                ift=True,
+                hook_ift=self.settings["hook_ift"],
+                f_tol=tol,
+                b_tol=adjoint_tol,
+                f_stop_mode=self.settings["stop_mode"],
+                b_stop_mode=self.settings["stop_mode"],
+                f_max_iter=fixed_steps(tol) if self._has_no_stop_test else most,
+                b_max_iter=most,
+            )
+            self._made[key] = deq.train(training)
+        return self._made[key]
 
     @property
     def _has_no_stop_test(self) -> bool:
         return bool(self.settings["f_solver"] == "simple_fixed_point_iter")
 
     def solve(self, problem: Problem, tol: float) -> Tensor:
-        deq = self._deq(problem, tol, tol).eval()
+        deq = self._deq(problem, tol, tol, training=False)
         with torch.no_grad():
-            prepared = problem.cell.prepare(problem.z)
-            states, _ = deq(
-                lambda x: problem.cell.step(x, prepared), problem.x0, solver_kwargs=self.options
-            )
+            states, _ = deq(problem.bound(problem.z), problem.x0, solver_kwargs=self.options)
         return states[-1]
 
     def solve_and_grad(
         self, problem: Problem, tol: float, adjoint_tol: float, v: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        deq = self._deq(problem, tol, adjoint_tol).train()
+        deq = self._deq(problem, tol, adjoint_tol, training=True)
         z = problem.z.detach().requires_grad_()
-        prepared = problem.cell.prepare(z)
-        states, _ = deq(
-            lambda x: problem.cell.step(x, prepared), problem.x0, solver_kwargs=self.options
-        )
+        states, _ = deq(problem.bound(z), problem.x0, solver_kwargs=self.options)
         x = states[-1]
-        grads = torch.autograd.grad((v * x).sum(), [z, *problem.parameters])
-        return x.detach(), list(grads)
+        return x.detach(), list(torch.autograd.grad(x, [z, *problem.parameters], v))
 
 
 def fixed_steps(tol: float) -> int:
@@ -117,27 +125,33 @@ def _defaults(solver: str) -> tuple[TorchDEQ, ...]:
 
 
 def _best_anderson() -> tuple[TorchDEQ, ...]:
+    # The cap is part of a setting: what a solve does not need of it, it fills with numbers.
+    given = [
+        (m, lam, cap, backward, False)
+        for m, lam, backward in itertools.product(
+            (6, 5, 4, 10, 3), (1e-8, 1e-10, 1e-4), ("anderson", "fixed_point_iter")
+        )
+        for cap in (160,)
+    ]
+    given += [(6, 1e-8, 60, "anderson", False), (6, 1e-8, 1000, "anderson", False)]
+    given += [(4, 1e-8, 60, "fixed_point_iter", True), (6, 1e-8, 160, "anderson", True)]
     return tuple(
         TorchDEQ(
-            f"m={m}, lam={lam:g}, rel, {cap} steps, backward {backward}",
+            f"m={m}, lam={lam:g}, rel, {cap} steps, backward {backward}{_hooked(hook)}",
             "anderson",
             backward,
             "rel",
             cap,
+            hook,
             m=m,
             lam=lam,
         )
-        for m, lam, cap, backward in (
-            (6, 1e-8, 160, "anderson"),
-            (6, 1e-10, 160, "anderson"),
-            (5, 1e-10, 160, "fixed_point_iter"),
-            (10, 1e-10, 160, "anderson"),
-            (4, 1e-10, 160, "anderson"),
-            (6, 1e-8, 1000, "anderson"),
-            # Where the others' systems are singular in float32.
-            (6, 1e-4, 160, "anderson"),
-        )
+        for m, lam, cap, backward, hook in given
     )
+
+
+def _hooked(hook: bool) -> str:
+    return " by a hook" if hook else ""
 
 
 def _best_broyden() -> tuple[TorchDEQ, ...]:
@@ -160,12 +174,26 @@ def _best_broyden() -> tuple[TorchDEQ, ...]:
 
 
 def _best_picard() -> tuple[TorchDEQ, ...]:
+    # Its backward takes no simple_fixed_point_iter: that solver passes a damping on.
+    found = [
+        TorchDEQ(
+            f"simple, backward {backward}, {cap} steps{_hooked(hook)}",
+            "simple_fixed_point_iter",
+            backward,
+            "rel",
+            cap,
+            hook,
+        )
+        for cap, backward, hook in itertools.product(
+            (160, 60), ("fixed_point_iter", "anderson"), (False, True)
+        )
+    ]
     return (
-        TorchDEQ("rel", "fixed_point_iter", "fixed_point_iter", "rel", 160),
-        TorchDEQ("rel, 1000 steps", "fixed_point_iter", "fixed_point_iter", "rel", 1000),
-        # Its backward takes no simple_fixed_point_iter: that solver passes a damping on.
-        TorchDEQ("simple", "simple_fixed_point_iter", "fixed_point_iter", "rel", 160),
-        TorchDEQ("simple, backward anderson", "simple_fixed_point_iter", "anderson", "rel", 160),
+        *found,
+        *(
+            TorchDEQ(f"rel, {cap} steps", "fixed_point_iter", "fixed_point_iter", "rel", cap)
+            for cap in (60, 160, 1000)
+        ),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,14 @@ from bench.problems import Problem
 
 
 class _Step(nn.Module):
-    """The cell's step as a module: xitorch takes gradients in the parameters of a module only."""
+    """The step as a method: xitorch takes gradients in the parameters of a module only."""
 
-    def __init__(self, cell: Any) -> None:
+    def __init__(self, problem: Problem) -> None:
         super().__init__()
-        self.cell = cell
+        self.step = problem.written[1]
 
     def forward(self, x: Tensor, *prepared: Tensor) -> Tensor:
-        return self.cell.step(x, prepared[0] if len(prepared) == 1 else prepared)
+        return self.step(x, *prepared)
 
 
 class Xitorch(Peer):
@@ -30,12 +29,11 @@ class Xitorch(Peer):
     library = "xitorch"
 
     def _run(self, problem: Problem, z: Tensor, tol: float, adjoint_tol: float) -> Tensor:
-        prepared = problem.cell.prepare(z)
-        tensors = prepared if isinstance(prepared, tuple) else (prepared,)
+        tensors = problem.written[0](z)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it did not converge: the residual tells
             return equilibrium(
-                _Step(problem.cell).forward,
+                _Step(problem).forward,
                 problem.x0,
                 params=tensors,
                 bck_options={
@@ -64,7 +62,7 @@ class Xitorch(Peer):
         x = self._run(problem, z, tol, adjoint_tol)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            grads = torch.autograd.grad((v * x).sum(), [z, *problem.parameters])
+            grads = torch.autograd.grad(x, [z, *problem.parameters], v)
         return x.detach(), list(grads)
 
 
