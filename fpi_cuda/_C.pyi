@@ -61,9 +61,7 @@ class HostSolve:
         state, history: places in csrc/common/state_type.h of the dtypes of x and of the columns.
         batch, dim: B and D. depth: columns of history.
     Attributes:
-        size: bytes of memory that the solve takes besides what it returns; first of it comes
-            `control`, as solver_state has it.
-        atol: where in it (B,) float64 tolerances begin.
+        size: bytes of memory that the history takes.
     """
 
     def __init__(
@@ -81,8 +79,6 @@ class HostSolve:
     ) -> None: ...
     @property
     def size(self) -> int: ...
-    @property
-    def atol(self) -> int: ...
 
 class HostSteps:
     """A solve under way, and its steps, on arrays that are given by their addresses.
@@ -92,6 +88,8 @@ class HostSteps:
 
     Args:
         memory: of solve.size bytes.
+        scalars: of B (CONTROL_SIZE + 1) float64: `control`, as solver_state has it, and behind it
+            the tolerances.
         x, best: (B, D). best, status, num_steps and residual (B,) are made those of a solve that
             begins at x.
         atol: of (B,) float64; 0: `tolerance` is that of all.
@@ -101,6 +99,7 @@ class HostSteps:
         self,
         solve: HostSolve,
         memory: int,
+        scalars: int,
         x: int,
         best: int,
         status: int,

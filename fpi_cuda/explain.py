@@ -67,7 +67,7 @@ def explain(
             plan,
             g,
             joint=record is not None and record.joint,
-            captured=record is not None and record.route is not None and bool(record.route.form),
+            captured=record is not None and record.form is not None,
         ),
         "inputs": inputs_line(plan.whole),
         "adjoint": adjoint_line(options),
@@ -107,8 +107,8 @@ def taken(plan: Plan, g: object, record: AdjointRecord) -> str:
     if way.name == "host":
         return f"{HOST_LOOP} ({way.reason})"
     words = fused_loop(plan, g) if way.name == "fused" else DEVICE_LOOP
-    if way.form is not None:
-        words = f"{words}. g was captured as {way.form}"
+    if record.form is not None:
+        words = f"{words}. g was captured as {record.form}"
     if adjoint is None:
         return words
     if adjoint.name == "host":

@@ -289,7 +289,7 @@ def solve_flat(
                 except Declined as reason:
                     plan = after_decline(g, plan, reason)
         done = Solved(plan, bound_map, *solved)
-        record.route = Route(plan.loop.name, plan.reasons, done.form)
+        record.route, record.form = Route(plan.loop.name, plan.reasons), done.form
         if plan.loop.is_rowwise:
             coupling = None
         value, result = reported(done, record, coupling, born_after if grad else None)

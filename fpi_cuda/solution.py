@@ -104,12 +104,10 @@ class Route(NamedTuple):
     Attributes:
         name: "host", "device" or "fused".
         reasons: why each loop ahead of it did not.
-        form: what g was recognised as, where it was captured.
     """
 
     name: str
     reasons: tuple[Reason, ...] = ()
-    form: str | None = None
 
     @property
     def reason(self) -> str:
@@ -168,6 +166,7 @@ class AdjointRecord:
         worst: the highest status of the forward solve; None where nobody has asked for it yet.
         route: which way the forward solve went; None where there is but one.
         adjoint_route: which way the adjoint solve will go; likewise.
+        form: what g was recognised as, where it was captured.
         joint: rows were seen to depend on one another in the forward solve.
     """
 
@@ -178,6 +177,7 @@ class AdjointRecord:
     worst: AsyncNumber | None = None
     route: Route | None = None
     adjoint_route: Route | None = None
+    form: str | None = None
     joint: bool = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -41,8 +41,6 @@ HostArrays::HostArrays(const HostSolve& solve) {
   const std::int64_t points = solve.batch * solve.dim;
   const bool apart = solve.depth && (solve.broyden || solve.history != compute);
   const std::int64_t history = points * solve.depth * bytes_of(solve.history);
-  control = next(solve.batch * kControlSize * 8);
-  atol = next(solve.batch * 8);
   gram = next(solve.broyden ? 0 : solve.batch * gram_size(solve.depth) * 8);
   anchor = next(solve.depth ? points * bytes_of(solve.state) : 0);
   f_previous = next(apart ? points * bytes_of(compute) : 0);
@@ -51,9 +49,10 @@ HostArrays::HostArrays(const HostSolve& solve) {
   columns_g = next(history);
 }
 
-HostSteps::HostSteps(const HostSolve& solve, std::uintptr_t memory, std::uintptr_t x,
-                     std::uintptr_t best, std::uintptr_t status, std::uintptr_t num_steps,
-                     std::uintptr_t residual, std::uintptr_t atol, double tolerance)
+HostSteps::HostSteps(const HostSolve& solve, std::uintptr_t memory, std::uintptr_t scalars,
+                     std::uintptr_t x, std::uintptr_t best, std::uintptr_t status,
+                     std::uintptr_t num_steps, std::uintptr_t residual, std::uintptr_t atol,
+                     double tolerance)
     : library_(library()), broyden_(solve.broyden), state_(solve.state), history_(solve.history) {
   if (!library_.host_step) throw std::runtime_error("host steps: the library has none");
   const HostArrays at(solve);
@@ -70,8 +69,9 @@ HostSteps::HostSteps(const HostSolve& solve, std::uintptr_t memory, std::uintptr
   put(p.columns_f, array(at.columns_f, at.columns_g));
   put(p.columns_g, array(at.columns_g, at.size));
   put(p.gram, array(at.gram, at.anchor));
-  put(p.control, memory + at.control);
-  put(p.atol, memory + at.atol);
+  const std::uintptr_t tolerances_at = scalars + solve.batch * kControlSize * 8;
+  put(p.control, scalars);
+  put(p.atol, tolerances_at);
   put(p.status, status);
   put(p.num_steps, num_steps);
   put(p.residual, residual);
@@ -89,7 +89,7 @@ HostSteps::HostSteps(const HostSolve& solve, std::uintptr_t memory, std::uintptr
   std::memset(p.status, 0, batch);
   std::memset(p.num_steps, 0, batch * 4);
   std::fill_n(p.residual, batch, std::numeric_limits<double>::infinity());
-  auto* const tolerances = reinterpret_cast<double*>(memory + at.atol);
+  auto* const tolerances = reinterpret_cast<double*>(tolerances_at);
   if (atol) {
     std::memcpy(tolerances, reinterpret_cast<const void*>(atol), batch * 8);
   } else {

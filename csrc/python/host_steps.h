@@ -23,19 +23,19 @@ struct HostSolve {
 // Where an array begins in the memory of a solve, in bytes, and how much there is in all.
 struct HostArrays {
   explicit HostArrays(const HostSolve& solve);
-  std::int64_t control, atol, gram, anchor, f_previous, partner_previous, columns_f, columns_g,
-      size;
+  std::int64_t gram, anchor, f_previous, partner_previous, columns_f, columns_g, size;
 };
 
 // Holds addresses: whoever makes it keeps the arrays. Free of Python.
 class HostSteps {
  public:
   // x, best (batch, dim), status, num_steps, residual and atol (batch,) are as in StepParams;
-  // memory has HostArrays(solve).size bytes. All but x is written to: best gets x, for every sample
-  // begins there. atol may be 0, and then `tolerance` is that of every sample.
-  HostSteps(const HostSolve& solve, std::uintptr_t memory, std::uintptr_t x, std::uintptr_t best,
-            std::uintptr_t status, std::uintptr_t num_steps, std::uintptr_t residual,
-            std::uintptr_t atol, double tolerance);
+  // memory has HostArrays(solve).size bytes, and scalars (batch, kControlSize + 1) takes control,
+  // and behind it atol. All but x is written to: best gets x, for every sample begins there. atol
+  // may be 0, and then `tolerance` is that of every sample.
+  HostSteps(const HostSolve& solve, std::uintptr_t memory, std::uintptr_t scalars, std::uintptr_t x,
+            std::uintptr_t best, std::uintptr_t status, std::uintptr_t num_steps,
+            std::uintptr_t residual, std::uintptr_t atol, double tolerance);
 
   // A step from gx (rows, dim). Returns how many of the rows are active.
   std::int64_t step(std::uintptr_t gx);

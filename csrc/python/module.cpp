@@ -237,15 +237,16 @@ PYBIND11_MODULE(_C, m) {
            py::arg("broyden"), py::arg("state"), py::arg("history"), py::arg("batch"),
            py::arg("dim"), py::arg("depth"), py::arg("rtol"), py::arg("max_steps"), py::arg("beta"),
            py::arg("ridge"))
-      .def_property_readonly("size", [](const HostSolve& s) { return fpi::HostArrays(s).size; })
-      .def_property_readonly("atol", [](const HostSolve& s) { return fpi::HostArrays(s).atol; });
+      .def_property_readonly("size", [](const HostSolve& s) { return fpi::HostArrays(s).size; });
 
   using fpi::HostSteps;
   py::class_<HostSteps>(m, "HostSteps", py::module_local())
-      .def(py::init<const HostSolve&, std::uintptr_t, std::uintptr_t, std::uintptr_t,
-                    std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, double>(),
-           py::arg("solve"), py::arg("memory"), py::arg("x"), py::arg("best"), py::arg("status"),
-           py::arg("num_steps"), py::arg("residual"), py::arg("atol"), py::arg("tolerance"))
+      .def(
+          py::init<const HostSolve&, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t,
+                   std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t, double>(),
+          py::arg("solve"), py::arg("memory"), py::arg("scalars"), py::arg("x"), py::arg("best"),
+          py::arg("status"), py::arg("num_steps"), py::arg("residual"), py::arg("atol"),
+          py::arg("tolerance"))
       .def("step", &host_step, py::arg("gx"))
       .def("gather", &HostSteps::gather, py::arg("x"), py::arg("sample_of"));
 }

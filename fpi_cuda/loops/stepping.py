@@ -211,8 +211,8 @@ class HostWork:
         self.status = status = torch.empty(batch, dtype=torch.int8)
         self.num_steps = num_steps = torch.empty(batch, dtype=torch.int32)
         self.residual = residual = torch.empty(batch, dtype=torch.float64)
-        self._memory = memory = torch.empty(solve.size, dtype=torch.uint8)
-        self._atol = solve.atol
+        self._memory: Tensor | None = torch.empty(solve.size, dtype=torch.uint8)
+        self._scalars = scalars = torch.empty(batch * (CONTROL_SIZE + 1), dtype=torch.float64)
         given, tolerance = 0, 0.0
         if isinstance(atol, Tensor):
             atol = atol.contiguous()
@@ -220,27 +220,24 @@ class HostWork:
         else:
             tolerance = atol
         self.steps = HostSteps(
-            solve, memory.data_ptr(), x.data_ptr(), best.data_ptr(), status.data_ptr(),
-            num_steps.data_ptr(), residual.data_ptr(), given, tolerance,
+            solve, self._memory.data_ptr(), scalars.data_ptr(), x.data_ptr(), best.data_ptr(),
+            status.data_ptr(), num_steps.data_ptr(), residual.data_ptr(), given, tolerance,
         )  # fmt: skip
-
-    def _scalars(self, begin: int, count: int) -> Tensor:
-        return self._memory[begin : begin + 8 * count].view(torch.float64)
 
     @property
     def control(self) -> Tensor:
         """As in Workspace."""
         batch = len(self.status)
-        return self._scalars(0, batch * CONTROL_SIZE).view(batch, CONTROL_SIZE)
+        return self._scalars[: batch * CONTROL_SIZE].view(batch, CONTROL_SIZE)
 
     @property
     def atol(self) -> Tensor:
         """As in Workspace."""
-        return self._scalars(self._atol, len(self.status))
+        return self._scalars[len(self.status) * CONTROL_SIZE :]
 
     def forget(self) -> None:
         """See Workspace."""
-        self._memory = self._memory[: self._atol + 8 * len(self.status)].clone()
+        self._memory = None
 
 
 @functools.lru_cache(256)

@@ -52,6 +52,8 @@ def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
     if reason is not None:
         return reason
     if not says_how(g):
+        if not capture.is_wanted():
+            return f"{type(g).__name__} {capture.NO_LOWER}"
         return capture.why_not_capturable(g) if rehearse else None
     rows_known = plan.rowwise and options.rowwise is None
     reason = why_not_lowerable(g, plan.whole, rows_known=rows_known)

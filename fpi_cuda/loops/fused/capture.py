@@ -19,6 +19,7 @@ from torch._guards import TracingContext
 
 from fpi_cuda.evaluation.modules import modules_in, modules_of
 from fpi_cuda.evaluation.shortcuts import HOOKS, hooks_on_all, why_modes_matter
+from fpi_cuda.evaluation.state import why_not_dense
 from fpi_cuda.loops.fused.recognise import Form, recognised
 from fpi_cuda.lowered import Lowered, NotLowered
 
@@ -26,7 +27,6 @@ MOST_CAPTURES = 32
 """Of one kind of g: for so many shapes, modes and states of it. Others are not looked at."""
 
 SWITCH = "FPI_CUDA_CAPTURE"
-SWITCHED_OFF = f"{SWITCH}=0 says that no g is to be captured"
 TOO_MANY = f"{MOST_CAPTURES} others like it were looked at"
 NO_LOWER = "has no lower(prepared)"
 WITH_EFFECTS = "an evaluation of it does more than compute its value"
@@ -173,8 +173,7 @@ class Kind:
     def __init__(self) -> None:
         self.captures: list[Capture] = []
         self.refusals: dict[Hashable, str] = {}
-        self.evaluation = copy_of(call_g)
-        self.plain_evaluation = copy_of(call_plain_g)
+        self.begin_anew()
 
     def renew(self) -> None:
         """Forget what Dynamo has let go of, and have all traced anew where classes have changed.
@@ -185,8 +184,11 @@ class Kind:
         if len(left) < len(self.captures):
             self.captures, self.refusals = left, {}
         if any(not capture.classes.unchanged() for capture in left):
-            # Which Dynamo has not met.
-            self.evaluation, self.plain_evaluation = copy_of(call_g), copy_of(call_plain_g)
+            self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Have evaluations that Dynamo has not met."""
+        self.evaluation, self.plain_evaluation = copy_of(call_g), copy_of(call_plain_g)
 
 
 def call_g(g: Any, x: Any, z: Any) -> Any:
@@ -236,8 +238,6 @@ def is_wanted() -> bool:
 
 def why_not_capturable(g: Any) -> str | None:
     """What speaks against a trace before anything is traced; None: nothing that shows at once."""
-    if not is_wanted():
-        return SWITCHED_OFF
     if hooks_on_all():
         return "there are hooks on all modules"
     for part in modules_of(g):
@@ -250,6 +250,8 @@ def why_of_no_form(g: Any) -> str | None:
     """Which module of torch in g shows that it has none of the kernels' forms; None: none does."""
     for part in modules_of(g):
         kind = type(part)
+        if isinstance(part, torch.jit.ScriptModule):
+            return "it is in TorchScript"
         if kind.__module__.startswith("torch.nn.modules.") and kind not in KNOWN_MODULES:
             return f"the kernels have no {kind.__name__}"
     return None
@@ -279,6 +281,10 @@ def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
     Raises:
         NotLowered: g cannot be traced, or has not the kernels' form.
     """
+    for t in z:
+        strange = why_not_dense(t) if isinstance(t, Tensor) else None
+        if strange is not None:
+            raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and a z is {strange[0]}")
     with torch.enable_grad(), lock:
         found = known_capture(g, x, z)
         if found is not None:
@@ -315,12 +321,18 @@ def refuse(capture: Capture, g: Any, x: Tensor, z: tuple[Any, ...], reason: str)
 def key_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Hashable:
     """Equal for the same g, as far as that shows, with a state and inputs of the same shapes."""
     shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in (x, *z) if isinstance(t, Tensor))
-    which = (weakref.ref(g), g.training) if isinstance(g, nn.Module) else None
+    which = (weakref.ref(g), getattr(g, "training", None)) if isinstance(g, nn.Module) else None
     return which, shapes
 
 
-def traced_in_turn(kind: Kind, g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
-    """A trace of g, with an x that requires grad where g makes a leaf of one that does not."""
+def traced_in_turn(
+    kind: Kind, g: Any, x: Tensor, z: tuple[Any, ...], *, fresh: bool = False
+) -> Capture:
+    """A trace of g, with an x that requires grad where g makes a leaf of one that does not.
+
+    Args:
+        fresh: Dynamo has not met the evaluations of this kind.
+    """
     try:
         return traced(kind.evaluation, g, x, z)
     except NotLowered as refusal:
@@ -334,7 +346,11 @@ def traced_in_turn(kind: Kind, g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture
         raise NotLowered("it takes a derivative by what it detached from x") from refusal
     found.plain = traced(kind.plain_evaluation, g, x, z, plain=True)
     if not found.form.differentiates or found.form.code != found.plain.form.code:
-        raise NotLowered("it computes another value where x requires grad")
+        if fresh:
+            raise NotLowered("it computes another value where x requires grad")
+        # Dynamo may have learnt of one evaluation alone that batches differ.
+        kind.begin_anew()
+        return traced_in_turn(kind, g, x, z, fresh=True)
     return found
 
 

@@ -199,7 +199,8 @@ class KeptPlan:
         self.gradients = self._native.gradients
         self._tight = is_tight(options, layout.dtype)
         found = source.capture
-        self.route = Route("fused", plan.reasons, None if found is None else found.form.words)
+        self.route = Route("fused", plan.reasons)
+        self.form = None if found is None else found.form.words
 
     def serves(self, x0: Any, z: tuple[Any, ...], options: Options) -> bool:
         """Whether it is for such a state, such inputs and these options."""
@@ -321,7 +322,7 @@ class KeptPlan:
             except NotLowered:
                 return None
         record = AdjointRecord(notice.look_at_adjoint)
-        record.route = self.route
+        record.route, record.form = self.route, self.form
         if grad:
             record.adjoint_route = ROUTE
             weights = [None if t is None or i % 4 else t.detach() for i, t in enumerate(tensors)]
@@ -414,7 +415,8 @@ class Repeated(torch.autograd.Function):
         x, run.x = run.x, None
         assert x is not None
         ctx.run = run
-        ctx.save_for_backward(x, *tensors)
+        # Of its own: whoever is given x may write over it.
+        ctx.save_for_backward(x.clone(), *tensors)
         return x
 
     @staticmethod

@@ -21,3 +21,9 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(native, "cell_loop_", counted)
     return calls
+
+
+@pytest.fixture(autouse=True)
+def capturing(nothing_known: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a g be captured, as outside of the tests."""
+    monkeypatch.setenv("FPI_CUDA_CAPTURE", "1")
