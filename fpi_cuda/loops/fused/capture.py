@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import itertools
 import operator
 import os
 import random
@@ -202,8 +203,15 @@ def call_plain_g(g: Any, x: Any, z: Any) -> Any:
 
 
 def copy_of(evaluation: Any) -> types.FunctionType:
-    """The same function with code of its own."""
-    return types.FunctionType(evaluation.__code__.replace(), globals())
+    """The same function with code of its own, of a name of its own.
+
+    By that name Dynamo remembers which sizes it has seen to differ.
+    """
+    code = evaluation.__code__
+    return types.FunctionType(code.replace(co_name=f"{code.co_name}_{next(numbers)}"), globals())
+
+
+numbers = itertools.count()
 
 
 lock = threading.RLock()
