@@ -118,7 +118,7 @@ def site_of(g: Any) -> Hashable:
     if isinstance(g, partial):
         return ("partial", site_of(g.func))
     if isinstance(g, types.MethodType):
-        return ("method", weakref.ref(g.__func__.__code__), site_of(g.__self__))
+        return ("method", site_of(g.__func__), site_of(g.__self__))
     if isinstance(g, types.FunctionType):
         return ("function", weakref.ref(g.__code__))
     if isinstance(g, nn.Module):

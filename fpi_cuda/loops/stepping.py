@@ -207,12 +207,13 @@ class HostWork:
     ) -> None:
         batch, dim = x.shape
         solve = host_solve(solver, batch, dim, x.dtype, rtol, max_steps)
-        self.best = best = torch.empty((batch, dim), dtype=x.dtype)
-        self.status = status = torch.empty(batch, dtype=torch.int8)
-        self.num_steps = num_steps = torch.empty(batch, dtype=torch.int32)
-        self.residual = residual = torch.empty(batch, dtype=torch.float64)
-        self._memory: Tensor | None = torch.empty(solve.size, dtype=torch.uint8)
-        self._scalars = scalars = torch.empty(batch * (CONTROL_SIZE + 1), dtype=torch.float64)
+        new = x.new_empty  # whatever the default device is
+        self.best = best = new((batch, dim), dtype=x.dtype)
+        self.status = status = new(batch, dtype=torch.int8)
+        self.num_steps = num_steps = new(batch, dtype=torch.int32)
+        self.residual = residual = new(batch, dtype=torch.float64)
+        self._memory: Tensor | None = new(solve.size, dtype=torch.uint8)
+        self._scalars = scalars = new(batch * (CONTROL_SIZE + 1), dtype=torch.float64)
         given, tolerance = 0, 0.0
         if isinstance(atol, Tensor):
             atol = atol.contiguous()

@@ -299,3 +299,19 @@ def test_a_loop_without_the_module_takes_the_same_steps(monkeypatch: pytest.Monk
     expected = solve(g, z, rtol=1e-6)
     for name in ("value", "status", "num_steps", "residual"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_default_device_is_not_that_of_the_state(device: str) -> None:
+    z = torch.rand(64, 160) + torch.arange(64).unsqueeze(1)
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return torch.sin(0.5 * x + z)
+
+    expected = solve(g, z, rowwise=True)
+    with torch.device(device):
+        x0 = torch.zeros(z.shape, device="cpu")
+        with torch.no_grad():
+            found = fpi.fixed_point(g, x0, z, route="host", rowwise=True)
+    assert torch.equal(found.value, expected.value)
+    assert found.status.device == found.residual.device == z.device

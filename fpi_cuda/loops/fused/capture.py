@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
@@ -223,7 +224,10 @@ def key_of_kind(g: Any) -> Any:
     kind = type(g)
     if kind is types.FunctionType:
         return g.__code__
-    return g.__func__.__code__ if kind is types.MethodType else kind
+    if kind is types.MethodType:
+        function = g.__func__  # may be any callable
+        return getattr(function, "__code__", None) or type(function)
+    return kind
 
 
 def kind_of(g: Any) -> Kind:
@@ -310,10 +314,11 @@ def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
             if reason is not None:
                 raise NotLowered(reason)
             capture = traced_in_turn(kind, g, x, z)
-        except NotLowered as refusal:
-            if not isinstance(refusal, NotTraced):
-                kind.refusals[key] = str(refusal)
-            raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {refusal}") from refusal
+        except Exception as error:  # Dynamo's insides may be others in another torch
+            said = error if isinstance(error, NotLowered) else f"it was not traced ({error!r})"
+            if not isinstance(error, NotTraced):
+                kind.refusals[key] = str(said)
+            raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {said}") from error
         kind.captures.insert(0, capture)
         return capture
 
@@ -322,7 +327,8 @@ def refuse(capture: Capture, g: Any, x: Tensor, z: tuple[Any, ...], reason: str)
     """Let go of a capture that is not what g computes."""
     with lock:
         kind = kind_of(g)
-        kind.captures.remove(capture)
+        if capture in kind.captures:  # another thread may have been here
+            kind.captures.remove(capture)
         kind.refusals[key_of(g, x, z)] = reason
 
 
@@ -427,7 +433,7 @@ def traced(
     code = evaluation.__code__
     before = {id(entry.code) for entry in entries_of(code)}
     try:
-        with tracing_for_guards(), generators_left_alone():
+        with tracing_for_guards(), nothing_else_touched():
             torch.compile(evaluation, backend=read, fullgraph=True)(g, x, z)
     except NotLowered:
         raise
@@ -469,26 +475,35 @@ def tracing_for_guards() -> Iterator[None]:
 
 
 @contextmanager
-def generators_left_alone() -> Iterator[None]:
-    """Dynamo does not wind back the generators of the process, from which other threads draw."""
-    here = threading.get_ident()
+def nothing_else_touched() -> Iterator[None]:
+    """Dynamo does not wind back the generators of the process, from which other threads draw.
+
+    Nor does it warn: nobody has asked for a trace.
+    """
+    here, tracing = threading.get_ident(), True
 
     def unless_here(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return None if threading.get_ident() == here else function(*args, **kwargs)
+            # Somebody may have taken hold of it, and call it later.
+            if tracing and threading.get_ident() == here:
+                return None
+            return function(*args, **kwargs)
 
         return call
 
     places: list[tuple[Any, str]] = [(random, "setstate"), (torch.random, "set_rng_state")]
-    places.append((torch.cuda, "set_rng_state"))
+    places += [(torch.cuda, "set_rng_state"), (warnings, "warn")]
     before = [getattr(*place) for place in places]
+    ours = [*map(unless_here, before)]
     try:
-        for (owner, name), function in zip(places, before, strict=True):
-            setattr(owner, name, unless_here(function))
+        for place, function in zip(places, ours, strict=True):
+            setattr(*place, function)
         yield
     finally:
-        for (owner, name), function in zip(places, before, strict=True):
-            setattr(owner, name, function)
+        tracing = False
+        for place, function, known in zip(places, ours, before, strict=True):
+            if getattr(*place) is function:  # nor is what another thread has put there
+                setattr(*place, known)
 
 
 def state_in(graph: Any) -> Any:

@@ -284,11 +284,8 @@ class KeptPlan:
         ):
             return None
         x = x0.detach().clone(memory_format=torch.contiguous_format)
-        plain = [
-            t if t is None or t.dim() != 2 or t.is_contiguous() or not place % 4
-            else t.contiguous()
-            for place, t in enumerate(tensors)
-        ]  # fmt: skip
+        strided = range(0, len(tensors) - 1, 4)  # the weights
+        plain = [as_read(t, strided=place in strided) for place, t in enumerate(tensors)]
         status = torch.empty(batch, dtype=torch.int8)
         num_steps = torch.empty(batch, dtype=torch.int32)
         residual = torch.empty(batch, dtype=torch.float64)
@@ -325,7 +322,7 @@ class KeptPlan:
         record.route, record.form = self.route, self.form
         if grad:
             record.adjoint_route = ROUTE
-            weights = [None if t is None or i % 4 else t.detach() for i, t in enumerate(tensors)]
+            weights = [None if t is None or i % 4 else t.detach() for i, t in enumerate(plain)]
             x = Repeated.apply(Run(self, record, status, x, hidden, slopes, weights), *tensors)
         told = residual.to(torch.promote_types(self.dtype, torch.float32))
         return Solution(x, status, num_steps, told, record), worst
@@ -374,6 +371,17 @@ def numbers_of(solver: Any, dim: int) -> tuple[int, float, float]:
 def address(t: Tensor | None) -> int:
     """Where a tensor lies; 0 for none."""
     return 0 if t is None else t.data_ptr()
+
+
+def as_read(t: Tensor | None, *, strided: bool) -> Tensor | None:
+    """t, or a copy, with its numbers as native code reads them.
+
+    Args:
+        strided: native code is told of its strides.
+    """
+    if t is None or ((strided or t.is_contiguous()) and not t.is_neg()):
+        return t
+    return t.contiguous().resolve_neg()
 
 
 def pair(tensors: Any) -> Pair:
@@ -426,7 +434,7 @@ class Repeated(torch.autograd.Function):
         batched = transforms.active() or transforms.is_legacy_batched(v)
         if batched or torch.is_grad_enabled() or transforms.in_dual_level():
             return (None, *differentiated(ctx.run, x, tensors, needed, v))
-        return (None, *pulled(ctx.run, x.detach(), tensors, needed, v.contiguous()))
+        return (None, *pulled(ctx.run, x.detach(), tensors, needed, v))
 
 
 def pulled(
@@ -435,9 +443,10 @@ def pulled(
     """v times the derivative of the fixed point in each of the tensors that need it.
 
     Args:
-        x: (B, D) the fixed point. v: (B, D), contiguous.
+        x: (B, D) the fixed point. v: (B, D).
     """
     plan = run.plan
+    v = v.contiguous().resolve_neg()
     batch = len(x)
     found: list[Tensor | None] = [None] * len(tensors)
     deltas: list[Tensor | None] = []

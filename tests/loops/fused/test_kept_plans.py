@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import random
 import re
 import subprocess
 import sys
 import threading
+import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 import fpi_cuda as fpi
 from fpi_cuda import cells
 from fpi_cuda.loops.fused import capture, kept
+from fpi_cuda.lowered import NotLowered
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
 
@@ -287,3 +292,107 @@ def test_plans_keep_nobody_alive(make: Callable[[], Any]) -> None:
         assert [ref() for ref in gone] == [None] * len(gone)
     finally:
         gc.enable()
+
+
+MEMORIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[..., :1].expand(t.shape),
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() == 2 else t,
+    "overlapping": lambda t: t.flatten().repeat(2).as_strided(t.shape, (1,) * t.dim()),
+    "negative": lambda t: torch._neg_view(-t),
+    "imaginary": lambda t: torch.complex(t, -t).conj().imag,
+}
+
+
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+@pytest.mark.parametrize("place", ["weight", "bias", "z", "gradient"])
+def test_tensors_that_lie_in_memory_in_all_ways(
+    memory: Callable[[Tensor], Tensor], place: str
+) -> None:
+    tensors = {
+        "weight": 0.1 * torch.randn(D, D, dtype=F64),
+        "bias": torch.randn(D, dtype=F64),
+        "z": torch.randn(B, D, dtype=F64),
+        "gradient": torch.randn(B, D, dtype=F64),
+    }
+    tensors[place] = memory(tensors[place])
+    weight, bias, z, v = (t.detach() for t in tensors.values())
+    weight.requires_grad_()
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(torch.nn.functional.linear(x, weight, bias) + z)
+
+    x0 = torch.zeros(B, D, dtype=F64)
+
+    def numbers(route: str | None) -> list[Tensor]:
+        value = fpi.fixed_point(g, x0, z, rtol=1e-10, route=route).value
+        return [value, *torch.autograd.grad(value, weight, v)]
+
+    expected = numbers("host")
+    for _ in range(3):
+        for found, known in zip(numbers("fused"), expected, strict=True):
+            torch.testing.assert_close(found, known, rtol=1e-8, atol=1e-8)
+    layer = fpi.FPILayer(g, rtol=1e-10, route="fused")
+    layer(z, x0=x0)
+    assert kept.kept_solution(g, x0, (z,), layer.options) is not None
+
+
+@functools.lru_cache
+def half() -> float:
+    return 0.5
+
+
+def test_a_trace_warns_of_nothing() -> None:
+    weight = 0.1 * torch.randn(D, D, dtype=F64)
+    before = random.setstate, torch.random.set_rng_state, warnings.warn
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(x @ weight + half() * z)
+
+    z = torch.randn(B, D, dtype=F64)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fpi.fixed_point(g, torch.zeros_like(z), z, route="fused")
+    assert not told
+    assert (random.setstate, torch.random.set_rng_state, warnings.warn) == before
+
+
+def test_what_is_put_aside_while_tracing_works_again_for_whoever_has_it() -> None:
+    with capture.nothing_else_touched():
+        taken = random.setstate
+    random.seed(1)
+    state, first = random.getstate(), random.random()
+    taken(state)
+    assert random.random() == first
+
+
+def test_a_method_of_any_callable() -> None:
+    class Tanh:
+        def __call__(self, size: float, x: Tensor, z: Tensor) -> Tensor:
+            return torch.tanh(size * x + z)
+
+    z = torch.randn(B, D, dtype=F64)
+    g = types.MethodType(Tanh(), 0.5)
+    for _ in range(2):
+        assert fpi.fixed_point(g, torch.zeros_like(z), z).converged.all()
+
+
+def test_a_capture_may_be_refused_by_several() -> None:
+    g, x, z = function_of(orthogonal()), torch.zeros(B, D, dtype=F64), torch.ones(B, D, dtype=F64)
+    found = capture.capture_of(g, x, (z,))
+    for _ in range(2):
+        capture.refuse(found, g, x, (z,), "a reason")
+    with pytest.raises(NotLowered, match="a reason"):
+        capture.capture_of(g, x, (z,))
+
+
+def test_a_torch_with_other_insides_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._C._dynamo import eval_frame
+
+    capture.clear()
+    monkeypatch.delattr(eval_frame, "_debug_get_cache_entry_list")
+    z = torch.randn(B, D, dtype=F64)
+    for _ in range(2):
+        solution = fpi.fixed_point(function_of(orthogonal()), torch.zeros_like(z), z)
+        assert solution.converged.all()
+        assert solution.adjoint_record.route.name == "host"
