@@ -163,8 +163,8 @@ def iterate(
                 if idle >= (count.idle_below and max(count.idle_below, whole)):
                     idle = 0
                     if steps is not None:
-                        left = x.new_empty((num_active, dim))
-                        keep = x.new_empty(num_active, dtype=torch.int64)
+                        left = torch.empty((num_active, dim), dtype=x.dtype, device=x.device)
+                        keep = torch.empty(num_active, dtype=torch.int64, device=x.device)
                         steps.gather(left.data_ptr(), keep.data_ptr())
                         x, rows = left, keep  # only now may those before be freed
                     else:

@@ -207,7 +207,7 @@ class HostWork:
     ) -> None:
         batch, dim = x.shape
         solve = host_solve(solver, batch, dim, x.dtype, rtol, max_steps)
-        new = x.new_empty  # whatever the default device is
+        new = functools.partial(torch.empty, device=x.device)  # whatever the default device is
         self.best = best = new((batch, dim), dtype=x.dtype)
         self.status = status = new(batch, dtype=torch.int8)
         self.num_steps = num_steps = new(batch, dtype=torch.int32)
