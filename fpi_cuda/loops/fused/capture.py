@@ -260,6 +260,8 @@ def why_not_capturable(g: Any) -> str | None:
 
 def why_of_no_form(g: Any) -> str | None:
     """Which module of torch in g shows that it has none of the kernels' forms; None: none does."""
+    if isinstance(g, types.MethodType) and not isinstance(g.__self__, nn.Module):
+        return "what holds it would live as long as its trace"
     for part in modules_of(g):
         kind = type(part)
         if isinstance(part, torch.jit.ScriptModule):
@@ -404,6 +406,7 @@ class Trace:
                 value = found() if isinstance(found, weakref.ref) else None
                 if isinstance(value, type):
                     self.kinds.add(value)
+        self._guards = ()  # they hold what was traced, and Dynamo holds who is asked here
 
 
 def traced(
