@@ -81,6 +81,12 @@ empty = functools.lru_cache(256)(torch.empty)
 """Arrays without elements, which serve many solves."""
 
 
+def numbers_of(solver: FixedPointSolver) -> tuple[float, float]:
+    """beta and ridge of `solver`, as kernels take them; Picard's beta is its damping."""
+    beta = solver.damping if isinstance(solver, Picard) else solver.beta
+    return beta, solver.ridge if isinstance(solver, Anderson) else 0.0
+
+
 def allocate(
     x0: Tensor, solver: FixedPointSolver, atol: float | Tensor, scratch: Tensor | None = None
 ) -> Workspace:
@@ -165,10 +171,8 @@ def step_of(
     numbers: dict[str, Any] = {"rtol": rtol, "max_steps": max_steps, "scratch": work.scratch}
     if isinstance(solver, Broyden):
         return backend.broyden_step_, (*history, *account), {**numbers, "beta": solver.beta}
-    if isinstance(solver, Anderson):
-        numbers.update(beta=solver.beta, ridge=solver.ridge)
-    else:
-        numbers.update(beta=solver.damping, ridge=0.0)
+    beta, ridge = numbers_of(solver)
+    numbers.update(beta=beta, ridge=ridge)
     return backend.anderson_step_, (*history, work.gram, *account), numbers
 
 
@@ -256,8 +260,7 @@ def host_solve(
         depth_of(solver, dim),
         rtol,
         max_steps,
-        solver.damping if isinstance(solver, Picard) else solver.beta,
-        solver.ridge if isinstance(solver, Anderson) else 0.0,
+        *numbers_of(solver),
     )
 
 

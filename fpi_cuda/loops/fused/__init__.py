@@ -122,10 +122,10 @@ def solve(
             raise NotLowered("step() is not within the tolerance where lower() was")
         result = told
     else:
-        kept.keep(bound_map.g, options, plan, fused.lowered, fused.captured)
         if fused.captured is not None:
             evaluate = functools.partial(bound_map.evaluate, rows=None)
             result = kept.told_by_g(result, evaluate, options)
+        kept.keep(bound_map.g, options, plan, fused.lowered, fused.captured)
     return result, fused
 
 

@@ -41,8 +41,6 @@ KNOWN_MODULES = frozenset(
 )  # fmt: skip
 """Modules of torch that a map of the kernels' form is made of."""
 
-NOT_FUNCTIONS = frozenset(vars(nn.Module)) | frozenset(vars(object))
-
 
 class Capture:
     """One trace of g, in the kernels' form.
@@ -250,18 +248,21 @@ def is_wanted() -> bool:
 
 def why_not_capturable(g: Any) -> str | None:
     """What speaks against a trace before anything is traced; None: nothing that shows at once."""
+    return why_hooks_matter(g) or why_of_no_form(g)
+
+
+def why_hooks_matter(g: Any) -> str | None:
+    """Which hooks must see evaluations of g, or None."""
     if hooks_on_all():
         return "there are hooks on all modules"
     for part in modules_of(g):
         if any(part.__dict__.get(name) for name in HOOKS):
             return f"{type(part).__name__} has hooks, which must see its evaluations"
-    return why_of_no_form(g)
+    return None
 
 
 def why_of_no_form(g: Any) -> str | None:
     """Which module of torch in g shows that it has none of the kernels' forms; None: none does."""
-    if isinstance(g, types.MethodType) and not isinstance(g.__self__, nn.Module):
-        return "what holds it would live as long as its trace"
     for part in modules_of(g):
         kind = type(part)
         if isinstance(part, torch.jit.ScriptModule):
@@ -308,7 +309,7 @@ def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
         reason = kind.refusals.get(key)
         if reason is None and len(kind.captures) + len(kind.refusals) >= MOST_CAPTURES:
             reason = TOO_MANY
-        reason = reason or why_not_capturable(g) or why_modes_matter()
+        reason = reason or why_hooks_matter(g) or why_modes_matter()
         if reason is not None:
             raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {reason}")
         try:
@@ -419,7 +420,7 @@ def traced(
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as entries_of
 
-    found: list[Form | NotLowered] = []
+    found: list[Form | str] = []
     trace = Trace(evaluation)
 
     def read(module: Any, _: object) -> Callable[..., Any]:
@@ -428,7 +429,8 @@ def traced(
             trace.look_at_graph(module.graph)
             form = recognised(module.graph, state_in(module.graph), plain=plain)
         except NotLowered as reason:
-            found.append(reason)
+            # In words, for Dynamo keeps this function, and an exception the frames of its making.
+            found.append(str(reason))
             return lambda *_: (None,)
         found.append(form)
         return lambda *given: (given,)
@@ -448,8 +450,8 @@ def traced(
     if len(found) != 1:
         raise NotTraced("it was not traced: Dynamo is switched off, or does not look into it")
     (form,) = found
-    if isinstance(form, NotLowered):
-        raise form
+    if isinstance(form, str):
+        raise NotLowered(form)
     new = [entry for entry in entries_of(code) if id(entry.code) not in before]
     if len(new) != 1 or has_effects(new[0].code):
         raise NotLowered(WITH_EFFECTS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fpi_cuda.activations import CODES
-from fpi_cuda.loops.stepping import depth_of, empty_result
+from fpi_cuda.loops.stepping import depth_of, empty_result, numbers_of
 from fpi_cuda.lowered import Lowered
 from fpi_cuda.norms import row_norm
 from fpi_cuda.ops.rules import CAP
@@ -115,9 +115,7 @@ def run(
     batch, dim = x0.shape
     if batch == 0:
         return empty_result(x0)
-    beta, ridge = (
-        (solver.beta, solver.ridge) if isinstance(solver, Anderson) else (solver.damping, 0.0)
-    )
+    beta, ridge = numbers_of(solver)
     first, *rest = lowered.layers
     with torch.no_grad():
         x = x0.clone(memory_format=torch.contiguous_format)

@@ -29,7 +29,7 @@ from fpi_cuda.evaluation.shortcuts import (
 from fpi_cuda.loops.adjoint import strategy_for
 from fpi_cuda.loops.fused import capture
 from fpi_cuda.loops.plan import Plan
-from fpi_cuda.loops.stepping import depth_of
+from fpi_cuda.loops.stepping import depth_of, numbers_of
 from fpi_cuda.lowered import Layer, Lowered, NotLowered
 from fpi_cuda.norms import difference_norm, row_norm
 from fpi_cuda.options import Anderson, Implicit, Options, Picard, Unroll
@@ -165,9 +165,11 @@ class KeptPlan:
         self.adjoint_rtol = options.rtol
         if isinstance(adjoint, Implicit) and adjoint.rtol is not None:
             self.adjoint_rtol = adjoint.rtol
-        depth, beta, ridge = numbers_of(options.solver, layout.dim)
+        beta, ridge = numbers_of(options.solver)
+        # The adjoint of a plan that is not differentiable is nobody's.
+        linear = self.solver if isinstance(self.solver, (Picard, Anderson)) else options.solver
+        adjoint_beta, adjoint_ridge = numbers_of(linear)
         most = plan.engine.CELL_LOOP_MAX_DEPTH  # type: ignore[attr-defined]
-        adjoint_depth, adjoint_beta, adjoint_ridge = numbers_of(self.solver, layout.dim)
         codes = [CODES[name] for name in self._activations]
         slopes = [CODES[DERIVATIVES.get(name, "one")] for name in self._activations]
         from fpi_cuda._C import CellPlan  # only where _extension.module_error is None
@@ -179,14 +181,14 @@ class KeptPlan:
             activations=(codes[0], codes[-1] if rest else 0),
             derivatives=(slopes[0], slopes[-1] if rest else 0),
             carry=lowered.carry,
-            depth=depth,
+            depth=depth_of(options.solver, layout.dim),
             beta=beta,
             ridge=ridge,
             rtol=options.rtol,
             atol=options.atol,
             max_steps=options.max_steps,
             precision=0,
-            adjoint_depth=min(adjoint_depth, most),
+            adjoint_depth=min(depth_of(linear, layout.dim), most),
             adjoint_beta=adjoint_beta,
             adjoint_ridge=adjoint_ridge,
             adjoint_rtol=self.adjoint_rtol,
@@ -359,13 +361,6 @@ def told_by_g(
         if bool((~within & (status == CONVERGED)).any()):
             raise NotLowered("at such a tolerance the rounding of its own evaluation decides")
     return result._replace(residual=torch.where(told, by_g, residual))
-
-
-def numbers_of(solver: Any, dim: int) -> tuple[int, float, float]:
-    """Depth, beta and ridge of a solver, as kernels take them."""
-    if isinstance(solver, Anderson):
-        return depth_of(solver, dim), solver.beta, solver.ridge
-    return 0, getattr(solver, "damping", 1.0), 0.0
 
 
 def address(t: Tensor | None) -> int:
@@ -593,10 +588,15 @@ def keep(g: Any, options: Options, plan: Plan, lowered: Lowered, found: Any) -> 
         return
     key, shape = key_of(g), (plan.layout.batch, plan.layout.dim)
     with lock:
-        others = [
-            p for p in known.get(key, ())
-            if not (p.shape == shape and p.options == options and p.source.capture is found)
-        ]  # fmt: skip
+        plans = known.get(key, ())
+        alike = [
+            p
+            for p in plans
+            if p.shape == shape and p.options == options and p.source.capture is found
+        ]
+        if found is not None and any(p.tensors_of(lowered) is not None for p in alike):
+            return  # one that serves: this solve alone was out of the ordinary
+        others = [p for p in plans if p not in alike]
         source = OwnCell(g) if found is None else Captured(found)
         known[key] = (KeptPlan(options, plan, lowered, source), *others)[:MOST_PLANS]
 

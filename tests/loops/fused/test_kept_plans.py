@@ -294,6 +294,33 @@ def test_plans_keep_nobody_alive(make: Callable[[], Any]) -> None:
         gc.enable()
 
 
+def test_a_g_that_is_refused_is_let_go_of() -> None:
+    weight = orthogonal()
+
+    class Holder:
+        def step(self, x: Tensor, z: Tensor) -> Tensor:
+            return torch.tanh(x @ weight) + z  # something behind its last activation
+
+    holder, z = Holder(), torch.randn(B, D, dtype=F64)
+    solution = fpi.fixed_point(holder.step, torch.zeros_like(z), z)
+    record = solution.adjoint_record
+    assert record.route is not None
+    assert "behind its last activation" in record.route.reason
+    gone = weakref.ref(holder)
+    del holder, solution, record
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_solve_out_of_the_ordinary_leaves_the_plan_as_it_is() -> None:
+    layer, z = fpi.FPILayer(Map()), torch.randn(B, D, dtype=F64)
+    layer(z)
+    before = kept.known[Map]
+    with torch.autocast("cpu", enabled=False), torch.autograd.forward_ad.dual_level():
+        layer(z)
+    assert kept.known[Map] is before
+
+
 MEMORIES: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
     "expanded": lambda t: t[..., :1].expand(t.shape),
