@@ -195,7 +195,6 @@ class KeptPlan:
             adjoint_max_steps=options.adjoint_steps,
         )
         self.bytes = self._native.bytes
-        self.clear = self._native.clear
         self.solve_natively = self._native.solve
         self.solve_adjoint = self._native.adjoint
         self.gradients = self._native.gradients
