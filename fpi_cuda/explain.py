@@ -14,6 +14,7 @@ from fpi_cuda.loops import plan_of
 from fpi_cuda.loops.adjoint import LOOSEST_BY_ATOL
 from fpi_cuda.loops.fused import says_how
 from fpi_cuda.loops.plan import Plan, Unavailable
+from fpi_cuda.loops.traced import words_of
 from fpi_cuda.options import (
     MAX_DEPTH,
     PRECISIONS,
@@ -105,7 +106,8 @@ def taken(plan: Plan, g: object, record: AdjointRecord) -> str:
     way, adjoint = record.route, record.adjoint_route
     assert way is not None
     if way.name == "host":
-        return f"{HOST_LOOP} ({way.reason})"
+        trace = words_of(g)
+        return f"{HOST_LOOP} ({way.reason}){f'; {trace}' if trace else ''}"
     words = fused_loop(plan, g) if way.name == "fused" else DEVICE_LOOP
     if record.form is not None:
         words = f"{words}. g was captured as {record.form}"

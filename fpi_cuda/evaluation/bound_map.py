@@ -22,6 +22,9 @@ Watch = Callable[[int, Tensor, Tensor], None]
 Recording = Callable[[Callable[[Any], Any], Any], Any]
 """record(g, state): g(state), written down."""
 
+StandIn = Callable[[Tensor], "Callable[[Tensor], Any] | None"]
+"""stand_in(state): what gives g of such states as well; None: g alone does."""
+
 
 CHANGES_X_AT_TIMES = (
     "fixed_point: g must not change x in place in some evaluations only. Use out-of-place "
@@ -160,11 +163,16 @@ class BoundMap:
             said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise RuntimeError(NOT_ROW_BY_ROW.format(said)) from error
 
-    def evaluator(self, x0: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def evaluator(
+        self, x0: Tensor, stand_in: StandIn | None = None
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
         """`evaluate` for the steps of a solve from x0; it may leave g(x) in the shape of the state.
 
         Once an evaluation has shown that it is a call of g, later ones at the same x, whose numbers
         the solver overwrites, look only whether anything has changed that could make it more.
+
+        Args:
+            stand_in: asked then for what may be called in the place of g.
         """
         layout, context, careful = self.layout, self.context, self.evaluate
         if layout.is_tuple:
@@ -197,7 +205,7 @@ class BoundMap:
             return gx
 
         def evaluate(x: Tensor, rows: Tensor | None) -> Any:
-            nonlocal known, state, read_only, versions, read
+            nonlocal call, known, state, read_only, versions, read
             if (
                 x is not known
                 or type(weight_cache()) is not WeightCache
@@ -216,6 +224,9 @@ class BoundMap:
                     known, state, read_only = x, x.view(shape), self._read_only
                     read = (self.read,) if self.hoisted else self.read
                     versions = [*map(counted_version, read_only.counted)]
+                    instead = None if stand_in is None else stand_in(state)
+                    if instead is not None:
+                        call, read = instead, ()
                 if not careless:
                     return gx
             else:

@@ -32,11 +32,15 @@ ATOMS = (Tensor, type, types.ModuleType, str, bytes, int, float, complex, type(N
 EVERY_MODULE_HAS = frozenset(nn.Module().__dict__)
 
 
+NUMBERS_OF_CONVOLUTIONS = ("transposed", "_reversed_padding_repeated_twice")
+
+
 @functools.lru_cache(256)
 def numbers_of(kind: Any) -> frozenset[str]:
     """Names under which a module of this class holds none but those that torch looks into."""
-    own = kind.__module__.startswith("torch.nn.")
-    return EVERY_MODULE_HAS.union(getattr(kind, "__constants__", ()) if own else ())
+    if not kind.__module__.startswith("torch.nn."):
+        return EVERY_MODULE_HAS
+    return EVERY_MODULE_HAS.union(getattr(kind, "__constants__", ()), NUMBERS_OF_CONVOLUTIONS)
 
 
 def modules_in(module: nn.Module) -> list[nn.Module]:

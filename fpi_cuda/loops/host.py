@@ -26,6 +26,7 @@ from fpi_cuda.loops.stepping import (
     is_native,
     step_of,
 )
+from fpi_cuda.loops.traced import stand_in
 from fpi_cuda.ops.noise import EVERY, noise_of
 from fpi_cuda.options import FixedPointSolver
 from fpi_cuda.solution import SolveResult, Status
@@ -53,8 +54,9 @@ def solve(
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # whose tensors do not count how often they are changed
             return solve(plan, bound_map, x0, coupling)
+    found = stand_in(bound_map)
     result = iterate(
-        bound_map.evaluator(x0),
+        bound_map.evaluator(x0, found),
         x0,
         options.solver,
         rtol=options.rtol,
@@ -66,6 +68,8 @@ def solve(
         arithmetic=bound_map.arithmetic,
         latest=latest,
     )
+    if found is not None:
+        found.over()
     return result, latest
 
 

@@ -19,6 +19,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether g is captured, and a solve that a plan can be kept of goes by that plan."""
     monkeypatch.setenv(SWITCH, "1" if request.param == KEPT else "0")
     if request.param == KEPT:
+        monkeypatch.setattr("fpi_cuda.loops.traced.WORTH_A_TRACE", -1.0)
         keep_beforehand(monkeypatch)
     return str(request.param)
 
@@ -46,7 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def keep_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make every call of a solve the second one like it, where its g has a form to keep."""
     from fpi_cuda import layer, lowered
-    from fpi_cuda.loops.fused import capture, kept
+    from fpi_cuda.loops.fused import kept
+    from fpi_cuda.loops.fused.forms import forms
 
     fixed_point = sys.modules["fpi_cuda.fixed_point"]  # the package has a function of this name
     solve = fixed_point.solve_as_told
@@ -59,7 +61,7 @@ def keep_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             try:
                 if not hasattr(type(g), "lower"):
-                    capture.capture_of(g, x0.detach(), z)
+                    forms.of(g, x0.detach(), z)
                 quiet = replace(options, throw=False, notice=Nobody())
                 if kept.is_plain_call(grad=True):
                     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -25,10 +25,12 @@ from fpi_cuda.evaluation import transforms
 from fpi_cuda.evaluation.context import rehearsed
 from fpi_cuda.evaluation.same_value import version_of
 from fpi_cuda.evaluation.shortcuts import why_rows_unknown
+from fpi_cuda.loops.capture import Capture, is_wanted
 from fpi_cuda.loops.coupled import retold
-from fpi_cuda.loops.fused import capture, kept
+from fpi_cuda.loops.fused import kept
 from fpi_cuda.loops.fused.cell_layer import FusedEvaluation, fused_evaluation
 from fpi_cuda.loops.fused.cell_loop import solve_fused
+from fpi_cuda.loops.fused.forms import NO_LOWER, forms, lowered_by
 from fpi_cuda.loops.plan import Plan, Solved
 from fpi_cuda.loops.stepping import depth_of
 from fpi_cuda.lowered import Lowered, NotLowered
@@ -52,9 +54,9 @@ def why_not(g: Any, plan: Plan, rehearse: bool) -> str | None:
     if reason is not None:
         return reason
     if not says_how(g):
-        if not capture.is_wanted():
-            return f"{type(g).__name__} {capture.NO_LOWER}"
-        return capture.why_not_capturable(g) if rehearse else None
+        if not is_wanted():
+            return f"{type(g).__name__} {NO_LOWER}"
+        return forms.why_not(g) if rehearse else None
     rows_known = plan.rowwise and options.rowwise is None
     reason = why_not_lowerable(g, plan.whole, rows_known=rows_known)
     if reason is None and not plan.rowwise:
@@ -168,12 +170,12 @@ class FusedMap(NamedTuple):
     ours: bool
     sources: tuple[Tensor, ...]
     versions: tuple[int, ...]
-    captured: capture.Capture | None = None
+    captured: Capture | None = None
 
     @property
     def form(self) -> str | None:
         """What g was recognised as, where it was captured."""
-        return None if self.captured is None else self.captured.form.words
+        return None if self.captured is None else self.captured.found.words
 
 
 def fused_map(bound_map: BoundMap, x0: Tensor) -> FusedMap:
@@ -188,13 +190,13 @@ def fused_map(bound_map: BoundMap, x0: Tensor) -> FusedMap:
     g: Any = bound_map.g
     if bound_map.context.autocast_dtype is not None:
         raise NotLowered("autocast is on")
-    captured: capture.Capture | None = None
+    captured: Capture | None = None
     held: tuple[Tensor, ...]
     if says_how(g):
         describe = functools.partial(described, g, bound_map.read)
         held = (*g.parameters(), *g.buffers())
     else:
-        captured = capture.capture_of(g, x0, bound_map.z)
+        captured = forms.of(g, x0, bound_map.z)
         given = captured.reads(g, x0, bound_map.z)
         held = tuple(t for t in given if isinstance(t, Tensor) and t is not x0)
         describe = functools.partial(described_by, captured, given)
@@ -213,9 +215,9 @@ def fused_map(bound_map: BoundMap, x0: Tensor) -> FusedMap:
     return FusedMap(result, plain, ours, sources, tuple(map(version_of, sources)), captured)
 
 
-def described_by(captured: capture.Capture, given: tuple[Any, ...]) -> tuple[Lowered, bool]:
+def described_by(captured: Capture, given: tuple[Any, ...]) -> tuple[Lowered, bool]:
     """The same as `described` for a g that was captured."""
-    return captured.lowered(given), True
+    return lowered_by(captured, given), True
 
 
 def verify(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> None:
@@ -235,7 +237,7 @@ def verify(bound_map: BoundMap, fused: FusedMap, x: Tensor) -> None:
             reason = "its trace has another value than it has itself"
     reason = reason or why_other_derivative(bound_map, fused, x)
     if reason is not None:
-        capture.refuse(captured, bound_map.g, x, bound_map.z, reason)
+        forms.refuse(captured, bound_map.g, x, bound_map.z, reason)
         raise NotLowered(reason)
     captured.verified = True
 

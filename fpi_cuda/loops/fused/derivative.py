@@ -22,16 +22,15 @@ from fpi_cuda.loops.fused.operations import (
     TIMES,
     TOTALS,
     activation_of,
-    argument,
     called,
     columns,
     example,
     joined_of,
-    named,
     product_of,
     scaled_of,
     sizes_of,
 )
+from fpi_cuda.loops.nodes import argument, named
 from fpi_cuda.lowered import NotLowered
 
 WRAPPED = ("_wrap_for_grad", "_unwrap_for_grad")

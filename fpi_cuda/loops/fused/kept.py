@@ -26,8 +26,9 @@ from fpi_cuda.evaluation.shortcuts import (
     is_ours,
     why_own_call_matters,
 )
+from fpi_cuda.loops import capture
 from fpi_cuda.loops.adjoint import strategy_for
-from fpi_cuda.loops.fused import capture
+from fpi_cuda.loops.fused.forms import lowered_by
 from fpi_cuda.loops.plan import Plan
 from fpi_cuda.loops.stepping import depth_of, numbers_of
 from fpi_cuda.lowered import Layer, Lowered, NotLowered
@@ -123,7 +124,7 @@ class Captured:
             holds = self.capture.holds(g, x, z)
         finally:
             torch._C._set_grad_enabled(grad)
-        return self.capture.lowered(self.capture.reads(g, x, z)) if holds else None
+        return lowered_by(self.capture, self.capture.reads(g, x, z)) if holds else None
 
 
 class KeptPlan:
@@ -201,7 +202,7 @@ class KeptPlan:
         self._tight = is_tight(options, layout.dtype)
         found = source.capture
         self.route = Route("fused", plan.reasons)
-        self.form = None if found is None else found.form.words
+        self.form = None if found is None else found.found.words
 
     def serves(self, x0: Any, z: tuple[Any, ...], options: Options) -> bool:
         """Whether it is for such a state, such inputs and these options."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fpi_cuda.activations import DERIVATIVES, FUNCTIONS
+from fpi_cuda.loops.nodes import argument
 from fpi_cuda.lowered import NotLowered
 
 LINEAR = (F.linear, torch._C._nn.linear)
@@ -165,13 +166,3 @@ def called(graph: fx.Graph, function: Callable[..., Any], *args: Any) -> fx.Node
     node = graph.call_function(function, args)
     node.meta["example_value"] = function(*map(sizes, args))
     return node
-
-
-def argument(node: fx.Node, place: int, name: str) -> Any:
-    """An argument that may be given by its place or by its name; None where it is not."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name)
-
-
-def named(target: Any) -> str:
-    """What a reader calls an operation."""
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -27,16 +27,15 @@ from fpi_cuda.loops.fused.operations import (
     SUMS,
     TIMES,
     activation_of,
-    argument,
     called,
     columns,
     example,
     joined_of,
-    named,
     product_of,
     scaled_of,
     sizes_of,
 )
+from fpi_cuda.loops.nodes import argument, has_value, named, read_for, writes
 from fpi_cuda.lowered import Layer, Lowered, NotLowered
 
 
@@ -125,7 +124,7 @@ class Form:
         return Lowered(layers, tensors[-1], self.carry)
 
 
-def recognised(graph: fx.Graph, x: fx.Node, *, plain: bool = False) -> Form:
+def recognised(graph: fx.Graph, x: fx.Node, plain: bool = False) -> Form:
     """The form of a traced g.
 
     Args:
@@ -444,23 +443,6 @@ class Reader:
         return fx.Proxy(called(self.hoisted, function, *nodes), self.tracer)
 
 
-def read_for(*answers: Any) -> set[fx.Node]:
-    """These nodes, and those that they are computed from."""
-    found: set[fx.Node] = set()
-    left = [answer for answer in answers if isinstance(answer, fx.Node)]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += node.all_input_nodes
-    return found
-
-
-def has_value(node: fx.Node) -> bool:
-    """Whether a node gives something, and is not called for what it does."""
-    return node.meta.get("example_value") is not None
-
-
 def opened(v: Any) -> Any:
     """v, as a sum where it is one with an activation that does nothing."""
     if isinstance(v, Value) and v.activation == "identity" and is_one(v.factor):
@@ -492,18 +474,6 @@ def is_scalar(factor: Any) -> bool:
         return True
     found = factor.node.meta.get("example_value")
     return isinstance(found, Tensor) and found.dim() == 0
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a node writes over what it is given."""
-    name = named(node.target)
-    in_place = argument(node, 1, "inplace") if node.target is F.relu else node.kwargs.get("inplace")
-    return (
-        bool(in_place)
-        or "out" in node.kwargs
-        or name in ("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "setitem")
-        or (name.endswith("_") and not name.endswith("__"))
-    )
 
 
 def require_own(node: fx.Node) -> None:

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 import fpi_cuda as fpi
 from fpi_cuda import cells
-from fpi_cuda.loops.fused import capture, kept
+from fpi_cuda.loops import capture
+from fpi_cuda.loops.fused import kept
+from fpi_cuda.loops.fused.forms import NO_LOWER, forms
 from fpi_cuda.lowered import NotLowered
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
@@ -177,24 +179,24 @@ def test_settings_of_dynamo_are_left_as_they_were() -> None:
 
     before = config.get_config_copy()
     state = torch.get_rng_state()
-    capture.clear()
+    forms.clear()
     g, z = function_of(orthogonal()), torch.randn(B, D, dtype=F64)
     torch.set_rng_state(state)
     fpi.fixed_point(g, torch.zeros_like(z), z)
-    assert capture.kind_of(g).captures
+    assert forms.kind_of(g).captures
     assert config.get_config_copy() == before
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_nothing_is_captured_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(capture.SWITCH, "0")
-    capture.clear()
+    forms.clear()
     layer, z = fpi.FPILayer(Map()), torch.randn(B, D, dtype=F64)
     for _ in range(3):
         layer(z)
     assert not is_kept(layer, z)
-    assert not any(kind.captures for kind in capture.kinds.values())
-    with pytest.raises(RuntimeError, match=re.escape(capture.NO_LOWER)):
+    assert not any(kind.captures for kind in forms.kinds.values())
+    with pytest.raises(RuntimeError, match=re.escape(NO_LOWER)):
         fpi.FPILayer(Map(), route="fused")(z)
 
 
@@ -233,7 +235,7 @@ def test_a_number_that_changes_stays_a_number(number: float) -> None:
 
 
 def test_a_refusal_while_dynamo_is_off_is_not_remembered() -> None:
-    capture.clear()
+    forms.clear()
     layer, z = fpi.FPILayer(Map()), torch.randn(B, D, dtype=F64)
     with torch.compiler.set_stance("force_eager"):
         layer(z)
@@ -406,17 +408,17 @@ def test_a_method_of_any_callable() -> None:
 
 def test_a_capture_may_be_refused_by_several() -> None:
     g, x, z = function_of(orthogonal()), torch.zeros(B, D, dtype=F64), torch.ones(B, D, dtype=F64)
-    found = capture.capture_of(g, x, (z,))
+    found = forms.of(g, x, (z,))
     for _ in range(2):
-        capture.refuse(found, g, x, (z,), "a reason")
+        forms.refuse(found, g, x, (z,), "a reason")
     with pytest.raises(NotLowered, match="a reason"):
-        capture.capture_of(g, x, (z,))
+        forms.of(g, x, (z,))
 
 
 def test_a_torch_with_other_insides_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._C._dynamo import eval_frame
 
-    capture.clear()
+    forms.clear()
     monkeypatch.delattr(eval_frame, "_debug_get_cache_entry_list")
     z = torch.randn(B, D, dtype=F64)
     for _ in range(2):

@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 from torch.nn.utils import parametrizations
 
 import fpi_cuda as fpi
-from fpi_cuda.loops.fused import capture, kept
+from fpi_cuda.loops.fused import kept
+from fpi_cuda.loops.fused.forms import forms, lowered_by
 from fpi_cuda.lowered import NotLowered
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
@@ -26,10 +27,10 @@ F64 = torch.float64
 def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Capture, and begin without captures."""
     monkeypatch.setenv("FPI_CUDA_CAPTURE", "1")
-    capture.clear()
+    forms.clear()
     kept.clear()
     yield
-    capture.clear()
+    forms.clear()
     kept.clear()
 
 
@@ -293,7 +294,7 @@ def require_agreement(g: Any, P: nn.Module, z: Tensor) -> None:
 
 
 def words(g: Any, z: Tensor) -> str:
-    return capture.capture_of(g, zero_state(z), (z,)).form.words
+    return forms.of(g, zero_state(z), (z,)).found.words
 
 
 def given(dtype: torch.dtype = F64, batch: int = B) -> tuple[Weights, Tensor]:
@@ -339,10 +340,10 @@ def test_relu_energy_descends_along_its_own_slope() -> None:
         ),
         P,
     )
-    found = capture.capture_of(g, zero_state(z), (z,))
-    assert found.form.words == DESCENT.format("relu_derivative")
+    found = forms.of(g, zero_state(z), (z,))
+    assert found.found.words == DESCENT.format("relu_derivative")
     x = torch.randn(B, D, dtype=F64)
-    torch.testing.assert_close(found.lowered(found.reads(g, x, (z,)))(x), g(x, z))
+    torch.testing.assert_close(lowered_by(found, found.reads(g, x, (z,)))(x), g(x, z))
 
 
 def test_only_what_is_differentiated_by_is_differentiated() -> None:
@@ -380,7 +381,7 @@ def test_an_energy_that_depends_on_the_batch_is_captured_for_each() -> None:
     for batch in batches:
         z = torch.randn(batch, K, requires_grad=True)
         require_agreement(g, g, z)
-    numbers = {c.form.carry for c in capture.kind_of(g).captures}
+    numbers = {c.found.carry for c in forms.kind_of(g).captures}
     assert numbers == {1 - 0.3 * (B / batch) for batch in batches}
 
 
@@ -389,7 +390,7 @@ def test_one_capture_serves_other_batches() -> None:
     g = closed(lambda x, z, P: step_where_needed(joined_energy, x, z, P), P)
     for batch in (5, 8, 9, 12):
         require_agreement(g, P, torch.randn(batch, K, dtype=F64, requires_grad=True))
-    assert len(capture.kind_of(g).captures) <= 2
+    assert len(forms.kind_of(g).captures) <= 2
 
 
 def test_a_step_size_that_changes_is_read() -> None:

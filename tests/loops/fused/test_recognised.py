@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fpi_cuda as fpi
-from fpi_cuda.loops.fused import capture
+from fpi_cuda.loops.fused.forms import forms
 from fpi_cuda.lowered import NotLowered
 
 pytestmark = pytest.mark.skipif(not fpi.native_available(), reason="no native library")
@@ -149,7 +149,7 @@ def solved(g: Any, z: Tensor, route: str | None) -> list[Tensor]:
 def capture_is_refused(g: nn.Module, z: Tensor) -> bool:
     """Whether the fused loop has no form for g."""
     try:
-        capture.capture_of(g, torch.zeros_like(z), (z,))
+        forms.of(g, torch.zeros_like(z), (z,))
     except NotLowered:
         return True
     return False
@@ -177,5 +177,5 @@ def compared(number: int) -> bool:
 
 @pytest.mark.filterwarnings("ignore::fpi_cuda.FixedPointWarning")
 def test_drawn_maps_are_solved_as_by_the_host() -> None:
-    capture.clear()
+    forms.clear()
     assert sum(map(compared, range(NUM_MAPS))) > NUM_MAPS // 2

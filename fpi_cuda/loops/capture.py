@@ -22,39 +22,29 @@ from torch._guards import TracingContext
 from fpi_cuda.evaluation.modules import modules_in, modules_of
 from fpi_cuda.evaluation.shortcuts import HOOKS, hooks_on_all, why_modes_matter
 from fpi_cuda.evaluation.state import why_not_dense
-from fpi_cuda.loops.fused.recognise import Form, recognised
-from fpi_cuda.lowered import Lowered, NotLowered
+from fpi_cuda.lowered import NotLowered
 
 MOST_CAPTURES = 32
 """Of one kind of g: for so many shapes, modes and states of it. Others are not looked at."""
 
 SWITCH = "FPI_CUDA_CAPTURE"
 TOO_MANY = f"{MOST_CAPTURES} others like it were looked at"
-NO_LOWER = "has no lower(prepared)"
 WITH_EFFECTS = "an evaluation of it does more than compute its value"
-
-KNOWN_MODULES = frozenset(
-    (
-        nn.Linear, nn.Identity, nn.Dropout, nn.Tanh, nn.ReLU, nn.Sigmoid, nn.GELU, nn.Softplus,
-        nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
-    )
-)  # fmt: skip
-"""Modules of torch that a map of the kernels' form is made of."""
 
 
 class Capture:
-    """One trace of g, in the kernels' form.
+    """One trace of g.
 
     Attributes:
-        form: what it was recognised as.
+        found: what was read in it.
         verified: it was compared with g itself.
         classes: what it rests on besides what Dynamo guards.
-        plain: where the x of the trace requires grad, another trace with one that does not, which
-            was recognised as the same: g may look at that.
+        plain: where the x of the trace requires grad, another trace with one that does not, in
+            which the same was read: g may look at that.
     """
 
-    def __init__(self, form: Form, trace: Trace, guards: Any, code: types.CodeType, g: Any) -> None:
-        self.form = form
+    def __init__(self, found: Any, trace: Trace, guards: Any, code: types.CodeType, g: Any) -> None:
+        self.found = found
         self.plain: Capture | None = None
         self.verified = False
         self._guards = guards
@@ -99,10 +89,6 @@ class Capture:
             return given
         leaf = leaf_of(x)
         return tuple([x if t is leaf else t for t in self._function(g, leaf, z)])
-
-    def lowered(self, given: tuple[Any, ...]) -> Lowered:
-        """The map that g is where it reads these, with the graph that the grad mode allows."""
-        return self.form.lowered(self.form.hoisted(*given))
 
 
 def leaf_of(x: Tensor) -> Tensor:
@@ -168,11 +154,13 @@ class Kind:
     Attributes:
         captures: newest first.
         refusals: why such a g, with such a state and inputs, has no capture.
+        seconds: that solves of such a g have taken, where somebody counts them.
     """
 
     def __init__(self) -> None:
         self.captures: list[Capture] = []
         self.refusals: dict[Hashable, str] = {}
+        self.seconds: dict[Hashable, float] = {}
         self.begin_anew()
 
     def renew(self) -> None:
@@ -214,7 +202,6 @@ numbers = itertools.count()
 
 
 lock = threading.RLock()
-kinds: weakref.WeakKeyDictionary[Any, Kind] = weakref.WeakKeyDictionary()
 
 
 def key_of_kind(g: Any) -> Any:
@@ -228,27 +215,9 @@ def key_of_kind(g: Any) -> Any:
     return kind
 
 
-def kind_of(g: Any) -> Kind:
-    """That which g is of."""
-    key = key_of_kind(g)
-    found = kinds.get(key)
-    return kinds.setdefault(key, Kind()) if found is None else found
-
-
-def clear() -> None:
-    """Forget every capture."""
-    with lock:
-        kinds.clear()
-
-
 def is_wanted() -> bool:
     """Whether g are to be captured at all."""
     return os.environ.get(SWITCH, "1") != "0"
-
-
-def why_not_capturable(g: Any) -> str | None:
-    """What speaks against a trace before anything is traced; None: nothing that shows at once."""
-    return why_hooks_matter(g) or why_of_no_form(g)
 
 
 def why_hooks_matter(g: Any) -> str | None:
@@ -261,78 +230,110 @@ def why_hooks_matter(g: Any) -> str | None:
     return None
 
 
-def why_of_no_form(g: Any) -> str | None:
-    """Which module of torch in g shows that it has none of the kernels' forms; None: none does."""
-    for part in modules_of(g):
-        kind = type(part)
-        if isinstance(part, torch.jit.ScriptModule):
-            return "it is in TorchScript"
-        if kind.__module__.startswith("torch.nn.modules.") and kind not in KNOWN_MODULES:
-            return f"the kernels have no {kind.__name__}"
-    return None
+class Captures:
+    """The traces of g that are kept for one purpose.
 
+    Args:
+        read: what is looked for in a graph of torch's functions and methods, each with what it
+            gives as "example_value", given the state in it; `plain` says that it is that of a
+            call_plain_g. Raises NotLowered where it is not there.
+        grad: whether g is traced in grad mode.
+        why_not: what shows in a g before it is traced; None: nothing does.
+        refusal: with places for the class of g and a reason.
+    """
 
-def known_capture(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture | None:
-    """A capture that holds for g; None where there is none."""
-    kind = kind_of(g)
-    for place, capture in enumerate(kind.captures):
-        if capture.holds(g, x, z):
-            if place:
-                kind.captures.remove(capture)
-                kind.captures.insert(0, capture)
+    def __init__(
+        self,
+        read: Callable[[Any, Any, bool], Any],
+        *,
+        grad: bool,
+        why_not: Callable[[Any], str | None],
+        refusal: str,
+    ) -> None:
+        self.read = read
+        self.kinds: weakref.WeakKeyDictionary[Any, Kind] = weakref.WeakKeyDictionary()
+        self._grad = grad
+        self._why_not = why_not
+        self._refusal = refusal
+
+    def kind_of(self, g: Any) -> Kind:
+        """That which g is of."""
+        key = key_of_kind(g)
+        found = self.kinds.get(key)
+        return self.kinds.setdefault(key, Kind()) if found is None else found
+
+    def clear(self) -> None:
+        """Forget every capture."""
+        with lock:
+            self.kinds.clear()
+
+    def known(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture | None:
+        """A capture that holds for g; None where there is none. Under the grad mode of traces."""
+        kind = self.kind_of(g)
+        for place, capture in enumerate(kind.captures):
+            if capture.holds(g, x, z):
+                if place:
+                    kind.captures.remove(capture)
+                    kind.captures.insert(0, capture)
+                return capture
+        return None
+
+    def why_not(self, g: Any) -> str | None:
+        """What speaks against a trace before anything is traced; None: nothing shows at once."""
+        return why_hooks_matter(g) or self._why_not(g)
+
+    def of(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
+        """A trace of g that holds, made here if there is none.
+
+        Args:
+            x: plain, a state. z: inputs of g.
+        Raises:
+            NotLowered: g cannot be traced, or what is looked for is not in it.
+        """
+        for t in z:
+            strange = why_not_dense(t) if isinstance(t, Tensor) else None
+            if strange is not None:
+                raise NotLowered(self._refusal.format(type(g).__name__, f"a z is {strange[0]}"))
+        with torch.set_grad_enabled(self._grad), lock:
+            found = self.known(g, x, z)
+            if found is not None:
+                return found
+            kind, key = self.kind_of(g), key_of(g, x, z)
+            kind.renew()
+            reason = kind.refusals.get(key)
+            if reason is None and len(kind.captures) + len(kind.refusals) >= MOST_CAPTURES:
+                reason = TOO_MANY
+            reason = reason or why_hooks_matter(g) or why_modes_matter()
+            if reason is not None:
+                raise NotLowered(self._refusal.format(type(g).__name__, reason))
+            try:
+                reason = self._why_not(g)
+                if reason is not None:
+                    raise NotLowered(reason)
+                capture = self.made(kind, g, x, z)
+            except Exception as error:  # Dynamo's insides may be others in another torch
+                said = error if isinstance(error, NotLowered) else f"it was not traced ({error!r})"
+                if not isinstance(error, NotTraced):
+                    kind.refusals[key] = str(said)
+                raise NotLowered(self._refusal.format(type(g).__name__, said)) from error
+            kind.captures.insert(0, capture)
             return capture
-    return None
+
+    def made(self, kind: Kind, g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
+        """A trace of g, made now."""
+        return traced(self.read, kind.evaluation, g, x, z)
+
+    def refuse(self, capture: Capture, g: Any, x: Tensor, z: tuple[Any, ...], reason: str) -> None:
+        """Let go of a capture that is not what g computes."""
+        with lock:
+            kind = self.kind_of(g)
+            if capture in kind.captures:  # another thread may have been here
+                kind.captures.remove(capture)
+            kind.refusals[key_of(g, x, z)] = reason
 
 
 class NotTraced(NotLowered):
     """Dynamo was not asked: it may be another time."""
-
-
-def capture_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture:
-    """A trace of g that holds, made here if there is none.
-
-    Args:
-        x: plain, (B, D). z: inputs of g.
-    Raises:
-        NotLowered: g cannot be traced, or has not the kernels' form.
-    """
-    for t in z:
-        strange = why_not_dense(t) if isinstance(t, Tensor) else None
-        if strange is not None:
-            raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and a z is {strange[0]}")
-    with torch.enable_grad(), lock:
-        found = known_capture(g, x, z)
-        if found is not None:
-            return found
-        kind, key = kind_of(g), key_of(g, x, z)
-        kind.renew()
-        reason = kind.refusals.get(key)
-        if reason is None and len(kind.captures) + len(kind.refusals) >= MOST_CAPTURES:
-            reason = TOO_MANY
-        reason = reason or why_hooks_matter(g) or why_modes_matter()
-        if reason is not None:
-            raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {reason}")
-        try:
-            reason = why_of_no_form(g)
-            if reason is not None:
-                raise NotLowered(reason)
-            capture = traced_in_turn(kind, g, x, z)
-        except Exception as error:  # Dynamo's insides may be others in another torch
-            said = error if isinstance(error, NotLowered) else f"it was not traced ({error!r})"
-            if not isinstance(error, NotTraced):
-                kind.refusals[key] = str(said)
-            raise NotLowered(f"{type(g).__name__} {NO_LOWER}, and {said}") from error
-        kind.captures.insert(0, capture)
-        return capture
-
-
-def refuse(capture: Capture, g: Any, x: Tensor, z: tuple[Any, ...], reason: str) -> None:
-    """Let go of a capture that is not what g computes."""
-    with lock:
-        kind = kind_of(g)
-        if capture in kind.captures:  # another thread may have been here
-            kind.captures.remove(capture)
-        kind.refusals[key_of(g, x, z)] = reason
 
 
 def key_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Hashable:
@@ -340,35 +341,6 @@ def key_of(g: Any, x: Tensor, z: tuple[Any, ...]) -> Hashable:
     shapes = tuple((t.shape, t.dtype, t.requires_grad) for t in (x, *z) if isinstance(t, Tensor))
     which = (weakref.ref(g), getattr(g, "training", None)) if isinstance(g, nn.Module) else None
     return which, shapes
-
-
-def traced_in_turn(
-    kind: Kind, g: Any, x: Tensor, z: tuple[Any, ...], *, fresh: bool = False
-) -> Capture:
-    """A trace of g, with an x that requires grad where g makes a leaf of one that does not.
-
-    Args:
-        fresh: Dynamo has not met the evaluations of this kind.
-    """
-    try:
-        return traced(kind.evaluation, g, x, z)
-    except NotLowered as refusal:
-        if "requires_grad_()" not in str(refusal):
-            raise
-    try:
-        found = traced(kind.evaluation, g, leaf_of(x), z)
-    except NotLowered as refusal:
-        if "requires_grad_()" not in str(refusal):
-            raise
-        raise NotLowered("it takes a derivative by what it detached from x") from refusal
-    found.plain = traced(kind.plain_evaluation, g, x, z, plain=True)
-    if not found.form.differentiates or found.form.code != found.plain.form.code:
-        if fresh:
-            raise NotLowered("it computes another value where x requires grad")
-        # Dynamo may have learnt of one evaluation alone that batches differ.
-        kind.begin_anew()
-        return traced_in_turn(kind, g, x, z, fresh=True)
-    return found
 
 
 class Trace:
@@ -410,29 +382,41 @@ class Trace:
         self._guards = ()  # they hold what was traced, and Dynamo holds who is asked here
 
 
+class Refusal(str):
+    """Why a trace is not what was looked for."""
+
+    __slots__ = ()
+
+
 def traced(
-    evaluation: types.FunctionType, g: Any, x: Tensor, z: tuple[Any, ...], plain: bool = False
+    look: Callable[[Any, Any, bool], Any],
+    evaluation: types.FunctionType,
+    g: Any,
+    x: Tensor,
+    z: tuple[Any, ...],
+    plain: bool = False,
 ) -> Capture:
     """A trace of g, made now.
 
     Args:
+        look: see read of Captures.
         plain: the evaluation is a call_plain_g.
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as entries_of
 
-    found: list[Form | str] = []
+    found: list[Any] = []
     trace = Trace(evaluation)
 
     def read(module: Any, _: object) -> Callable[..., Any]:
         """What Dynamo calls with the graph, and then with what the graph reads."""
         try:
             trace.look_at_graph(module.graph)
-            form = recognised(module.graph, state_in(module.graph), plain=plain)
+            seen = look(module.graph, state_in(module.graph), plain)
         except NotLowered as reason:
             # In words, for Dynamo keeps this function, and an exception the frames of its making.
-            found.append(str(reason))
+            found.append(Refusal(str(reason)))
             return lambda *_: (None,)
-        found.append(form)
+        found.append(seen)
         return lambda *given: (given,)
 
     code = evaluation.__code__
@@ -449,14 +433,14 @@ def traced(
             raise NotLowered(f"it was not traced ({type(error).__name__}: {said})") from error
     if len(found) != 1:
         raise NotTraced("it was not traced: Dynamo is switched off, or does not look into it")
-    (form,) = found
-    if isinstance(form, str):
-        raise NotLowered(form)
+    (seen,) = found
+    if isinstance(seen, Refusal):
+        raise NotLowered(seen)
     new = [entry for entry in entries_of(code) if id(entry.code) not in before]
     if len(new) != 1 or has_effects(new[0].code):
         raise NotLowered(WITH_EFFECTS)
     trace.look_at_guards()
-    return Capture(form, trace, new[0].guard_manager, new[0].code, g)
+    return Capture(seen, trace, new[0].guard_manager, new[0].code, g)
 
 
 @contextmanager

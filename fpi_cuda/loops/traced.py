@@ -1,0 +1,250 @@
+"""g for the host's loop by its trace: what does not depend on x once a solve, and no module calls.
+
+The numbers are those of g, bit by bit: the trace calls the same functions of torch. So it does not
+matter from which solve on it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fpi_cuda.autograd import BoundMap
+from fpi_cuda.evaluation.modules import modules_of
+from fpi_cuda.evaluation.shortcuts import why_modes_matter
+from fpi_cuda.loops.capture import Capture, Captures, is_wanted, key_of
+from fpi_cuda.loops.nodes import has_value, read_for, writes
+from fpi_cuda.lowered import NotLowered
+
+WORTH_A_TRACE = 1.0
+"""Seconds that solves of one g have taken by then; Dynamo's import and a trace take about that."""
+
+MOST_SHAPES = 64
+"""Of one kind of g, whose seconds are counted."""
+
+HOMES = ("torch", "torch.functional", "torch.nn.functional", "torch.special", "torch.linalg",
+         "torch.fft", "torch._C", "torch._C._nn", "torch._C._special", "torch._C._linalg",
+         "torch._C._fft", "_operator", "builtins", "math")  # fmt: skip
+"""Modules whose functions do nothing but compute what they return, or write over an argument."""
+
+
+class Split(NamedTuple):
+    """A traced g in two.
+
+    Attributes:
+        before: called as the trace is, it returns what `step` is given besides x.
+        step: g's value, given x and these.
+        hoisted, total: operations in `before`, and in both.
+    """
+
+    before: Callable[..., tuple[Any, ...]]
+    step: Callable[..., Tensor]
+    hoisted: int
+    total: int
+
+
+def split(graph: fx.Graph, x: fx.Node, plain: bool = False) -> Split:
+    """What of a traced g does not depend on x, and the rest; see fpi_cuda.loops.capture.Captures.
+
+    Raises:
+        NotLowered: it does something that evaluations may do in g's own code only.
+    """
+    found = graph.output_node().args[0]
+    values = found if isinstance(found, (tuple, list)) else (found,)
+    answer = values[0] if len(values) == 1 else None
+    of_x, alone = {x}, True
+    inputs: list[fx.Node] = []
+    operations: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            inputs.append(node)
+        elif node.op != "output":
+            require_function(node)
+            operations.append(node)
+            if any(n in of_x for n in node.all_input_nodes):
+                of_x.add(node)
+            alone = alone and not writes(node) and not isinstance(node.target, OF_LIBRARIES)
+    if not isinstance(answer, fx.Node) or answer not in of_x or answer is x:
+        raise NotLowered("its value is not one tensor that is computed from x")
+    if not alone:  # it may write over what it is given, or over what it has computed
+        of_x.update(operations)
+    else:
+        needed = read_for(answer)
+        operations = [n for n in operations if n in needed]
+    inner = [n for n in operations if n in of_x]
+    given = dict.fromkeys(n for node in inner for n in node.all_input_nodes if n not in of_x)
+    if not alone:
+        given = dict.fromkeys(n for n in inputs if n is not x)
+    before = part_of(inputs, [n for n in operations if n not in of_x], tuple(given))
+    step = part_of([x, *given], inner, answer)
+    return Split(before, step, len(operations) - len(inner), len(operations))
+
+
+OF_LIBRARIES = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+"""Operations that a library has registered."""
+
+
+def require_function(node: fx.Node) -> None:
+    """Raise unless a node calls a function or method of torch for what it returns."""
+    target = node.target
+    if node.op not in ("call_function", "call_method"):
+        raise NotLowered(f"it holds {target}, which is no input of its trace")
+    if not has_value(node):
+        raise NotLowered(f"{getattr(target, '__name__', target)} is called for what it does")
+    home = getattr(target, "__module__", None) or "torch"
+    if node.op == "call_function" and not isinstance(target, OF_LIBRARIES) and home not in HOMES:
+        raise NotLowered(f"it calls {home}.{getattr(target, '__name__', target)}")
+
+
+CORES: dict[Any, Callable[..., Tensor]] = {
+    F.relu: torch.relu,
+    F.silu: torch._C._nn.silu,
+    F.layer_norm: torch.layer_norm,
+    F.group_norm: torch.group_norm,
+}
+"""Functions written in Python, and what they call in the end with the same arguments."""
+
+
+def let_call_its_core(node: fx.Node) -> None:
+    """Let a node that calls a function written in Python call what that calls, where it may."""
+    function: Any = node.target
+    if isinstance(function, FunctionType) and function in CORES and not writes(node):
+        given = inspect.signature(function).bind(*node.args, **node.kwargs)
+        given.apply_defaults()
+        node.args = tuple(v for name, v in given.arguments.items() if name != "inplace")
+        node.kwargs, node.target = {}, CORES[function]
+
+
+def part_of(inputs: list[fx.Node], nodes: list[fx.Node], outputs: Any) -> Callable[..., Any]:
+    """The function of `inputs` that computes these nodes, in turn, and returns `outputs`."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+        let_call_its_core(copies[node])
+        copies[node].meta = {}  # which holds what the trace was made with
+    graph.output(fx.node.map_arg(outputs, copies.__getitem__))
+    # Its function alone: a call of the module would look for hooks.
+    forward: Callable[..., Any] = fx.GraphModule(nn.Module(), graph).forward
+    return forward
+
+
+def why_not_traced(g: Any) -> str | None:
+    """What shows in a g before a trace."""
+    for part in modules_of(g):
+        if isinstance(part, torch.jit.ScriptModule):
+            return "it is in TorchScript"
+        if part.__dict__.get("_compiled_call_impl") is not None or "_orig_mod" in part._modules:
+            return f"{type(part).__name__} is compiled"
+    return None
+
+
+steps = Captures(split, grad=False, why_not=why_not_traced, refusal="{}: {}")
+
+
+class StandIn:
+    """What may stand for calls of g in one solve.
+
+    Args:
+        bound_map: of g, as it is, with inputs.
+    """
+
+    def __init__(self, bound_map: BoundMap) -> None:
+        self._g, self._z = bound_map.g, bound_map.z
+        self._began = time.perf_counter()
+        self._key: Any = None
+
+    def __call__(self, state: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """A function of the state that gives what g gives; None: g itself has to."""
+        g, z = self._g, self._z
+        if why_modes_matter() is not None:
+            return None
+        capture = steps.known(g, state, z)
+        if capture is None:
+            kind, key = steps.kind_of(g), key_of(g, state, z)
+            if key in kind.refusals:
+                return None
+            if kind.seconds.get(key, 0.0) < WORTH_A_TRACE:
+                self._key = key
+                return None
+            try:
+                capture = steps.of(g, state, z)
+            except NotLowered:
+                return None
+        step = bound(capture, capture.reads(g, state, z))
+        if step is None or (not capture.verified and not self._verified(capture, step, state)):
+            return None
+        return step
+
+    def _verified(self, capture: Capture, step: Callable[[Tensor], Tensor], state: Tensor) -> bool:
+        """Whether a trace has the numbers of g, here and elsewhere."""
+        away = torch.linspace(-1, 1, state.numel(), dtype=state.dtype, device=state.device)
+        for points in (state, state + away.reshape(state.shape)):
+            if not same_bits(step(points.clone()), self._g(points.clone(), *self._z)):
+                reason = "its trace has other numbers than it has"
+                steps.refuse(capture, self._g, state, self._z, reason)
+                return False
+        capture.verified = True
+        return True
+
+    def over(self) -> None:
+        """The solve is over: count what it took, where a trace might have saved of it."""
+        if self._key is not None:
+            seconds = steps.kind_of(self._g).seconds
+            if len(seconds) >= MOST_SHAPES and self._key not in seconds:
+                seconds.clear()
+            took = time.perf_counter() - self._began
+            seconds[self._key] = seconds.get(self._key, 0.0) + took
+
+
+def bound(capture: Capture, given: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:
+    """A traced g as a function of the state alone; None where it reads what is no plain tensor."""
+    for t in given:
+        if isinstance(t, Tensor) and (
+            type(t) not in (Tensor, nn.Parameter) or t.layout is not torch.strided
+        ):
+            return None
+    found: Split = capture.found
+    rest, step = found.before(*given), found.step
+
+    def evaluate(state: Tensor) -> Tensor:
+        return step(state, *rest)
+
+    return evaluate
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two values of g are the same tensor to the bit, but for which NaN a NaN is."""
+    return (
+        type(a) is type(b) is Tensor
+        and a.shape == b.shape
+        and a.dtype is b.dtype
+        and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.signbit(), b.signbit())
+    )
+
+
+def stand_in(bound_map: BoundMap) -> StandIn | None:
+    """What may stand for g in a solve; None where nothing may."""
+    plain = not bound_map.hoisted and not bound_map.layout.is_tuple
+    return StandIn(bound_map) if plain and is_wanted() else None
+
+
+def words_of(g: Any) -> str | None:
+    """What is known of traces of such a g, for people; None: nothing."""
+    kind = steps.kind_of(g)
+    if kind.captures:
+        found: Split = kind.captures[0].found
+        once = f", {found.hoisted} of its {found.total} operations once a solve"
+        return f"g was traced{once if found.hoisted else ''}"
+    return next((f"g was not traced: {reason}" for reason in kind.refusals.values()), None)
