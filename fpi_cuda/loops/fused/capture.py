@@ -158,7 +158,7 @@ class Classes:
     ) -> None:
         kinds = dict.fromkeys(kinds)
         self._kinds = tuple(k for k in (*kinds, Tensor) if k.__flags__ & MADE_IN_PYTHON)
-        self._version = 0
+        self._newest = 0
         self._methods = operator.attrgetter(*methods, "__add__", "__radd__")
         self._known_methods = self._methods(Tensor)
         self._held: list[tuple[Any, int, Callable[[Any], Any], tuple[Any, ...]]] = []
@@ -182,11 +182,11 @@ class Classes:
             if function.__code__ is not code:
                 return False
         version = newest_version(self._kinds)
-        if version and version == self._version:
+        if version and version == self._newest:
             return True
         if not self._look_the_same():
             return False
-        self._version = version
+        self._newest = version
         return True
 
     def _look_the_same(self) -> bool:
