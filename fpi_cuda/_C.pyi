@@ -1,5 +1,7 @@
 """csrc/python. An address or a handle (cudaGraph_t, cudaStream_t) is an int."""
 
+from torch import Tensor
+
 interface: int
 
 def open_library(path: str) -> None:
@@ -51,6 +53,12 @@ def row_sizes(
     Args:
         rows: of (batch, dim) float32. NaN is larger than any number.
         scaled_norms: of (batch,) float64, which gets the norm of each row times factor.
+    """
+
+def newest_version(types: tuple[type, ...]) -> int:
+    """The highest of the numbers that Python gives classes; 0 where one of these has none.
+
+    A class gets a new one, higher than all so far, after each change of it or of one above it.
     """
 
 class HostSolve:
@@ -124,8 +132,9 @@ class HostSteps:
 class CellPlan:
     """The solves of one lowered cell on the CPU: it owns the memory that they take.
 
-    Arrays are contiguous, of float32, or float64 where the plan is; 0 stands for none. Several
-    threads may call one plan at once. Weights are read anew in every call.
+    Tensors are of float32, or float64 where the plan is. Those that are read may lie in any way;
+    those that are written to are taken for contiguous ones of the shapes named. Several threads may
+    call one plan at once. Weights are read anew in every call.
 
     Args:
         float64: the state's dtype, else float32.
@@ -164,28 +173,35 @@ class CellPlan:
         adjoint_rtol: float,
         adjoint_max_steps: int,
     ) -> None: ...
+    def fits(self, batch: int, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether `solve` would take these tensors."""
+
     def solve(
         self,
         batch: int,
-        layers: tuple[tuple[int, int, int, int, int, int], ...],
-        x_factor: int,
-        x: int,
-        status: int,
-        num_steps: int,
-        residual: int,
-        hidden: int,
-        slopes: tuple[int, ...],
+        tensors: tuple[Tensor | None, ...],
+        x0: Tensor,
+        x: Tensor,
+        status: Tensor,
+        num_steps: Tensor,
+        residual: Tensor,
+        hidden: Tensor | None,
+        slopes: tuple[Tensor | None, ...],
     ) -> int:
         """Solve x = g(x) for every sample; return the highest status.
 
+        With -3, nothing was done: one of the tensors, or x0, is of another shape, dtype, device or
+        class.
+
         Args:
-            layers: (weight, output_stride, input_stride, bias, shift, factor) each.
-            x_factor: (batch, dim).
-            x: (batch, dim) where to start; overwritten with the point to return.
-            status: (batch,) int8. num_steps: (batch,) int32. residual: (batch,) float64.
+            tensors: weight (outputs, inputs), bias (outputs,), shift and factor (batch, outputs) of
+                each layer, and x_factor (batch, dim).
+            x0: (batch, dim) where to start. x: (batch, dim) the point to return.
+            status: (batch,) int8. num_steps: (batch,) int32.
+            residual: (batch,) float64, or float32, to which it is then rounded.
             hidden: (batch, hidden) what the first of two layers gives at the point returned;
                 needed with slopes.
-            slopes: (batch, outputs) of each layer: its derivative in its sums there. 0: it is
+            slopes: (batch, outputs) of each layer: its derivative in its sums there. None: it is
                 linear, or nobody asks.
         Raises:
             ValueError: an array is missing, or hidden or slopes are asked for of a map with
@@ -195,31 +211,30 @@ class CellPlan:
     def adjoint(
         self,
         batch: int,
-        layers: tuple[tuple[int, int, int, int, int, int], ...],
-        x: int,
-        hidden: int,
-        slopes: tuple[int, ...],
-        v: int,
-        c: int,
-        status: int,
-        num_steps: int,
-        residual: int,
-        deltas: tuple[int, ...],
-        weight_gradients: tuple[int, ...],
-        bias_gradients: tuple[int, ...],
+        weights: tuple[Tensor, ...],
+        x: Tensor,
+        hidden: Tensor | None,
+        slopes: tuple[Tensor | None, ...],
+        v: Tensor,
+        c: Tensor,
+        status: Tensor,
+        num_steps: Tensor,
+        residual: Tensor,
+        deltas: tuple[Tensor | None, ...],
+        weight_gradients: tuple[Tensor | None, ...],
     ) -> int:
         """Solve c = J^T c + v from c = v; return the highest status.
 
         Where every sample has converged, the gradients too; else they are left alone. With -1,
         nothing was done: a row of v that is not zero is to be scaled first or is not finite, see
         fpi_cuda.autograd.scaling.factor_of, or the plan's precision is not 0, and the map itself
-        has the last word.
+        has the last word. With -3, a weight or v is none of this plan's, as in `solve`.
 
         Args:
-            layers, x, hidden, slopes: as `solve` was given them and has left them.
+            weights: of each layer. x, hidden, slopes: as `solve` has left them.
             v: (batch, dim). c: (batch, dim), written; other memory than v.
             status, num_steps, residual: as in `solve`.
-            deltas, weight_gradients, bias_gradients: see `gradients`.
+            deltas, weight_gradients: see `gradients`.
         Raises:
             ValueError: an array is missing.
         """
@@ -227,24 +242,23 @@ class CellPlan:
     def gradients(
         self,
         batch: int,
-        layers: tuple[tuple[int, int, int, int, int, int], ...],
-        x: int,
-        hidden: int,
-        slopes: tuple[int, ...],
-        c: int,
-        deltas: tuple[int, ...],
-        weight_gradients: tuple[int, ...],
-        bias_gradients: tuple[int, ...],
-    ) -> None:
+        weights: tuple[Tensor, ...],
+        x: Tensor,
+        hidden: Tensor | None,
+        slopes: tuple[Tensor | None, ...],
+        c: Tensor,
+        deltas: tuple[Tensor | None, ...],
+        weight_gradients: tuple[Tensor | None, ...],
+    ) -> int:
         """Write the gradients of <c, g(x)> in what the layers are made of, those asked for.
 
         Args:
-            layers: of them, the weights and their strides are read.
-            x, hidden, slopes: as `solve` has left them.
+            weights, x, hidden, slopes: as in `adjoint`.
             c: (batch, dim).
             deltas: (batch, outputs) of each layer: the gradient in its sums, and so in its shift.
             weight_gradients: (outputs, inputs) of each layer.
-            bias_gradients: (outputs,) of each layer.
+        Returns:
+            -3: nothing was done, a weight or c is none of this plan's.
         Raises:
             ValueError: an array is missing.
         """

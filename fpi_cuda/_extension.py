@@ -15,7 +15,7 @@ import torch
 
 LIBRARY = Path(__file__).with_name("libfpi_cuda.so")
 
-INTERFACE = 4
+INTERFACE = 5
 """kInterface of csrc/interface.h: a file with another number was built from other sources.
 
 It counts changes of the ops and classes and of what their arguments mean, not of the kernels'

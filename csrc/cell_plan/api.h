@@ -59,7 +59,6 @@ struct FpiCellGradients {
   void* c;                 // (batch, dim)
   void* deltas[2];         // (batch, outputs) gradients in the layers' sums
   void* weights[2];        // (outputs, inputs)
-  void* biases[2];         // (outputs,)
 };
 
 struct FpiCellAdjoint {

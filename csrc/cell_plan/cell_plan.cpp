@@ -165,9 +165,7 @@ void differentiate(const Call& call, const FpiCellGradients& given, const void* 
   const int last = call.num_layers() - 1;
   const void* above = given.c;  // the gradient in the layer's result
   for (int l = last; l >= 0; --l) {
-    const auto asked = [&](int k) {
-      return given.deltas[k] || given.weights[k] || given.biases[k];
-    };
+    const auto asked = [&](int k) { return given.deltas[k] || given.weights[k]; };
     const bool deeper = l > 0 && asked(0);
     if (!asked(l) && !deeper) return;
     const int64_t outputs = call.outputs(l);
@@ -198,9 +196,6 @@ void differentiate(const Call& call, const FpiCellGradients& given, const void* 
       } else {
         std::memset(p.out, 0, outputs * p.inputs * (call.plan.float64 ? 8 : 4));
       }
-    }
-    if (given.biases[l]) {
-      sum_samples_cpu(found, given.biases[l], call.state, call.batch, outputs, on_torch_threads);
     }
     above = found;
   }

@@ -10,8 +10,7 @@
 namespace fpi {
 namespace {
 
-constexpr int kRun = 512;     // elements that are summed at a time
-constexpr int kColumns = 64;  // that are summed side by side
+constexpr int kRun = 512;  // elements that are summed at a time
 
 // Rows whose largest element is from 2^-kSpare to 2^kSpare are not scaled.
 template <class T>
@@ -60,20 +59,6 @@ FPI_CLONES void multiply_runs(const T* c, const T* slope, T* delta, int64_t firs
   for (int64_t k = first; k < last; ++k) delta[k] = c[k] * slope[k];
 }
 
-template <class T>
-FPI_CLONES void sum_columns(const T* delta, T* out, int64_t batch, int64_t outputs, int64_t first,
-                            int64_t last) {
-  for (int64_t begin = first; begin < last; begin += kColumns) {
-    const int64_t n = std::min<int64_t>(kColumns, last - begin);
-    double sums[kColumns] = {};
-    for (int64_t i = 0; i < batch; ++i) {
-      const T* row = delta + i * outputs + begin;
-      for (int64_t j = 0; j < n; ++j) sums[j] += static_cast<double>(row[j]);
-    }
-    for (int64_t j = 0; j < n; ++j) out[begin + j] = static_cast<T>(sums[j]);
-  }
-}
-
 // body(T{}) with the type of the state.
 template <class Body>
 auto as_type(StateType state, const Body& body) {
@@ -102,18 +87,6 @@ void multiply_cpu(const void* c, const void* slope, void* delta, StateType state
       multiply_runs(static_cast<const T*>(c), static_cast<const T*>(slope), static_cast<T*>(delta),
                     first, last);
     });
-  });
-}
-
-void sum_samples_cpu(const void* delta, void* out, StateType state, int64_t batch, int64_t outputs,
-                     ParallelFor run) {
-  as_type(state, [&](auto type) {
-    using T = decltype(type);
-    run(0, outputs, std::max<int64_t>(kColumns, grain_for(batch)),
-        [&](int64_t first, int64_t last) {
-          sum_columns(static_cast<const T*>(delta), static_cast<T*>(out), batch, outputs, first,
-                      last);
-        });
   });
 }
 

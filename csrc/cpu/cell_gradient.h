@@ -18,8 +18,4 @@ bool adjoint_tolerances_cpu(const void* v, StateType state, int64_t batch, int64
 void multiply_cpu(const void* c, const void* slope, void* delta, StateType state, int64_t count,
                   ParallelFor run);
 
-// out[j] = sum over i of delta[i][j], in double and in the order of the samples.
-void sum_samples_cpu(const void* delta, void* out, StateType state, int64_t batch, int64_t outputs,
-                     ParallelFor run);
-
 }  // namespace fpi

@@ -80,9 +80,8 @@ int CellPlan::solve(const FpiCellSolve& call) const {
 
 void CellPlan::check_gradients(const FpiCellGradients& call) const {
   check_map(call.batch, call.layers);
-  require(
-      num_layers() == 2 || !(call.slopes[1] || call.deltas[1] || call.weights[1] || call.biases[1]),
-      "there is no second layer");
+  require(num_layers() == 2 || !(call.slopes[1] || call.deltas[1] || call.weights[1]),
+          "there is no second layer");
   require(call.batch == 0 || call.c, "c is needed");
   require(call.batch == 0 || call.x || !call.weights[0],
           "x is needed for the gradient of a weight");

@@ -16,7 +16,11 @@ class CellPlan {
   CellPlan(const CellPlan&) = delete;
   CellPlan& operator=(const CellPlan&) = delete;
 
+  bool float64() const { return options_.float64; }
+  std::int64_t dim() const { return options_.dim; }
   int num_layers() const { return options_.hidden ? 2 : 1; }
+  std::int64_t outputs(int l) const { return l + 1 == num_layers() ? dim() : options_.hidden; }
+  std::int64_t inputs(int l) const { return l == 0 ? dim() : options_.hidden; }
 
   int solve(const FpiCellSolve& call) const;
   int adjoint(const FpiCellAdjoint& call) const;

@@ -1,10 +1,15 @@
 // fpi_cuda._C: the objects that the loops keep between calls, as Python classes.
 //
 // One class a file, free of Python; what Python sees of it is written here and in fpi_cuda/_C.pyi.
-// Tensors come as addresses and sizes, so that a build serves every torch; it serves one Python.
+// Tensors come as addresses and sizes, or are read by their Python attributes (tensors.h), so that a
+// build serves every torch; it serves one Python.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cstring>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "interface.h"
 #include "python/cell_plan.h"
@@ -12,12 +17,14 @@
 #include "python/host_steps.h"
 #include "python/library.h"
 #include "python/row_sizes.h"
+#include "python/tensors.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using fpi::CellPlan;
+using fpi::TensorReader;
 using WithoutGil = py::call_guard<py::gil_scoped_release>;
 
 template <class Object>
@@ -38,51 +45,66 @@ void restart_capture(std::uintptr_t stream) {
   fpi::check(fpi::library().restart_capture(reinterpret_cast<void*>(stream)));
 }
 
-// Tuples and integers, read without pybind11's casters: a call of a small solve is short.
-std::int64_t integer(PyObject* object) {
-  const std::int64_t value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
+template <class T>
+void address(py::handle tensor, T** to) {
+  *to = static_cast<T*>(fpi::address_of(tensor.ptr()));
+}
+
+// The items of a tuple with one for each layer, or with `size` of them.
+PyObject** items(py::handle object, Py_ssize_t size) {
+  if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != size) {
+    throw py::value_error("cell plan: a tuple of " + std::to_string(size) + " items is needed");
+  }
+  return reinterpret_cast<PyTupleObject*>(object.ptr())->ob_item;
 }
 
 template <class T>
-void address(PyObject* object, T** to) {
-  *to = static_cast<T*>(PyLong_AsVoidPtr(object));
-  if (!*to && PyErr_Occurred()) throw py::error_already_set();
+void addresses(const CellPlan& plan, py::handle object, T* (&to)[2]) {
+  PyObject** const item = items(object, plan.num_layers());
+  for (int l = 0; l < plan.num_layers(); ++l) address(item[l], &to[l]);
 }
 
-// The items of a tuple with `least` to `most` of them.
-std::pair<PyObject**, Py_ssize_t> items(py::handle object, const char* name, Py_ssize_t least,
-                                        Py_ssize_t most) {
-  if (!PyTuple_Check(object.ptr())) {
-    throw py::type_error(std::string("cell plan: ") + name + " must be a tuple");
-  }
-  const Py_ssize_t size = PyTuple_GET_SIZE(object.ptr());
-  if (size < least || size > most) {
-    throw py::value_error(std::string("cell plan: ") + name + " has " + std::to_string(size) +
-                          " items");
-  }
-  return {reinterpret_cast<PyTupleObject*>(object.ptr())->ob_item, size};
+const void* read_weight(const CellPlan& plan, PyObject* weight, int l, TensorReader& reader,
+                        FpiCellLayer& layer) {
+  std::int64_t* const strides[] = {&layer.output_stride, &layer.input_stride};
+  return reader.read(weight, {plan.outputs(l), plan.inputs(l)}, strides);
 }
 
-template <class T>
-void addresses(py::handle object, const char* name, T* (&to)[2]) {
-  const auto [item, size] = items(object, name, 1, 2);
-  for (Py_ssize_t l = 0; l < size; ++l) address(item[l], &to[l]);
+// What solve() is told of the map.
+void read_map(const CellPlan& plan, py::handle tensors, TensorReader& reader, FpiCellSolve& call) {
+  PyObject** part = items(tensors, 4 * plan.num_layers() + 1);
+  for (int l = 0; l < plan.num_layers(); ++l, part += 4) {
+    FpiCellLayer& layer = call.layers[l];
+    const std::int64_t outputs = plan.outputs(l);
+    layer.weight = read_weight(plan, part[0], l, reader, layer);
+    layer.bias = reader.read(part[1], {outputs});
+    layer.shift = reader.read(part[2], {call.batch, outputs});
+    layer.factor = reader.read(part[3], {call.batch, outputs});
+  }
+  call.x_factor = reader.read(part[0], {call.batch, plan.dim()});
 }
 
-void read_layers(const CellPlan& plan, py::handle object, FpiCellLayer* layers) {
-  const auto [layer, size] = items(object, "layers", plan.num_layers(), plan.num_layers());
-  for (Py_ssize_t l = 0; l < size; ++l) {
-    PyObject** part = items(layer[l], "a layer", 6, 6).first;
-    address(part[0], &layers[l].weight);
-    layers[l].output_stride = integer(part[1]);
-    layers[l].input_stride = integer(part[2]);
-    address(part[3], &layers[l].bias);
-    address(part[4], &layers[l].shift);
-    address(part[5], &layers[l].factor);
+// What a call returns that has done nothing, for a tensor is not as it has to be.
+constexpr int kUnfit = -3;
+
+// float64 numbers for each sample, that are rounded to where Python wants them.
+class Residuals {
+ public:
+  Residuals(py::handle tensor, std::int64_t batch)
+      : rounded_(!tensor.is_none() && fpi::is_float32(tensor.ptr())) {
+    address(tensor, &to_);
+    if (rounded_) numbers_.resize(batch);
   }
-}
+  double* data() { return rounded_ ? numbers_.data() : static_cast<double*>(to_); }
+  void round() {
+    if (rounded_) std::copy(numbers_.begin(), numbers_.end(), static_cast<float*>(to_));
+  }
+
+ private:
+  const bool rounded_;
+  void* to_;
+  std::vector<double> numbers_;
+};
 
 CellPlan* make_plan(bool float64, std::int64_t dim, std::int64_t hidden,
                     std::pair<std::int64_t, std::int64_t> activations,
@@ -103,62 +125,86 @@ CellPlan* make_plan(bool float64, std::int64_t dim, std::int64_t hidden,
        {adjoint_depth, adjoint_beta, adjoint_ridge, adjoint_rtol, 0, adjoint_max_steps}});
 }
 
-int solve(const CellPlan& plan, std::int64_t batch, py::handle layers, py::handle x_factor,
-          py::handle x, py::handle status, py::handle num_steps, py::handle residual,
-          py::handle hidden, py::handle slopes) {
+bool fits(const CellPlan& plan, std::int64_t batch, py::handle tensors) {
+  TensorReader reader(plan.float64());
   FpiCellSolve call{};
   call.batch = batch;
-  read_layers(plan, layers, call.layers);
-  address(x_factor.ptr(), &call.x_factor);
-  address(x.ptr(), &call.x);
-  address(status.ptr(), &call.status);
-  address(num_steps.ptr(), &call.num_steps);
-  address(residual.ptr(), &call.residual);
-  address(hidden.ptr(), &call.hidden);
-  addresses(slopes, "slopes", call.slopes);
-  const py::gil_scoped_release released;
-  return plan.solve(call);
+  read_map(plan, tensors, reader, call);
+  return reader.fits();
 }
 
-FpiCellGradients read_gradients(const CellPlan& plan, std::int64_t batch, py::handle layers,
-                                py::handle x, py::handle hidden, py::handle slopes, py::handle c,
-                                py::handle deltas, py::handle weight_gradients,
-                                py::handle bias_gradients) {
-  FpiCellGradients call{};
+int solve(const CellPlan& plan, std::int64_t batch, py::handle tensors, py::handle x0, py::handle x,
+          py::handle status, py::handle num_steps, py::handle residual, py::handle hidden,
+          py::handle slopes) {
+  TensorReader reader(plan.float64());
+  FpiCellSolve call{};
   call.batch = batch;
-  read_layers(plan, layers, call.layers);
-  address(x.ptr(), &call.x);
-  address(hidden.ptr(), &call.hidden);
-  addresses(slopes, "slopes", call.slopes);
-  address(c.ptr(), &call.c);
-  addresses(deltas, "deltas", call.deltas);
-  addresses(weight_gradients, "weight_gradients", call.weights);
-  addresses(bias_gradients, "bias_gradients", call.biases);
-  return call;
+  read_map(plan, tensors, reader, call);
+  const void* const start = reader.read(x0.ptr(), {batch, plan.dim()});
+  if (!reader.fits()) return kUnfit;
+  address(x, &call.x);
+  address(status, &call.status);
+  address(num_steps, &call.num_steps);
+  Residuals residuals(residual, batch);
+  call.residual = residuals.data();
+  address(hidden, &call.hidden);
+  addresses(plan, slopes, call.slopes);
+  const py::gil_scoped_release released;
+  if (batch && call.x) std::memcpy(call.x, start, batch * plan.dim() * (plan.float64() ? 8 : 4));
+  const int worst = plan.solve(call);
+  residuals.round();
+  return worst;
 }
 
-int adjoint(const CellPlan& plan, std::int64_t batch, py::handle layers, py::handle x,
+void read_gradients(const CellPlan& plan, std::int64_t batch, py::handle weights, py::handle x,
+                    py::handle hidden, py::handle slopes, py::handle deltas,
+                    py::handle weight_gradients, TensorReader& reader, FpiCellGradients& call) {
+  call.batch = batch;
+  PyObject** const weight = items(weights, plan.num_layers());
+  for (int l = 0; l < plan.num_layers(); ++l) {
+    call.layers[l].weight = read_weight(plan, weight[l], l, reader, call.layers[l]);
+  }
+  address(x, &call.x);
+  address(hidden, &call.hidden);
+  addresses(plan, slopes, call.slopes);
+  addresses(plan, deltas, call.deltas);
+  addresses(plan, weight_gradients, call.weights);
+}
+
+int adjoint(const CellPlan& plan, std::int64_t batch, py::handle weights, py::handle x,
             py::handle hidden, py::handle slopes, py::handle v, py::handle c, py::handle status,
             py::handle num_steps, py::handle residual, py::handle deltas,
-            py::handle weight_gradients, py::handle bias_gradients) {
+            py::handle weight_gradients) {
+  TensorReader reader(plan.float64());
   FpiCellAdjoint call{};
-  call.gradients = read_gradients(plan, batch, layers, x, hidden, slopes, c, deltas,
-                                  weight_gradients, bias_gradients);
-  address(v.ptr(), &call.v);
-  address(status.ptr(), &call.status);
-  address(num_steps.ptr(), &call.num_steps);
-  address(residual.ptr(), &call.residual);
+  FpiCellGradients& gradients = call.gradients;
+  read_gradients(plan, batch, weights, x, hidden, slopes, deltas, weight_gradients, reader,
+                 gradients);
+  call.v = reader.read(v.ptr(), {batch, plan.dim()});
+  if (!reader.fits()) return kUnfit;
+  address(c, &gradients.c);
+  address(status, &call.status);
+  address(num_steps, &call.num_steps);
+  Residuals residuals(residual, batch);
+  call.residual = residuals.data();
   const py::gil_scoped_release released;
-  return plan.adjoint(call);
+  const int worst = plan.adjoint(call);
+  if (worst >= 0) residuals.round();
+  return worst;
 }
 
-void gradients(const CellPlan& plan, std::int64_t batch, py::handle layers, py::handle x,
-               py::handle hidden, py::handle slopes, py::handle c, py::handle deltas,
-               py::handle weight_gradients, py::handle bias_gradients) {
-  const FpiCellGradients call = read_gradients(plan, batch, layers, x, hidden, slopes, c, deltas,
-                                               weight_gradients, bias_gradients);
+int gradients(const CellPlan& plan, std::int64_t batch, py::handle weights, py::handle x,
+              py::handle hidden, py::handle slopes, py::handle c, py::handle deltas,
+              py::handle weight_gradients) {
+  TensorReader reader(plan.float64());
+  FpiCellGradients call{};
+  read_gradients(plan, batch, weights, x, hidden, slopes, deltas, weight_gradients, reader, call);
+  // Read alone.
+  call.c = const_cast<void*>(reader.read(c.ptr(), {batch, plan.dim()}));
+  if (!reader.fits()) return kUnfit;
   const py::gil_scoped_release released;
   plan.gradients(call);
+  return 0;
 }
 
 // Numbers that a step reads and writes, from which on other threads may run meanwhile. Handing the
@@ -188,6 +234,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("row_sizes", &fpi::row_sizes, py::arg("rows"), py::arg("batch"), py::arg("dim"),
         py::arg("factor"), py::arg("scaled_norms"));
+  m.def("newest_version", &fpi::newest_version, py::arg("types"));
 
   // Local to this file: a second copy of it in a process has types of its own.
   py::class_<DeviceLoop, std::unique_ptr<DeviceLoop, DeleteWithoutGil<DeviceLoop>>>(
@@ -206,16 +253,17 @@ PYBIND11_MODULE(_C, m) {
            py::arg("max_steps"), py::arg("precision"), py::arg("adjoint_depth"),
            py::arg("adjoint_beta"), py::arg("adjoint_ridge"), py::arg("adjoint_rtol"),
            py::arg("adjoint_max_steps"))
-      .def("solve", &solve, py::arg("batch"), py::arg("layers"), py::arg("x_factor"), py::arg("x"),
+      .def("fits", &fits, py::arg("batch"), py::arg("tensors"))
+      .def("solve", &solve, py::arg("batch"), py::arg("tensors"), py::arg("x0"), py::arg("x"),
            py::arg("status"), py::arg("num_steps"), py::arg("residual"), py::arg("hidden"),
            py::arg("slopes"))
-      .def("adjoint", &adjoint, py::arg("batch"), py::arg("layers"), py::arg("x"),
+      .def("adjoint", &adjoint, py::arg("batch"), py::arg("weights"), py::arg("x"),
            py::arg("hidden"), py::arg("slopes"), py::arg("v"), py::arg("c"), py::arg("status"),
            py::arg("num_steps"), py::arg("residual"), py::arg("deltas"),
-           py::arg("weight_gradients"), py::arg("bias_gradients"))
-      .def("gradients", &gradients, py::arg("batch"), py::arg("layers"), py::arg("x"),
+           py::arg("weight_gradients"))
+      .def("gradients", &gradients, py::arg("batch"), py::arg("weights"), py::arg("x"),
            py::arg("hidden"), py::arg("slopes"), py::arg("c"), py::arg("deltas"),
-           py::arg("weight_gradients"), py::arg("bias_gradients"))
+           py::arg("weight_gradients"))
       .def("bytes", &CellPlan::bytes, WithoutGil())
       .def("clear", &CellPlan::clear, WithoutGil());
 

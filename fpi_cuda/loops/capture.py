@@ -19,10 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext
 
+from fpi_cuda import _extension
 from fpi_cuda.evaluation.modules import modules_in, modules_of
 from fpi_cuda.evaluation.shortcuts import HOOKS, hooks_on_all, why_modes_matter
 from fpi_cuda.evaluation.state import why_not_dense
 from fpi_cuda.lowered import NotLowered
+
+if _extension.module_error is None:
+    from fpi_cuda import _C
 
 MOST_CAPTURES = 32
 """Of one kind of g: for so many shapes, modes and states of it. Others are not looked at."""
@@ -48,13 +52,11 @@ class Capture:
         self.plain: Capture | None = None
         self.verified = False
         self._guards = guards
-        self._function = types.FunctionType(code, trace.evaluation.__globals__)
+        self._function = undisturbed(code, trace.evaluation.__globals__)
         self._evaluation = trace.evaluation  # Dynamo's entry goes with its code
         modules = modules_of(g)
         kinds = [*map(type, (g, *modules)), *trace.kinds]
-        self.classes = Classes(kinds, trace.codes)
-        self._methods = operator.attrgetter(*trace.methods)
-        self._known_methods = self._methods(Tensor)
+        self.classes = Classes(kinds, trace.codes, trace.methods)
         self._holds_modules = bool(modules)
 
     def holds(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> bool:
@@ -65,7 +67,6 @@ class Capture:
             not hooks_on_all()
             and self.classes.unchanged()
             and (self.plain is None or self.plain.classes.unchanged())
-            and all(map(operator.is_, self._methods(Tensor), self._known_methods))
             and not (self._holds_modules and called_otherwise(g))
         )
 
@@ -91,6 +92,30 @@ class Capture:
         return tuple([x if t is leaf else t for t in self._function(g, leaf, z)])
 
 
+def undisturbed(code: types.CodeType, named: dict[str, Any]) -> types.FunctionType:
+    """What Dynamo made of an evaluation, without what it does on the way to what is read.
+
+    It notes the time for its profiler, and switches itself off and on again for each function that
+    it calls.
+
+    Args:
+        named: the globals of the evaluation.
+    """
+    given = {name: named[name] for name in code.co_names if name in named}
+    for name, value in given.items():
+        if name.startswith("__compiled_fn"):
+            given[name] = getattr(value, "_torchdynamo_orig_callable", value)
+        elif isinstance(value, types.ModuleType) and not UNTIMED.keys() - vars(value).keys():
+            given[name] = types.SimpleNamespace(**vars(value) | UNTIMED)
+    return types.FunctionType(code, {"__builtins__": named["__builtins__"]} | given)
+
+
+UNTIMED = {
+    "record_pregraph_bytecode_enter": lambda: None,
+    "record_pregraph_bytecode_exit": lambda _: None,
+}
+
+
 def leaf_of(x: Tensor) -> Tensor:
     """x as something to differentiate by."""
     return x.detach().requires_grad_()
@@ -108,9 +133,20 @@ class Classes:
     Args:
         kinds: they, and those that they inherit from, are looked at.
         codes: of functions that may not be given other code.
+        methods: those of Tensor that are looked at.
     """
 
-    def __init__(self, kinds: Iterable[type], codes: Container[types.CodeType] = ()) -> None:
+    def __init__(
+        self,
+        kinds: Iterable[type],
+        codes: Container[types.CodeType] = (),
+        methods: Iterable[str] = (),
+    ) -> None:
+        kinds = dict.fromkeys(kinds)
+        self._kinds = tuple(k for k in (*kinds, Tensor) if k.__flags__ & MADE_IN_PYTHON)
+        self._newest = 0
+        self._methods = operator.attrgetter(*methods, "__add__", "__radd__")
+        self._known_methods = self._methods(Tensor)
         self._held: list[tuple[Any, int, Callable[[Any], Any], tuple[Any, ...]]] = []
         self._functions: list[tuple[types.FunctionType, types.CodeType]] = []
         for kind in dict.fromkeys(base for each in kinds for base in each.__mro__):
@@ -128,13 +164,33 @@ class Classes:
 
     def unchanged(self) -> bool:
         """Whether they hold what they held."""
+        for function, code in self._functions:
+            if function.__code__ is not code:
+                return False
+        version = newest_version(self._kinds)
+        if version and version == self._newest:
+            return True
+        if not self._look_the_same():
+            return False
+        self._newest = version
+        return True
+
+    def _look_the_same(self) -> bool:
         try:
             for of, size, read, known in self._held:
                 if len(of) != size or read(of) != known:  # as a rule the very same
                     return False
         except Exception:
             return False  # it holds that no longer, or what does not like to be compared
-        return all(f.__code__ is code for f, code in self._functions)
+        return all(map(operator.is_, self._methods(Tensor), self._known_methods))
+
+
+def newest_version(kinds: tuple[type, ...]) -> int:
+    """The latest number that Python has given one of these classes; 0 where one has none.
+
+    It gives a class a new one, the highest so far, after each change of it or of one above it.
+    """
+    return 0 if _extension.module_error is not None else _C.newest_version(kinds)
 
 
 FIXED = frozenset((Tensor, nn.Parameter))
@@ -357,7 +413,7 @@ class Trace:
         self.evaluation = evaluation
         self.codes: frozenset[types.CodeType] = frozenset()
         self.kinds: set[type] = set()
-        self.methods = {"__add__", "__radd__"}
+        self.methods: set[str] = set()
         self._guards: Iterable[Any] = ()
 
     def look_at_graph(self, graph: Any) -> None:

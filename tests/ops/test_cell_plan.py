@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,11 +33,7 @@ DTYPES = [torch.float32, torch.float64]
 SOLVERS = [Picard(0.9), Anderson(m=5)]
 BATCHES = [1, 5, 300]
 RTOL, STEPS = 1e-4, 80
-NONE = (0, 0)
-
-
-def at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+UNFIT = -3
 
 
 def plan_for(lowered: Lowered, dim: int, dtype: torch.dtype, /, **given: Any) -> _C.CellPlan:
@@ -70,18 +66,12 @@ def plan_for(lowered: Lowered, dim: int, dtype: torch.dtype, /, **given: Any) ->
     return _C.CellPlan(**(options | given))
 
 
-def layers_of(lowered: Lowered) -> tuple[tuple[int, int, int, int, int, int], ...]:
-    return tuple(
-        (
-            at(layer.weight),
-            layer.weight.stride(0),
-            layer.weight.stride(1),
-            at(layer.bias),
-            at(layer.shift),
-            at(layer.factor),
-        )
-        for layer in lowered.layers
-    )
+def parts_of(lowered: Lowered) -> tuple[Tensor | None, ...]:
+    return (*(t for layer in lowered.layers for t in layer.tensors()), lowered.x_factor)
+
+
+def weights_of(lowered: Lowered) -> tuple[Tensor, ...]:
+    return tuple(layer.weight for layer in lowered.layers)
 
 
 @dataclass
@@ -109,19 +99,17 @@ def poisoned(like: Tensor, *shape: int) -> Tensor:
 
 
 def solve(plan: _C.CellPlan, lowered: Lowered, x0: Tensor, evaluates: bool = True) -> Solved:
-    result = account(x0.clone())
+    result = account(poisoned(x0, *x0.shape))
     two = len(lowered.layers) == 2
-    hidden, slopes = None, [None, None]
+    hidden: Tensor | None = None
+    slopes: list[Tensor | None] = [None] * len(lowered.layers)
     if evaluates:
         hidden = poisoned(x0, len(x0), len(lowered.layers[0].weight)) if two else None
         slopes = [
             poisoned(x0, len(x0), len(layer.weight)) if layer.activation != "identity" else None
             for layer in lowered.layers
         ]
-    worst = plan.solve(
-        len(x0), layers_of(lowered), at(lowered.x_factor), *map(at, result), at(hidden),
-        tuple(map(at, slopes)),
-    )  # fmt: skip
+    worst = plan.solve(len(x0), parts_of(lowered), x0, *result, hidden, tuple(slopes))
     return Solved(worst, result, hidden, slopes)
 
 
@@ -210,15 +198,12 @@ class Gradients:
 
     deltas: list[Tensor | None]
     weights: list[Tensor | None]
-    biases: list[Tensor | None]
 
-    def addresses(self) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(map(at, part)) for part in (self.deltas, self.weights, self.biases))
+    def places(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        return tuple(self.deltas), tuple(self.weights)
 
     def all(self) -> list[Tensor]:
-        return [
-            t for part in (self.deltas, self.weights, self.biases) for t in part if t is not None
-        ]
+        return [t for t in (*self.deltas, *self.weights) if t is not None]
 
 
 def all_gradients(lowered: Lowered, x: Tensor) -> Gradients:
@@ -226,28 +211,24 @@ def all_gradients(lowered: Lowered, x: Tensor) -> Gradients:
     return Gradients(
         [poisoned(x, len(x), rows) for rows, _ in shapes],
         [poisoned(x, *shape) for shape in shapes],
-        [poisoned(x, rows) for rows, _ in shapes],
     )
 
 
 def adjoint(
     plan: _C.CellPlan, lowered: Lowered, solved: Solved, v: Tensor, gradients: Gradients
 ) -> tuple[int, SolveResult]:
-    result = account(torch.full_like(v, torch.nan))
-    c, *rest = map(at, result)
+    result = account(poisoned(solved.result.x, *v.shape))
     worst = plan.adjoint(
-        len(v), layers_of(lowered), at(solved.result.x), at(solved.hidden),
-        tuple(map(at, solved.slopes)), at(v), c, *rest, *gradients.addresses(),
+        len(v), weights_of(lowered), solved.result.x, solved.hidden, tuple(solved.slopes), v,
+        *result, *gradients.places(),
     )  # fmt: skip
     return worst, result
 
 
-def by_ops(
-    lowered: Lowered, solved: Solved, c: Tensor
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def by_ops(lowered: Lowered, solved: Solved, c: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients as the fused evaluation takes them, layer by layer."""
     x, slopes = solved.result.x, solved.slopes
-    deltas, weights, biases, above = [], [], [], c
+    deltas, weights, above = [], [], c
     for place in reversed(range(len(lowered.layers))):
         h = x if place == 0 else solved.hidden
         assert h is not None
@@ -257,8 +238,7 @@ def by_ops(
         native.weight_gradient_(weight, delta, h)
         above = product(native, delta, lowered.layers[place].weight.mT)
         deltas, weights = [delta, *deltas], [weight, *weights]
-        biases = [delta.double().sum(0).to(x.dtype), *biases]
-    return deltas, weights, biases
+    return deltas, weights
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -283,21 +263,20 @@ def test_an_adjoint_is_that_of_the_ops(
         worst, result = adjoint(plan, lowered, solved, v, gradients)
         assert worst == Status.CONVERGED
         require_same(result, expected)
-        deltas, weights, biases = by_ops(lowered, solved, expected.x)
+        deltas, weights = by_ops(lowered, solved, expected.x)
         for mine, other in zip(gradients.deltas, deltas, strict=True):
             assert torch.equal(mine, other)
         for mine, other in zip(gradients.weights, weights, strict=True):
             assert torch.equal(mine, other)
-        for mine, other in zip(gradients.biases, biases, strict=True):
-            torch.testing.assert_close(mine, other)
         again = again or gradients
     assert all(map(torch.equal, again.all(), gradients.all()))
     # The same from a c that is given.
     given = all_gradients(lowered, v)
-    plan.gradients(
-        batch, layers_of(lowered), at(solved.result.x), at(solved.hidden),
-        tuple(map(at, solved.slopes)), at(expected.x), *given.addresses(),
+    answer = plan.gradients(
+        batch, weights_of(lowered), solved.result.x, solved.hidden, tuple(solved.slopes),
+        expected.x, *given.places(),
     )  # fmt: skip
+    assert answer != UNFIT
     assert all(map(torch.equal, given.all(), gradients.all()))
 
 
@@ -316,7 +295,7 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
     gradients = all_gradients(lowered, v)
     assert adjoint(plan, lowered, solved, v, gradients)[0] == Status.CONVERGED
 
-    leaves = [t.clone().requires_grad_() for layer in layers for t in (layer.weight, layer.bias)]
+    leaves = [layer.weight.clone().requires_grad_() for layer in layers]
     shifts = [
         torch.zeros(batch, len(layer.weight), dtype=dtype, requires_grad=True) for layer in layers
     ]
@@ -325,12 +304,10 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
             Layer(
                 weight,
                 layer.activation,
-                bias,
+                layer.bias,
                 shift if layer.shift is None else layer.shift + shift,
             )
-            for layer, weight, bias, shift in zip(
-                layers, leaves[::2], leaves[1::2], shifts, strict=True
-            )
+            for layer, weight, shift in zip(layers, leaves, shifts, strict=True)
         ),
         carry=0.1,
     )
@@ -338,13 +315,12 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
     for _ in range(200):
         x = differentiated(x)
     expected = torch.autograd.grad(x, [*leaves, *shifts], v)
-    found = [*sum(zip(gradients.weights, gradients.biases, strict=True), ()), *gradients.deltas]
-    for mine, other in zip(found, expected, strict=True):
+    for mine, other in zip((*gradients.weights, *gradients.deltas), expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["one_layer", "two_layers"])
-@pytest.mark.parametrize("part", ["deltas", "weights", "biases"])
+@pytest.mark.parametrize("part", ["deltas", "weights"])
 def test_only_what_is_asked_for_is_written(name: str, part: str) -> None:
     lowered, v = MAPS[name](5, 33, torch.float32), torch.randn(5, 33)
     plan = plan_for(lowered, 33, v.dtype)
@@ -353,7 +329,7 @@ def test_only_what_is_asked_for_is_written(name: str, part: str) -> None:
     adjoint(plan, lowered, solved, v, whole)
     for place in range(len(lowered.layers)):
         nothing: list[Tensor | None] = [None] * len(lowered.layers)
-        some = Gradients(list(nothing), list(nothing), list(nothing))
+        some = Gradients(list(nothing), list(nothing))
         expected = getattr(whole, part)[place]
         getattr(some, part)[place] = torch.full_like(expected, torch.nan)
         adjoint(plan, lowered, solved, v, some)
@@ -522,35 +498,166 @@ def test_nonsense_is_refused(given: dict[str, Any], rule: str) -> None:
 def test_calls_without_what_they_need_are_refused() -> None:
     lowered, x = two_layers(3, 33, torch.float32), torch.randn(3, 33)
     plan = plan_for(lowered, 33, x.dtype)
-    layers = layers_of(lowered)
+    parts, weights = parts_of(lowered), weights_of(lowered)
     solved = solve(plan, lowered, x)
-    good = tuple(map(at, solved.result))
-    both = tuple(map(at, solved.slopes))
+    result, hidden, both, none = solved.result, solved.hidden, tuple(solved.slopes), (None, None)
+    rest = result[1:]
+    scaled = (*parts[:-1], x)
     bad: list[tuple[tuple[Any, ...], type[Exception], str]] = [
-        ((-1, layers, 0, *good, 0, NONE), ValueError, "batch must be"),
-        ((3, layers[:1], 0, *good, 0, NONE), ValueError, "layers has 1 items"),
-        ((3, list(layers), 0, *good, 0, NONE), TypeError, "layers must be a tuple"),
-        ((3, (layers[0][:5], layers[1]), 0, *good, 0, NONE), ValueError, "a layer has 5"),
-        ((3, ((0, *layers[0][1:]), layers[1]), 0, *good, 0, NONE), ValueError, "its weight"),
-        ((3, layers, 0, 0, *good[1:], 0, NONE), ValueError, "x, status, num_steps"),
-        ((3, layers, 0, *good, 0, both), ValueError, "hidden is needed"),
-        ((3, layers, at(x), *good, at(solved.hidden), both), ValueError, "without factors"),
-        ((3, layers, 0, *good, 0, (1, 2, 3)), ValueError, "slopes has 3"),
-        ((3, layers, 0, "x", *good[1:], 0, NONE), TypeError, "integer"),
+        ((3, parts[:4], x, *result, None, none), ValueError, "a tuple of 9 items"),
+        ((3, list(parts), x, *result, None, none), ValueError, "a tuple of 9 items"),
+        ((3, (None, *parts[1:]), x, *result, None, none), ValueError, "its weight"),
+        ((3, parts, x, None, *rest, None, none), ValueError, "x, status, num_steps"),
+        ((3, parts, x, result.x, *rest[:2], None, None, none), ValueError, "x, status, num_steps"),
+        ((3, parts, x, *result, None, both), ValueError, "hidden is needed"),
+        ((3, scaled, x, *result, hidden, both), ValueError, "without factors"),
+        ((3, parts, x, *result, None, (x, x, x)), ValueError, "a tuple of 2 items"),
+        ((3, parts, x, "x", *rest, None, none), AttributeError, "data_ptr"),
     ]
     for arguments, error, words in bad:
         with pytest.raises(error, match=words):
             plan.solve(*arguments)
-    weights = (0, at(lowered.layers[1].weight))
+    wanted = (None, torch.empty_like(weights[1]))
     with pytest.raises(ValueError, match="hidden is needed for the gradient"):
-        plan.gradients(3, layers, at(x), 0, both, at(x), NONE, weights, NONE)
+        plan.gradients(3, weights, x, None, both, x, none, wanted)
     with pytest.raises(ValueError, match="c is needed"):
-        plan.gradients(3, layers, at(x), 0, both, 0, NONE, NONE, NONE)
+        plan.gradients(3, weights, x, None, both, None, none, none)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="v, status, num_steps"):
-        plan.adjoint(3, layers, at(x), 0, both, 0, at(x), *good[1:], NONE, NONE, NONE)
-    single = one_layer(3, 33, torch.float32)
-    other = plan_for(single, 33, x.dtype)
-    with pytest.raises(ValueError, match="no second layer"):
-        other.solve(3, layers_of(single), 0, *good, 0, both)
-    with pytest.raises(ValueError, match="no second layer"):
-        other.gradients(3, layers_of(single), at(x), 0, NONE, at(x), NONE, weights, NONE)
+        plan.adjoint(3, weights, x, None, both, None, x, *rest, none, none)  # type: ignore[arg-type]
+
+
+class Own(Tensor):
+    """A class of somebody's."""
+
+
+STRANGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "shape": lambda t: t[..., 1:],
+    "rank": lambda t: t[None],
+    "dtype": lambda t: t.double(),
+    "device": lambda t: t.to("meta"),
+    "class": lambda t: t.as_subclass(Own),
+    "sparse": lambda t: t.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("change", list(STRANGE.values()), ids=list(STRANGE))
+def test_tensors_of_another_kind_are_left_alone(change: Callable[[Tensor], Tensor]) -> None:
+    lowered, x = two_layers(3, 33, torch.float32), torch.randn(3, 33)
+    plan = plan_for(lowered, 33, x.dtype)
+    parts, weights = parts_of(lowered), weights_of(lowered)
+    solved = solve(plan, lowered, x)
+    none, slopes = (None, None), tuple(solved.slopes)
+    assert plan.fits(3, parts)
+    for place, t in enumerate(parts):
+        if t is not None:
+            others = (*parts[:place], change(t), *parts[place + 1 :])
+            assert not plan.fits(3, others)
+            result = account(poisoned(x, 3, 33))
+            assert plan.solve(3, others, x, *result, None, none) == UNFIT
+            assert bool(result.x.isnan().all())
+    assert plan.solve(3, parts, change(x), *account(x.clone()), None, none) == UNFIT
+    result = account(poisoned(x, 3, 33))
+    given = (x, solved.hidden, slopes)
+    assert plan.adjoint(3, weights, *given, change(x), *result, none, none) == UNFIT
+    others = (change(weights[0]), weights[1])
+    assert plan.adjoint(3, others, *given, x, *result, none, none) == UNFIT
+    assert plan.gradients(3, weights, *given, change(x), none, none) == UNFIT
+    assert bool(result.x.isnan().all())
+
+
+def test_another_batch_does_not_fit() -> None:
+    lowered = one_layer(3, 33, torch.float32)
+    plan = plan_for(lowered, 33, torch.float32)
+    for batch in (-1, 2, 4):
+        assert not plan.fits(batch, parts_of(lowered))
+
+
+MEMORIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() == 2 else t,
+    "expanded": lambda t: t[..., :1].expand(t.shape),
+    "negative": lambda t: torch._neg_view(-t),
+}
+
+
+def plainly(t: Tensor) -> Tensor:
+    return t.contiguous().resolve_neg()
+
+
+@pytest.mark.parametrize("lie", list(MEMORIES.values()), ids=list(MEMORIES))
+def test_tensors_may_lie_in_any_way(lie: Callable[[Tensor], Tensor]) -> None:
+    plain, x, v = two_layers(3, 33, torch.float32), *torch.randn(2, 3, 33)
+    layers = tuple(
+        replace(
+            layer,
+            weight=lie(layer.weight) if lie is not MEMORIES["expanded"] else layer.weight,
+            bias=lie(torch.randn(len(layer.weight))),
+            shift=lie(torch.randn(3, len(layer.weight))),
+        )
+        for layer in plain.layers
+    )
+    lowered, x, v = Lowered(layers), lie(x), lie(v)
+    same = Lowered(
+        tuple(
+            Layer(
+                layer.weight.clone().resolve_neg(),
+                layer.activation,
+                *(None if t is None else plainly(t) for t in layer.tensors()[1:3]),
+            )
+            for layer in layers
+        )
+    )
+    found = []
+    for which, start, b in (
+        (lowered, x, v),
+        (same, plainly(x), plainly(v)),
+    ):
+        plan = plan_for(which, 33, x.dtype)
+        solved = solve(plan, which, start)
+        gradients = all_gradients(which, solved.result.x)
+        worst, result = adjoint(plan, which, solved, b, gradients)
+        assert worst == Status.CONVERGED
+        found.append((*solved.result, *result, *gradients.all()))
+    assert all(map(torch.equal, *found))
+
+
+def test_residuals_are_rounded_where_they_are_asked_for_so() -> None:
+    lowered, x = one_layer(3, 33, torch.float32), torch.randn(3, 33)
+    plan = plan_for(lowered, 33, x.dtype)
+    solved, gradients = solve(plan, lowered, x), all_gradients(lowered, x)
+    told, rounded = solved.result, account(x.clone())._replace(residual=torch.empty(3))
+    plan.solve(3, parts_of(lowered), x, *rounded, None, (None,))
+    require_same(rounded, told._replace(residual=told.residual.float()))
+    _, told = adjoint(plan, lowered, solved, x, gradients)
+    rounded = account(x.clone())._replace(residual=torch.empty(3))
+    given = (solved.result.x, None, tuple(solved.slopes), x)
+    plan.adjoint(3, weights_of(lowered), *given, *rounded, *gradients.places())
+    require_same(rounded, told._replace(residual=told.residual.float()))
+
+
+def test_a_class_that_is_changed_has_a_newer_version() -> None:
+    class Above:
+        pass
+
+    class Below(Above):
+        pass
+
+    class Apart:
+        pass
+
+    def version() -> int:
+        _ = Below().__doc__, Apart().__doc__  # Python numbers what it looks names up in
+        return _C.newest_version((Below, Apart))
+
+    for change in (
+        lambda: setattr(Above, "name", 1),
+        lambda: setattr(Above, "name", 2),
+        lambda: delattr(Above, "name"),
+        lambda: setattr(Apart, "__call__", print),
+        lambda: setattr(Below, "__bases__", (Apart,)),
+    ):
+        before = version()
+        assert before == version() > 0
+        change()
+        assert _C.newest_version((Below, Apart)) != before
+        assert version() > before

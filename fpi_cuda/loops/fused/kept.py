@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, empty_like, is_grad_enabled, nn
+from torch._C import _set_grad_enabled as set_grad_enabled
 from torch.nn import functional
 
 from fpi_cuda import _extension
@@ -28,7 +29,6 @@ from fpi_cuda.evaluation.shortcuts import (
 )
 from fpi_cuda.loops import capture
 from fpi_cuda.loops.adjoint import strategy_for
-from fpi_cuda.loops.fused.forms import lowered_by
 from fpi_cuda.loops.plan import Plan
 from fpi_cuda.loops.stepping import depth_of, numbers_of
 from fpi_cuda.lowered import Layer, Lowered, NotLowered
@@ -47,17 +47,16 @@ ROUNDINGS = 4.0
 DECLINED = -1
 """What an adjoint solve says of a gradient whose numbers have to be scaled first."""
 
+UNFIT = -3
+"""What native code says of tensors that are not those of its plan."""
+
 ROUTE = Route("fused")
 
 NO_MATRIX: Any = None
 """The adjoint solve by native code needs none."""
 
-Pair = tuple[int, int]
-NONE = (0, 0)
-"""Addresses of what nobody asks for."""
-
-Addresses = tuple[int, int, int, int, int, int]
-"""Of a weight, with its strides, and of bias, shift and factor; see fpi_cuda._C.CellPlan."""
+Parts = tuple[Tensor | None, ...]
+"""Weight, bias, shift and factor of each layer, and x_factor."""
 
 REDEFINED = frozenset((*EVALUATION, "lower", "lower_descent", "value", "gradient", "_partial"))
 """What somebody may have set on the instance of a cell or of its energy."""
@@ -86,28 +85,40 @@ class OwnCell:
 
     capture = None
 
-    def __init__(self, g: nn.Module) -> None:
+    def __init__(self, g: nn.Module, lowered: Lowered) -> None:
         # No part of g is held, for plans are kept as long as g lives.
         self._kinds = [type(part) for part in modules_in(g)]
         self._classes = capture.Classes(self._kinds)
+        self._form = form_of(lowered)
 
     @staticmethod
     def can_keep(g: Any) -> bool:
         """Whether all of it is this package's own, or a Linear."""
         return is_ours(g) and all(type(part) is LINEAR or is_ours(part) for part in modules_in(g))
 
-    def lowered(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Lowered | None:
-        """What the cell is now; None where that has to be looked into."""
+    def parts(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Parts | None:
+        """What the cell is made of now; None where that has to be looked into."""
         if hooks_on_all() or functional.linear is not FUNCTIONAL_LINEAR or not g.rowwise:
             return None
-        parts = modules_in(g)
-        for part in parts:
-            if why_own_call_matters(part) or not REDEFINED.isdisjoint(part.__dict__):
+        modules = modules_in(g)
+        for module in modules:
+            if why_own_call_matters(module) or not REDEFINED.isdisjoint(module.__dict__):
                 return None
-        if [type(part) for part in parts] != self._kinds or not self._classes.unchanged():
+        if [*map(type, modules)] != self._kinds or not self._classes.unchanged():
             return None
-        lowered: Lowered = g.lower(g.prepare(*z))
-        return lowered
+        lowered = g.lower(g.prepare(*z))
+        return parts_of(lowered) if form_of(lowered) == self._form else None
+
+
+def form_of(lowered: Lowered) -> tuple[Any, ...]:
+    """What a plan is made for besides the numbers in tensors."""
+    layers = [(layer.activation, layer.factor is None) for layer in lowered.layers]
+    return lowered.carry, lowered.x_factor is None, layers
+
+
+def parts_of(lowered: Lowered) -> Parts:
+    """What it is made of."""
+    return (*(t for layer in lowered.layers for t in layer.tensors()), lowered.x_factor)
 
 
 class Captured:
@@ -116,15 +127,16 @@ class Captured:
     def __init__(self, found: capture.Capture) -> None:
         self.capture = found
 
-    def lowered(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Lowered | None:
-        """What g is now; None where that has to be looked into."""
-        grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(True)
+    def parts(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Parts | None:
+        """What g is made of now; None where that has to be looked into."""
+        found = self.capture
+        grad = is_grad_enabled()
+        set_grad_enabled(True)
         try:
-            holds = self.capture.holds(g, x, z)
+            holds = found.holds(g, x, z)
         finally:
-            torch._C._set_grad_enabled(grad)
-        return lowered_by(self.capture, self.capture.reads(g, x, z)) if holds else None
+            set_grad_enabled(grad)
+        return found.found.hoisted(*found.reads(g, x, z)) if holds else None
 
 
 class KeptPlan:
@@ -150,8 +162,12 @@ class KeptPlan:
         self._widths = [len(layer.weight) for layer in lowered.layers]
         self._activations = [layer.activation for layer in lowered.layers]
         self._carry = lowered.carry
-        self._has = [t is not None for layer in lowered.layers for t in layer.tensors()]
-        self._has.append(lowered.x_factor is not None)
+        self.nobody: tuple[Tensor | None, ...] = (None,) * len(lowered.layers)
+        self.told = torch.promote_types(self.dtype, torch.float32)
+        # Only to be copied: their numbers are nobody's.
+        self.status = torch.empty(layout.batch, dtype=torch.int8)
+        self.num_steps = torch.empty(layout.batch, dtype=torch.int32)
+        self.residual = torch.empty(layout.batch, dtype=self.told)
         self.solver = plan.adjoint_solver
         adjoint = options.adjoint
         self.differentiable = (
@@ -215,119 +231,61 @@ class KeptPlan:
             and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in z)
         )
 
-    def tensors_of(self, lowered: Lowered) -> list[Tensor | None] | None:
-        """Weight, bias, shift and factor of each layer, and x_factor; None if they do not fit."""
-        if lowered.carry != self._carry or len(lowered.layers) != len(self._widths):
-            return None
-        batch, width = self.shape
-        found: list[Tensor | None] = []
-        for layer, name, outputs in zip(
-            lowered.layers, self._activations, self._widths, strict=True
-        ):
-            if layer.activation != name:
-                return None
-            given = layer.tensors()
-            rows = (batch, outputs)
-            for t, shape in zip(given, ((outputs, width), (outputs,), rows, rows), strict=True):
-                if t is not None and not self._fits(t, shape):
-                    return None
-            found += given
-            width = outputs
-        found.append(lowered.x_factor)
-        if found[-1] is not None and not self._fits(found[-1], self.shape):
-            return None
-        return found if [t is not None for t in found] == self._has else None
-
-    def _fits(self, t: Tensor, shape: tuple[int, ...]) -> bool:
-        return (
-            t.shape == shape
-            and t.dtype is self.dtype
-            and type(t) in (Tensor, nn.Parameter)
-            and t.device.type == "cpu"
-            and t.layout is torch.strided
-        )
-
-    def layers_of(self, tensors: list[Tensor | None]) -> tuple[Addresses, ...]:
-        """Addresses and strides of the layers, as fpi_cuda._C.CellPlan takes them."""
-        found: list[Addresses] = []
-        for place in range(0, len(tensors) - 1, 4):
-            weight, bias, shift, factor = tensors[place : place + 4]
-            assert weight is not None
-            found.append(
-                (
-                    weight.data_ptr(),
-                    weight.stride(0),
-                    weight.stride(1),
-                    address(bias),
-                    address(shift),
-                    address(factor),
-                )
-            )
-        return tuple(found)
+    def fits(self, parts: Parts) -> bool:
+        """Whether `solve` takes these."""
+        return self._native.fits(self.shape[0], parts)
 
     def solve(
         self,
-        tensors: list[Tensor | None],
+        parts: Parts,
         x0: Tensor,
         evaluate: Callable[[Tensor], Tensor],
         notice: Notice,
     ) -> tuple[Solution, int] | None:
-        """The solution and its worst status; None where the ordinary way has to tell of it.
+        """The solution and its worst status; None where the parts are none for this plan.
 
         Args:
-            tensors: see tensors_of.
             evaluate: g, with its inputs.
             notice: of the call.
+        Raises:
+            NotLowered: the ordinary way has to tell of it.
         """
-        batch = self.shape[0]
-        grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        grad = is_grad_enabled() and any(t.requires_grad for t in parts if t is not None)
         if (grad and not self.differentiable) or (
             x0.requires_grad and isinstance(self.options.adjoint, Unroll)
         ):
-            return None
-        x = x0.detach().clone(memory_format=torch.contiguous_format)
-        strided = range(0, len(tensors) - 1, 4)  # the weights
-        plain = [as_read(t, strided=place in strided) for place, t in enumerate(tensors)]
-        status = torch.empty(batch, dtype=torch.int8)
-        num_steps = torch.empty(batch, dtype=torch.int32)
-        residual = torch.empty(batch, dtype=torch.float64)
+            raise NotLowered("its derivative is another's")
+        batch = self.shape[0]
+        x = empty_like(x0, memory_format=torch.contiguous_format)
+        status, num_steps = empty_like(self.status), empty_like(self.num_steps)
+        residual = empty_like(self.residual)
         hidden: Tensor | None = None
-        slopes: tuple[Tensor | None, ...] = ()
+        slopes = self.nobody
         if grad:
+            layers = zip(self._activations, self._widths, strict=True)
             slopes = tuple(
-                None if name == "identity" else x.new_empty((batch, width))
-                for name, width in zip(self._activations, self._widths, strict=True)
+                [None if f == "identity" else x.new_empty(batch, width) for f, width in layers]
             )
             if len(slopes) == 2:
-                hidden = x.new_empty((batch, self._widths[0]))
+                hidden = x.new_empty(batch, self._widths[0])
         worst = self.solve_natively(
-            batch,
-            self.layers_of(plain),
-            address(plain[-1]),
-            x.data_ptr(),
-            status.data_ptr(),
-            num_steps.data_ptr(),
-            residual.data_ptr(),
-            address(hidden),
-            pair(slopes) if grad else (0, 0),
+            batch, parts, x0, x, status, num_steps, residual, hidden, slopes
         )
-        if worst >= DIVERGED:
+        if worst == UNFIT:
             return None
+        if worst >= DIVERGED:
+            raise NotLowered("it has failed")
         if self.source.capture is not None and (self._tight or worst > CONVERGED):
             found = SolveResult(x, status, num_steps, residual)
-            try:
-                with torch.no_grad():
-                    residual = told_by_g(found, evaluate, self.options).residual
-            except NotLowered:
-                return None
+            with torch.no_grad():
+                residual = told_by_g(found, evaluate, self.options).residual.to(self.told)
         record = AdjointRecord(notice.look_at_adjoint)
         record.route, record.form = self.route, self.form
         if grad:
             record.adjoint_route = ROUTE
-            weights = [None if t is None or i % 4 else t.detach() for i, t in enumerate(plain)]
-            x = Repeated.apply(Run(self, record, status, x, hidden, slopes, weights), *tensors)
-        told = residual.to(torch.promote_types(self.dtype, torch.float32))
-        return Solution(x, status, num_steps, told, record), worst
+            weights = tuple([t.detach() for t in parts[:-1:4]])  # type: ignore[union-attr]
+            x = Repeated.apply(Run(self, record, status, x, hidden, slopes, weights), *parts)
+        return Solution(x, status, num_steps, residual, record), worst
 
 
 def is_tight(options: Options, dtype: torch.dtype) -> bool:
@@ -363,28 +321,6 @@ def told_by_g(
     return result._replace(residual=torch.where(told, by_g, residual))
 
 
-def address(t: Tensor | None) -> int:
-    """Where a tensor lies; 0 for none."""
-    return 0 if t is None else t.data_ptr()
-
-
-def as_read(t: Tensor | None, *, strided: bool) -> Tensor | None:
-    """t, or a copy, with its numbers as native code reads them.
-
-    Args:
-        strided: native code is told of its strides.
-    """
-    if t is None or ((strided or t.is_contiguous()) and not t.is_neg()):
-        return t
-    return t.contiguous().resolve_neg()
-
-
-def pair(tensors: Any) -> Pair:
-    """Addresses of one or two tensors."""
-    first, *rest = map(address, tensors)
-    return first, rest[0] if rest else 0
-
-
 class Run:
     """What the gradient of one solve starts from.
 
@@ -399,7 +335,7 @@ class Run:
 
     def __init__(
         self, plan: KeptPlan, record: AdjointRecord, status: Tensor, x: Tensor,
-        hidden: Tensor | None, slopes: tuple[Tensor | None, ...], weights: list[Tensor | None],
+        hidden: Tensor | None, slopes: tuple[Tensor | None, ...], weights: tuple[Tensor, ...],
     ) -> None:  # fmt: skip
         self.plan = plan
         self.record = record
@@ -427,7 +363,7 @@ class Repeated(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
         batched = transforms.active() or transforms.is_legacy_batched(v)
-        if batched or torch.is_grad_enabled() or transforms.in_dual_level():
+        if batched or is_grad_enabled() or transforms.in_dual_level():
             return (None, *differentiated(ctx.run, x, tensors, needed, v))
         return (None, *pulled(ctx.run, x.detach(), tensors, needed, v))
 
@@ -441,52 +377,40 @@ def pulled(
         x: (B, D) the fixed point. v: (B, D).
     """
     plan = run.plan
-    v = v.contiguous().resolve_neg()
-    batch = len(x)
+    batch = plan.shape[0]
     found: list[Tensor | None] = [None] * len(tensors)
     deltas: list[Tensor | None] = []
     weights: list[Tensor | None] = []
     for layer, width in enumerate(plan._widths):
         by_weight, by_bias, by_shift, _ = needed[4 * layer : 4 * layer + 4]
-        weight = tensors[4 * layer]
-        assert weight is not None
-        weights.append(x.new_empty(weight.shape) if by_weight else None)
-        deltas.append(x.new_empty((batch, width)) if by_shift or by_bias else None)
+        shape = run.weights[layer].shape
+        weights.append(x.new_empty(shape) if by_weight else None)
+        deltas.append(x.new_empty(batch, width) if by_shift or by_bias else None)
         found[4 * layer : 4 * layer + 3] = weights[-1], None, deltas[-1] if by_shift else None
-    layers = plan.layers_of(run.weights)
-    at = (layers, x.data_ptr(), address(run.hidden), pair(run.slopes))
-
-    def solved(b: Tensor, into: SolveResult, deltas: Pair, weights: Pair) -> int:
-        c, *told = (t.data_ptr() for t in into)
-        status, num_steps, residual = told
-        return plan.solve_adjoint(
-            batch, *at, b.data_ptr(), c, status, num_steps, residual, deltas, weights, NONE
-        )
-
-    first = SolveResult(
-        torch.empty_like(v),
-        torch.empty(batch, dtype=torch.int8),
-        torch.empty(batch, dtype=torch.int32),
-        torch.empty(batch, dtype=torch.float64),
-    )
-    worst = solved(v, first, pair(deltas), pair(weights))
+    at = (batch, run.weights, x, run.hidden, run.slopes)
+    wanted = (tuple(deltas), tuple(weights))
+    c, status, num_steps = empty_like(x), empty_like(plan.status), empty_like(plan.num_steps)
+    residual = empty_like(plan.residual)
+    worst = plan.solve_adjoint(*at, v, c, status, num_steps, residual, *wanted)
     if worst == CONVERGED:
-        told = first.residual.to(torch.promote_types(plan.dtype, torch.float32))
-        run.record.stats = Stats(first.status, first.num_steps, told)
+        run.record.stats = Stats(status, num_steps, residual)
         return with_biases(found, deltas, needed)
+    if worst == UNFIT:
+        return differentiated(run, x, tensors, needed, v)
 
     def solve(_: object, b: Tensor, __: Tensor) -> SolveResult:
         if worst != DECLINED:
-            return first
-        scaled = SolveResult(*map(torch.empty_like, first))
-        solved(b.contiguous(), scaled, NONE, NONE)
+            return SolveResult(c, status, num_steps, residual.double())
+        told = map(empty_like, (c, status, num_steps, residual.double()))
+        scaled = SolveResult(*told)
+        plan.solve_adjoint(*at, b, *scaled, plan.nobody, plan.nobody)
         return scaled
 
     strategy = Strategy(
         Account(run.status, run.record), plan.dtype, rtol=plan.adjoint_rtol, on_device=solve
     )
-    c, _ = strategy.solve(v, NO_MATRIX, transpose=True)
-    plan.gradients(batch, *at, c.contiguous().data_ptr(), pair(deltas), pair(weights), NONE)
+    solution, _ = strategy.solve(v.contiguous().resolve_neg(), NO_MATRIX, transpose=True)
+    plan.gradients(*at, solution, *wanted)
     return with_biases(found, deltas, needed)
 
 
@@ -534,9 +458,7 @@ def differentiated(
         value = attach(bound_map, x.detach(), None, strategy, born_after)
     inputs = [t for t, wanted in zip(aliases, needed, strict=True) if wanted and t is not None]
     grads = iter(
-        torch.autograd.grad(
-            value, inputs, v, create_graph=torch.is_grad_enabled(), allow_unused=True
-        )
+        torch.autograd.grad(value, inputs, v, create_graph=is_grad_enabled(), allow_unused=True)
     )
     return [next(grads) if wanted else None for wanted in needed]
 
@@ -559,19 +481,24 @@ def kept_solution(
     """The solution by a plan that is kept, and its worst status; None where there is none."""
     key = key_of(g)
     plans = () if key is None else known.get(key)
-    if not plans or not is_plain_call(grad=torch.is_grad_enabled()):
+    if not plans or not is_plain_call(grad=is_grad_enabled()):
         return None
     for plan in plans:
         if plan.serves(x0, z, options):
             try:
-                lowered = plan.source.lowered(g, x0, z)
+                parts = plan.source.parts(g, x0, z)
             except Exception:
                 return None  # the ordinary way will tell of it
-            tensors = None if lowered is None else plan.tensors_of(lowered)
-            if tensors is not None:
+            if parts is None:
+                continue
+            try:
+                found = plan.solve(parts, x0, lambda x: g(x, *z), options.notice)
+            except NotLowered:
+                return None
+            if found is not None:
                 if plan is not plans[0]:
                     known[key] = (plan, *(other for other in plans if other is not plan))
-                return plan.solve(tensors, x0, lambda x: g(x, *z), options.notice)
+                return found
     return None
 
 
@@ -594,10 +521,10 @@ def keep(g: Any, options: Options, plan: Plan, lowered: Lowered, found: Any) -> 
             for p in plans
             if p.shape == shape and p.options == options and p.source.capture is found
         ]
-        if found is not None and any(p.tensors_of(lowered) is not None for p in alike):
+        if found is not None and any(p.fits(parts_of(lowered)) for p in alike):
             return  # one that serves: this solve alone was out of the ordinary
         others = [p for p in plans if p not in alike]
-        source = OwnCell(g) if found is None else Captured(found)
+        source = OwnCell(g, lowered) if found is None else Captured(found)
         known[key] = (KeptPlan(options, plan, lowered, source), *others)[:MOST_PLANS]
 
 
