@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,14 @@ from fpi_cuda.evaluation.state import why_not_dense
 from fpi_cuda.loops.fused.recognise import Form, recognised
 from fpi_cuda.lowered import Lowered, NotLowered
 
-if _extension.module_error is None:
-    from fpi_cuda import _C
+if _extension.module_error is None or TYPE_CHECKING:
+    from fpi_cuda._C import newest_version
+else:
+
+    def newest_version(types: tuple[type, ...]) -> int:
+        """That no number is known."""
+        return 0
+
 
 MOST_CAPTURES = 32
 """Of one kind of g: for so many shapes, modes and states of it. Others are not looked at."""
@@ -71,10 +77,9 @@ class Capture:
 
     def holds(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> bool:
         """Whether a trace of g would be the same now. Under the grad mode of the trace."""
-        if not self._guards_hold(g, x, z):
-            return False
         return (
-            not hooks_on_all()
+            self._guards_hold(g, x, z)
+            and not hooks_on_all()
             and self.classes.unchanged()
             and (self.plain is None or self.plain.classes.unchanged())
             and not (self._holds_modules and called_otherwise(g))
@@ -86,7 +91,7 @@ class Capture:
             if not self.plain._guards_hold(g, x, z):
                 return False
             x = leaf_of(x)
-        return guards.cache_entry is not None and guards.check({"g": g, "x": x, "z": z})
+        return guards.cache_entry is not None and guards.root.check({"g": g, "x": x, "z": z})
 
     def is_alive(self) -> bool:
         """Whether it may hold for some g: Dynamo lets go of what rests on a thing that is gone."""
@@ -197,14 +202,6 @@ class Classes:
         except Exception:
             return False  # it holds that no longer, or what does not like to be compared
         return all(map(operator.is_, self._methods(Tensor), self._known_methods))
-
-
-def newest_version(kinds: tuple[type, ...]) -> int:
-    """The latest number that Python has given one of these classes; 0 where one has none.
-
-    It gives a class a new one, the highest so far, after each change of it or of one above it.
-    """
-    return 0 if _extension.module_error is not None else _C.newest_version(kinds)
 
 
 FIXED = frozenset((Tensor, nn.Parameter))
