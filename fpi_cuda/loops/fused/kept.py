@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -175,10 +176,6 @@ class KeptPlan:
         self._carry = lowered.carry
         self.nobody: tuple[Tensor | None, ...] = (None,) * len(lowered.layers)
         self.told = torch.promote_types(self.dtype, torch.float32)
-        # Only to be copied: their numbers are nobody's.
-        self.status = torch.empty(layout.batch, dtype=torch.int8)
-        self.num_steps = torch.empty(layout.batch, dtype=torch.int32)
-        self.residual = torch.empty(layout.batch, dtype=self.told)
         self.solver = plan.adjoint_solver
         adjoint = options.adjoint
         self.differentiable = (
@@ -231,6 +228,13 @@ class KeptPlan:
         self.route = Route("fused", plan.reasons)
         self.form = None if found is None else found.form.words
 
+    @functools.cached_property
+    def account(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What status, num_steps and residual are like, made in a call that nobody watches."""
+        dtypes = (torch.int8, torch.int32, self.told)
+        status, num_steps, residual = (torch.empty(self.shape[0], dtype=d) for d in dtypes)
+        return status, num_steps, residual
+
     def serves(self, x0: Any, z: tuple[Any, ...], options: Options) -> bool:
         """Whether it is for such a state, such inputs and these options."""
         for t in z:
@@ -270,8 +274,7 @@ class KeptPlan:
             raise NotLowered("its derivative is another's")
         batch = self.shape[0]
         x = empty_like(x0, memory_format=torch.contiguous_format)
-        status, num_steps = empty_like(self.status), empty_like(self.num_steps)
-        residual = empty_like(self.residual)
+        status, num_steps, residual = map(empty_like, self.account)
         hidden: Tensor | None = None
         slopes = self.nobody
         if grad:
@@ -405,15 +408,14 @@ def pulled(
             deltas[layer] = x.new_empty(batch, width)
     at = (batch, run.weights, x, run.hidden, run.slopes)
     wanted = (tuple(deltas), tuple(weights))
-    told = (empty_like(plan.status), empty_like(plan.num_steps), empty_like(plan.residual))
     c = empty_like(x)
-    worst = plan.solve_adjoint(*at, v, c, *told, *wanted)
+    status, num_steps, residual = map(empty_like, plan.account)
+    worst = plan.solve_adjoint(*at, v, c, status, num_steps, residual, *wanted)
     if worst == UNFIT:
         return differentiated(run, x, tensors, needed, v)
     if worst == CONVERGED:
-        run.record.stats = Stats(*told)
+        run.record.stats = Stats(status, num_steps, residual)
     else:
-        status, num_steps, residual = told
         first = SolveResult(c, status, num_steps, residual.double())
         solution = looked_after(run, at, first if worst != DECLINED else None, v)
         plan.gradients(*at, solution, *wanted)
@@ -439,10 +441,10 @@ def looked_after(run: Run, at: At, first: SolveResult | None, v: Tensor) -> Tens
         if first is not None:
             return first
         c = empty_like(b, memory_format=torch.contiguous_format)
-        status, num_steps = empty_like(plan.status), empty_like(plan.num_steps)
-        residual = torch.empty(len(b), dtype=torch.float64)
-        plan.solve_adjoint(*at, b, c, status, num_steps, residual, plan.nobody, plan.nobody)
-        return SolveResult(c, status, num_steps, residual)
+        status, num_steps, rounded = map(empty_like, plan.account)
+        result = SolveResult(c, status, num_steps, rounded.double())
+        plan.solve_adjoint(*at, b, *result, plan.nobody, plan.nobody)
+        return result
 
     strategy = Strategy(
         Account(run.status, run.record), plan.dtype, rtol=plan.adjoint_rtol, on_device=solve
