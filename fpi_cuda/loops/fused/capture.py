@@ -125,7 +125,8 @@ def undisturbed(code: types.CodeType, named: dict[str, Any]) -> types.FunctionTy
         if name.startswith("__compiled_fn"):
             given[name] = getattr(value, "_torchdynamo_orig_callable", value)
         elif isinstance(value, types.ModuleType) and not UNTIMED.keys() - vars(value).keys():
-            given[name] = types.SimpleNamespace(**vars(value) | UNTIMED)
+            used = {n: v for n, v in vars(value).items() if n in code.co_names}
+            given[name] = types.SimpleNamespace(**used | UNTIMED)
     return types.FunctionType(code, {"__builtins__": named["__builtins__"]} | given)
 
 
