@@ -130,7 +130,8 @@ class FPILayer(nn.Module):
         if self.init is not None:
             return self.init(*z)
         batch_dims = self.options.batch_dims
-        if not z or not isinstance(z[0], Tensor) or z[0].dim() < batch_dims:
+        like: Any = z[0] if z else None
+        if not isinstance(like, Tensor) or like.dim() < batch_dims:
             given = "no z" if not z else f"z[0] = {type(z[0]).__name__}"
             if z and isinstance(z[0], Tensor):
                 given = "z[0] of shape ()"
@@ -139,14 +140,18 @@ class FPILayer(nn.Module):
                 f"zeros, got {given}. Convert it with torch.as_tensor, pass x0, or give the layer "
                 "an init"
             )
-        like = z[0]
         dtype = self._state_dtype(like)
         found = why_not_dense(like)
-        if found is not None and self.state_shape is None:
-            raise TypeError(
-                f"FPILayer: cannot start from zeros like z[0], which is {found[0]}: give the layer "
-                "a state_shape or an init, or pass x0"
-            )
+        if self.state_shape is None:
+            if found is not None:
+                raise TypeError(
+                    f"FPILayer: cannot start from zeros like z[0], which is {found[0]}: give the "
+                    "layer a state_shape or an init, or pass x0"
+                )
+            features = getattr(self.g, "x_features", None)
+            if features is not None:
+                return like.new_zeros((*like.shape[:-1], features), dtype=dtype)
+            return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
         def zeros(*shape: int) -> Tensor:
             if found is not None:
@@ -154,15 +159,10 @@ class FPILayer(nn.Module):
                 return torch.zeros(*batch, *shape, dtype=dtype, device=like.device)
             return like.new_zeros((*like.shape[:batch_dims], *shape), dtype=dtype)
 
-        if self.state_shape is not None:
-            shapes = self.state_shape
-            if shapes and isinstance(shapes[0], tuple):
-                return tuple(zeros(*shape) for shape in shapes)
-            return zeros(*shapes)
-        features = getattr(self.g, "x_features", None)
-        if features is not None:
-            return like.new_zeros((*like.shape[:-1], features), dtype=dtype)
-        return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        shapes = self.state_shape
+        if shapes and isinstance(shapes[0], tuple):
+            return tuple(zeros(*shape) for shape in shapes)
+        return zeros(*shapes)
 
     def explain(self) -> str:
         """Which way a solve goes and why, one line per choice.

@@ -50,7 +50,7 @@ void address(py::handle tensor, T** to) {
   *to = static_cast<T*>(fpi::address_of(tensor.ptr()));
 }
 
-// The items of a tuple with one for each layer, or with `size` of them.
+// The items of a tuple of so many.
 PyObject** items(py::handle object, Py_ssize_t size) {
   if (!PyTuple_Check(object.ptr()) || PyTuple_GET_SIZE(object.ptr()) != size) {
     throw py::value_error("cell plan: a tuple of " + std::to_string(size) + " items is needed");

@@ -205,7 +205,7 @@ class BoundMap:
             return gx
 
         def evaluate(x: Tensor, rows: Tensor | None) -> Any:
-            nonlocal call, known, state, read_only, versions, read
+            nonlocal call, known, stand_in, state, read_only, versions, read
             if (
                 x is not known
                 or type(weight_cache()) is not WeightCache
@@ -224,12 +224,13 @@ class BoundMap:
                     known, state, read_only = x, x.view(shape), self._read_only
                     read = (self.read,) if self.hoisted else self.read
                     versions = [*map(counted_version, read_only.counted)]
-                    instead = None if stand_in is None else stand_in(state)
-                    if instead is not None:
-                        call, read = instead, ()
                 if not careless:
                     return gx
             else:
+                if stand_in is not None:  # now that there is a second evaluation
+                    instead, stand_in = stand_in(state), None
+                    if instead is not None:
+                        call, read = instead, ()
                 version = counted_version(x)  # which steps by torch's own operations raise
                 # A view of its own each time: g may do to it what is not done to its numbers.
                 gx = call(state.detach(), *read)

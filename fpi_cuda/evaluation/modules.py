@@ -50,7 +50,8 @@ def modules_in(module: nn.Module) -> list[nn.Module]:
         return parts
     seen = {id(module)}
     for part in parts:  # which grows
-        for inside in part._modules.values():
+        held = part._modules
+        for inside in held.values() if held else ():
             if inside is not None and id(inside) not in seen:
                 seen.add(id(inside))
                 parts.append(inside)

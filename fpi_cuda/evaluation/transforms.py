@@ -75,9 +75,8 @@ def is_batched(t: Tensor) -> bool:
     return unwrapped(t).dim() > t.dim()
 
 
-def is_legacy_batched(t: Tensor) -> bool:
-    """Whether t is seen by the older vmap behind torch.autograd.grad(is_grads_batched=True)."""
-    return functorch.is_legacy_batchedtensor(t)
+is_legacy_batched = functorch.is_legacy_batchedtensor
+"""Whether t is seen by the older vmap behind torch.autograd.grad(is_grads_batched=True)."""
 
 
 _calls: dict[int, Callable[[Tensor], Tensor]] = {}

@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,14 @@ from fpi_cuda.evaluation.shortcuts import HOOKS, hooks_on_all, why_modes_matter
 from fpi_cuda.evaluation.state import why_not_dense
 from fpi_cuda.lowered import NotLowered
 
-if _extension.module_error is None:
-    from fpi_cuda import _C
+if _extension.module_error is None or TYPE_CHECKING:
+    from fpi_cuda._C import newest_version
+else:
+
+    def newest_version(types: tuple[type, ...]) -> int:
+        """That no number is known."""
+        return 0
+
 
 MOST_CAPTURES = 32
 """Of one kind of g: for so many shapes, modes and states of it. Others are not looked at."""
@@ -61,10 +67,9 @@ class Capture:
 
     def holds(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> bool:
         """Whether a trace of g would be the same now. Under the grad mode of the trace."""
-        if not self._guards_hold(g, x, z):
-            return False
         return (
-            not hooks_on_all()
+            self._guards_hold(g, x, z)
+            and not hooks_on_all()
             and self.classes.unchanged()
             and (self.plain is None or self.plain.classes.unchanged())
             and not (self._holds_modules and called_otherwise(g))
@@ -76,7 +81,7 @@ class Capture:
             if not self.plain._guards_hold(g, x, z):
                 return False
             x = leaf_of(x)
-        return guards.cache_entry is not None and guards.check({"g": g, "x": x, "z": z})
+        return guards.cache_entry is not None and guards.root.check({"g": g, "x": x, "z": z})
 
     def is_alive(self) -> bool:
         """Whether it may hold for some g: Dynamo lets go of what rests on a thing that is gone."""
@@ -106,7 +111,8 @@ def undisturbed(code: types.CodeType, named: dict[str, Any]) -> types.FunctionTy
         if name.startswith("__compiled_fn"):
             given[name] = getattr(value, "_torchdynamo_orig_callable", value)
         elif isinstance(value, types.ModuleType) and not UNTIMED.keys() - vars(value).keys():
-            given[name] = types.SimpleNamespace(**vars(value) | UNTIMED)
+            used = {n: v for n, v in vars(value).items() if n in code.co_names}
+            given[name] = types.SimpleNamespace(**used | UNTIMED)
     return types.FunctionType(code, {"__builtins__": named["__builtins__"]} | given)
 
 
@@ -185,14 +191,6 @@ class Classes:
         return all(map(operator.is_, self._methods(Tensor), self._known_methods))
 
 
-def newest_version(kinds: tuple[type, ...]) -> int:
-    """The latest number that Python has given one of these classes; 0 where one has none.
-
-    It gives a class a new one, the highest so far, after each change of it or of one above it.
-    """
-    return 0 if _extension.module_error is not None else _C.newest_version(kinds)
-
-
 FIXED = frozenset((Tensor, nn.Parameter))
 MADE_IN_PYTHON = 1 << 9
 """A flag of classes that anybody can change."""
@@ -211,12 +209,14 @@ class Kind:
         captures: newest first.
         refusals: why such a g, with such a state and inputs, has no capture.
         seconds: that solves of such a g have taken, where somebody counts them.
+        traces: of such a g, made so far, likewise.
     """
 
     def __init__(self) -> None:
         self.captures: list[Capture] = []
         self.refusals: dict[Hashable, str] = {}
         self.seconds: dict[Hashable, float] = {}
+        self.traces: dict[Hashable, int] = {}
         self.begin_anew()
 
     def renew(self) -> None:
@@ -326,11 +326,11 @@ class Captures:
     def known(self, g: Any, x: Tensor, z: tuple[Any, ...]) -> Capture | None:
         """A capture that holds for g; None where there is none. Under the grad mode of traces."""
         kind = self.kind_of(g)
-        for place, capture in enumerate(kind.captures):
+        captures = kind.captures
+        for capture in captures:
             if capture.holds(g, x, z):
-                if place:
-                    kind.captures.remove(capture)
-                    kind.captures.insert(0, capture)
+                if capture is not captures[0]:  # in one go, for other threads may be here
+                    kind.captures = [capture, *(c for c in captures if c is not capture)]
                 return capture
         return None
 
@@ -420,9 +420,15 @@ class Trace:
         """See what it calls."""
         context = TracingContext.get()
         self.codes = frozenset(context.traced_code)
-        if any(code.co_filename == os.getenv.__code__.co_filename for code in self.codes):
-            raise NotLowered("it reads what the operating system has")
+        for code in self.codes:
+            if code.co_filename == os.getenv.__code__.co_filename:
+                raise NotLowered("it reads what the operating system has")
+            seen = SEES_TRACES.intersection(code.co_names)
+            if seen and not code.co_filename.startswith(TORCH):
+                raise NotLowered(f"it calls {min(seen)}, which a trace has another answer to")
         self._guards = list(context.guards_context.dynamo_guards)
+        if any(COMPILED in guard.name for guard in self._guards):
+            raise NotLowered("it calls what is compiled")
         for node in graph.nodes:
             name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
             names = (name, f"__{name}__", f"__r{name}__")
@@ -435,7 +441,25 @@ class Trace:
                 value = found() if isinstance(found, weakref.ref) else None
                 if isinstance(value, type):
                     self.kinds.add(value)
-        self._guards = ()  # they hold what was traced, and Dynamo holds who is asked here
+
+    def forget(self) -> None:
+        """Hold nothing that was traced: Dynamo holds who is asked here."""
+        self.codes, self._guards = frozenset(), ()
+
+
+SEES_TRACES = frozenset(
+    ("is_compiling", "is_dynamo_compiling", "is_exporting", "is_torchdynamo_compiling",
+     "record_function")
+)  # fmt: skip
+"""Functions of torch that answer otherwise, or do nothing, where they are traced."""
+
+TORCH = os.path.dirname(torch.__file__)
+COMPILED = "_torchdynamo_"
+"""In the names of what torch.compile puts around a function."""
+
+
+class Traced(BaseException):
+    """There is a trace, and nobody needs the value."""
 
 
 class Refusal(str):
@@ -461,42 +485,54 @@ def traced(
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list as entries_of
 
     found: list[Any] = []
-    trace = Trace(evaluation)
+    trace, running = Trace(evaluation), False
 
     def read(module: Any, _: object) -> Callable[..., Any]:
         """What Dynamo calls with the graph, and then with what the graph reads."""
         try:
             trace.look_at_graph(module.graph)
-            seen = look(module.graph, state_in(module.graph), plain)
+            found.append(look(module.graph, state_in(module.graph), plain))
         except NotLowered as reason:
             # In words, for Dynamo keeps this function, and an exception the frames of its making.
             found.append(Refusal(str(reason)))
-            return lambda *_: (None,)
-        found.append(seen)
-        return lambda *given: (given,)
+
+        def given(*given: Any) -> Any:
+            if not running:  # what else an evaluation does comes behind this
+                raise Traced
+            return (given,)
+
+        return given
 
     code = evaluation.__code__
     before = {id(entry.code) for entry in entries_of(code)}
     try:
         with tracing_for_guards(), nothing_else_touched():
             torch.compile(evaluation, backend=read, fullgraph=True)(g, x, z)
+    except Traced:
+        pass
     except NotLowered:
         raise
     except Exception as error:
+        cause = getattr(error, "inner_exception", None) or error
+        said = (str(cause).splitlines() or [""])[0]
+        kind = NotTraced if "stance" in said else NotLowered
+        raise kind(f"it was not traced ({type(error).__name__}: {said})") from error
+    finally:
+        running = True
+    try:
         if len(found) != 1:
-            cause = getattr(error, "inner_exception", None) or error
-            said = (str(cause).splitlines() or [""])[0]
-            raise NotLowered(f"it was not traced ({type(error).__name__}: {said})") from error
-    if len(found) != 1:
-        raise NotTraced("it was not traced: Dynamo is switched off, or does not look into it")
-    (seen,) = found
-    if isinstance(seen, Refusal):
-        raise NotLowered(seen)
-    new = [entry for entry in entries_of(code) if id(entry.code) not in before]
-    if len(new) != 1 or has_effects(new[0].code):
-        raise NotLowered(WITH_EFFECTS)
-    trace.look_at_guards()
-    return Capture(seen, trace, new[0].guard_manager, new[0].code, g)
+            raise NotTraced("it was not traced: Dynamo is switched off, or does not look into it")
+        (seen,) = found
+        if isinstance(seen, Refusal):
+            raise NotLowered(seen)
+        new = [entry for entry in entries_of(code) if id(entry.code) not in before]
+        if len(new) != 1 or has_effects(new[0].code):
+            raise NotLowered(WITH_EFFECTS)
+        trace.look_at_guards()
+        return Capture(seen, trace, new[0].guard_manager, new[0].code, g)
+    finally:
+        trace.forget()
+        found.clear()
 
 
 @contextmanager

@@ -32,9 +32,16 @@ def writes(node: fx.Node) -> bool:
     return (
         bool(argument(node, place_of_inplace(node.target), "inplace"))
         or "out" in node.kwargs
-        or name in ("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "setitem")
+        or name in AUGMENTED
         or (name.endswith("_") and not name.endswith("__"))
     )
+
+
+AUGMENTED = frozenset(
+    ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul",
+     "iand", "ior", "ixor", "ilshift", "irshift")
+)  # fmt: skip
+AUGMENTED |= {f"__{name}__" for name in AUGMENTED}
 
 
 @functools.cache

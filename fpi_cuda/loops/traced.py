@@ -6,6 +6,7 @@ matter from which solve on it is used.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpi_cuda.autograd import BoundMap
 from fpi_cuda.evaluation.modules import modules_of
@@ -24,7 +26,9 @@ from fpi_cuda.loops.nodes import has_value, read_for, writes
 from fpi_cuda.lowered import NotLowered
 
 WORTH_A_TRACE = 1.0
-"""Seconds that solves of one g have taken by then; Dynamo's import and a trace take about that."""
+"""Seconds that solves of one g have taken by then; Dynamo's import and a trace take about that.
+
+Those that must pass until the next trace, of a g that has changed, are four times as many."""
 
 MOST_SHAPES = 64
 """Of one kind of g, whose seconds are counted."""
@@ -59,32 +63,109 @@ def split(graph: fx.Graph, x: fx.Node, plain: bool = False) -> Split:
     found = graph.output_node().args[0]
     values = found if isinstance(found, (tuple, list)) else (found,)
     answer = values[0] if len(values) == 1 else None
-    of_x, alone = {x}, True
-    inputs: list[fx.Node] = []
-    operations: list[fx.Node] = []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            inputs.append(node)
-        elif node.op != "output":
-            require_function(node)
-            operations.append(node)
-            if any(n in of_x for n in node.all_input_nodes):
-                of_x.add(node)
-            alone = alone and not writes(node) and not isinstance(node.target, OF_LIBRARIES)
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    operations = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    for node in operations:
+        require_function(node)
+    of_x = {x}
+    for node in operations:
+        if any(n in of_x for n in node.all_input_nodes):
+            of_x.add(node)
     if not isinstance(answer, fx.Node) or answer not in of_x or answer is x:
         raise NotLowered("its value is not one tensor that is computed from x")
-    if not alone:  # it may write over what it is given, or over what it has computed
+    if may_write(graph, inputs) or any(isinstance(n.target, OF_LIBRARIES) for n in operations):
         of_x.update(operations)
     else:
         needed = read_for(answer)
         operations = [n for n in operations if n in needed]
+    before, inner, given = parted(operations, of_x)
+    if sum(map(bytes_of, given)) > MOST_HELD * bytes_of(x) + sum(map(bytes_of, inputs)):
+        before, inner, given = parted(operations, {*of_x, *operations})
+    return Split(
+        part_of(inputs, before, tuple(given)),
+        part_of([x, *given], inner, answer),
+        len(before),
+        len(operations),
+    )
+
+
+def parted(
+    operations: list[fx.Node], of_x: set[fx.Node]
+) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+    """Those before the steps, those in them, and what the steps are given besides x."""
     inner = [n for n in operations if n in of_x]
-    given = dict.fromkeys(n for node in inner for n in node.all_input_nodes if n not in of_x)
-    if not alone:
-        given = dict.fromkeys(n for n in inputs if n is not x)
-    before = part_of(inputs, [n for n in operations if n not in of_x], tuple(given))
-    step = part_of([x, *given], inner, answer)
-    return Split(before, step, len(operations) - len(inner), len(operations))
+    inside = {*inner}
+    given = dict.fromkeys(n for node in inner for n in node.all_input_nodes if n not in inside)
+    (x,) = (n for n in of_x if n.op == "placeholder")
+    given.pop(x, None)
+    return [n for n in operations if n not in of_x], inner, list(given)
+
+
+MOST_HELD = 8
+"""So many times the state, and what g is given, may be kept of what does not depend on x."""
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Memory of what a node gives, where that is a tensor."""
+    t = node.meta["example_value"]
+    return int(t.numel()) * t.element_size() if isinstance(t, Tensor) else 0
+
+
+def may_write(graph: fx.Graph, inputs: list[fx.Node]) -> bool:
+    """Whether a graph writes over something that it has computed.
+
+    It is run, without numbers, and torch's schemas say so.
+
+    Raises:
+        NotLowered: it writes over what it is given, or draws random numbers.
+    """
+    from torch._guards import detect_fake_mode
+
+    examples = [node.meta["example_value"] for node in inputs]
+    mode = detect_fake_mode(examples)
+    watch = Watch(examples)
+    with contextlib.nullcontext() if mode is None else mode, watch:
+        fx.Interpreter(fx.GraphModule(nn.Module(), graph)).run(*examples)
+    return watch.writes
+
+
+class Watch(TorchDispatchMode):
+    """Sees which operations write.
+
+    Args:
+        given: what nothing may be written over.
+    """
+
+    def __init__(self, given: list[Any]) -> None:
+        super().__init__()
+        self.writes = False
+        self._given = {place_of(t) for t in given if isinstance(t, Tensor)}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """See TorchDispatchMode."""
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotLowered("it draws random numbers")
+        written = [
+            args[place] if place < len(args) else kwargs.get(argument.name)
+            for place, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+        if "batch_norm" in func.name() and len(args) > 5 and args[5]:
+            written += args[3:5]  # running statistics, of which the schema has nothing to say
+        for t in written:
+            if isinstance(t, Tensor):
+                self.writes = True
+                if place_of(t) in self._given:
+                    raise NotLowered(f"{func.name()} writes over what g is given")
+        return func(*args, **kwargs)
+
+
+def place_of(t: Tensor) -> int:
+    """Which memory a tensor lies in."""
+    return int(t.untyped_storage()._cdata)
 
 
 OF_LIBRARIES = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -163,47 +244,65 @@ class StandIn:
         self._began = time.perf_counter()
         self._key: Any = None
 
-    def __call__(self, state: Tensor) -> Callable[[Tensor], Tensor] | None:
+    def __call__(self, state: Tensor) -> Callable[[Tensor], Any] | None:
         """A function of the state that gives what g gives; None: g itself has to."""
         g, z = self._g, self._z
-        if why_modes_matter() is not None:
+        kind, key = steps.kind_of(g), key_of(g, state, z)
+        if key in kind.refusals or why_modes_matter() is not None:
             return None
         capture = steps.known(g, state, z)
         if capture is None:
-            kind, key = steps.kind_of(g), key_of(g, state, z)
-            if key in kind.refusals:
-                return None
-            if kind.seconds.get(key, 0.0) < WORTH_A_TRACE:
+            # Each time that g has changed it has to pay for longer.
+            traces = kind.traces.get(key, 0)
+            if kind.seconds.get(key, 0.0) < WORTH_A_TRACE * 4**traces:
                 self._key = key
                 return None
+            kind.traces[key] = traces + 1
             try:
                 capture = steps.of(g, state, z)
             except NotLowered:
                 return None
         step = bound(capture, capture.reads(g, state, z))
-        if step is None or (not capture.verified and not self._verified(capture, step, state)):
-            return None
-        return step
+        return step if step is None or capture.verified else self._compared(capture, step)
 
-    def _verified(self, capture: Capture, step: Callable[[Tensor], Tensor], state: Tensor) -> bool:
-        """Whether a trace has the numbers of g, here and elsewhere."""
-        away = torch.linspace(-1, 1, state.numel(), dtype=state.dtype, device=state.device)
-        for points in (state, state + away.reshape(state.shape)):
-            if not same_bits(step(points.clone()), self._g(points.clone(), *self._z)):
-                reason = "its trace has other numbers than it has"
-                steps.refuse(capture, self._g, state, self._z, reason)
-                return False
-        capture.verified = True
-        return True
+    def _compared(
+        self, capture: Capture, step: Callable[[Tensor], Tensor]
+    ) -> Callable[[Tensor], Any]:
+        """g itself, at which the trace is compared with it."""
+        g, z, left = self._g, self._z, COMPARISONS
+
+        def evaluate(state: Tensor) -> Any:
+            nonlocal left
+            if capture.verified:
+                return step(state)
+            value = g(state.detach(), *z)
+            if left:
+                try:
+                    alike = same_bits(step(state), value)
+                except Exception:
+                    alike = False  # g has a value there
+                left -= 1
+                if not alike:
+                    left = 0
+                    steps.refuse(capture, g, state, z, "its trace has other numbers than it has")
+                capture.verified = alike and not left
+            return value
+
+        return evaluate
 
     def over(self) -> None:
         """The solve is over: count what it took, where a trace might have saved of it."""
         if self._key is not None:
-            seconds = steps.kind_of(self._g).seconds
-            if len(seconds) >= MOST_SHAPES and self._key not in seconds:
-                seconds.clear()
+            kind = steps.kind_of(self._g)
+            if len(kind.seconds) >= MOST_SHAPES and self._key not in kind.seconds:
+                kind.seconds.clear()
+                kind.traces.clear()
             took = time.perf_counter() - self._began
-            seconds[self._key] = seconds.get(self._key, 0.0) + took
+            kind.seconds[self._key] = kind.seconds.get(self._key, 0.0) + took
+
+
+COMPARISONS = 2
+"""Evaluations of g that a trace must have the numbers of."""
 
 
 def bound(capture: Capture, given: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, empty_like, is_grad_enabled, nn
-from torch._C import _set_grad_enabled as set_grad_enabled
+from torch import Tensor, empty_like, is_autocast_enabled, is_grad_enabled, nn
+from torch._C import (
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+    _set_grad_enabled,
+)
 from torch.nn import functional
 
 from fpi_cuda import _extension
@@ -55,8 +61,14 @@ ROUTE = Route("fused")
 NO_MATRIX: Any = None
 """The adjoint solve by native code needs none."""
 
+PLAIN = (Tensor, nn.Parameter)
+"""Classes of tensors in which nothing is done besides."""
+
 Parts = tuple[Tensor | None, ...]
 """Weight, bias, shift and factor of each layer, and x_factor."""
+
+At = tuple[int, tuple[Tensor, ...], Tensor, Tensor | None, tuple[Tensor | None, ...]]
+"""What native code is told of a map and its fixed point: batch, weights, x, hidden and slopes."""
 
 REDEFINED = frozenset((*EVALUATION, "lower", "lower_descent", "value", "gradient", "_partial"))
 """What somebody may have set on the instance of a cell or of its energy."""
@@ -66,10 +78,10 @@ def is_plain_call(*, grad: bool) -> bool:
     """Whether nothing around the call changes or watches what torch computes."""
     return not (
         transforms.active()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._get_tracing_state() is not None
+        or _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+        or is_autocast_enabled("cpu")
+        or _get_tracing_state() is not None
         or here.substitution is not None
         or transforms.in_dual_level()
         or (grad and hooks_on_saved_tensors() is not None)
@@ -131,11 +143,11 @@ class Captured:
         """What g is made of now; None where that has to be looked into."""
         found = self.capture
         grad = is_grad_enabled()
-        set_grad_enabled(True)
+        _set_grad_enabled(True)
         try:
             holds = found.holds(g, x, z)
         finally:
-            set_grad_enabled(grad)
+            _set_grad_enabled(grad)
         return found.found.hoisted(*found.reads(g, x, z)) if holds else None
 
 
@@ -164,10 +176,6 @@ class KeptPlan:
         self._carry = lowered.carry
         self.nobody: tuple[Tensor | None, ...] = (None,) * len(lowered.layers)
         self.told = torch.promote_types(self.dtype, torch.float32)
-        # Only to be copied: their numbers are nobody's.
-        self.status = torch.empty(layout.batch, dtype=torch.int8)
-        self.num_steps = torch.empty(layout.batch, dtype=torch.int32)
-        self.residual = torch.empty(layout.batch, dtype=self.told)
         self.solver = plan.adjoint_solver
         adjoint = options.adjoint
         self.differentiable = (
@@ -220,15 +228,24 @@ class KeptPlan:
         self.route = Route("fused", plan.reasons)
         self.form = None if found is None else found.found.words
 
+    @functools.cached_property
+    def account(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What status, num_steps and residual are like, made in a call that nobody watches."""
+        dtypes = (torch.int8, torch.int32, self.told)
+        status, num_steps, residual = (torch.empty(self.shape[0], dtype=d) for d in dtypes)
+        return status, num_steps, residual
+
     def serves(self, x0: Any, z: tuple[Any, ...], options: Options) -> bool:
         """Whether it is for such a state, such inputs and these options."""
+        for t in z:
+            if type(t) not in PLAIN or not t.is_cpu:
+                return False
         return (
             type(x0) is Tensor
             and x0.shape == self.shape
             and x0.dtype is self.dtype
-            and x0.device.type == "cpu"
+            and x0.is_cpu
             and (options is self.options or options == self.options)
-            and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in z)
         )
 
     def fits(self, parts: Parts) -> bool:
@@ -257,8 +274,7 @@ class KeptPlan:
             raise NotLowered("its derivative is another's")
         batch = self.shape[0]
         x = empty_like(x0, memory_format=torch.contiguous_format)
-        status, num_steps = empty_like(self.status), empty_like(self.num_steps)
-        residual = empty_like(self.residual)
+        status, num_steps, residual = map(empty_like, self.account)
         hidden: Tensor | None = None
         slopes = self.nobody
         if grad:
@@ -284,7 +300,7 @@ class KeptPlan:
         if grad:
             record.adjoint_route = ROUTE
             weights = tuple([t.detach() for t in parts[:-1:4]])  # type: ignore[union-attr]
-            x = Repeated.apply(Run(self, record, status, x, hidden, slopes, weights), *parts)
+            x = attached(Run(self, record, status, x, hidden, slopes, weights), *parts)
         return Solution(x, status, num_steps, residual, record), worst
 
 
@@ -365,7 +381,11 @@ class Repeated(torch.autograd.Function):
         batched = transforms.active() or transforms.is_legacy_batched(v)
         if batched or is_grad_enabled() or transforms.in_dual_level():
             return (None, *differentiated(ctx.run, x, tensors, needed, v))
-        return (None, *pulled(ctx.run, x.detach(), tensors, needed, v))
+        return (None, *pulled(ctx.run, x, tensors, needed, v))
+
+
+attached = super(torch.autograd.Function, Repeated).apply
+"""Repeated.apply, which first looks for transforms. Here there are none."""
 
 
 def pulled(
@@ -379,50 +399,57 @@ def pulled(
     plan = run.plan
     batch = plan.shape[0]
     found: list[Tensor | None] = [None] * len(tensors)
-    deltas: list[Tensor | None] = []
-    weights: list[Tensor | None] = []
+    deltas, weights = [*plan.nobody], [*plan.nobody]
     for layer, width in enumerate(plan._widths):
-        by_weight, by_bias, by_shift, _ = needed[4 * layer : 4 * layer + 4]
-        shape = run.weights[layer].shape
-        weights.append(x.new_empty(shape) if by_weight else None)
-        deltas.append(x.new_empty(batch, width) if by_shift or by_bias else None)
-        found[4 * layer : 4 * layer + 3] = weights[-1], None, deltas[-1] if by_shift else None
+        place = 4 * layer
+        if needed[place]:
+            found[place] = weights[layer] = x.new_empty(run.weights[layer].shape)
+        if needed[place + 1] or needed[place + 2]:
+            deltas[layer] = x.new_empty(batch, width)
     at = (batch, run.weights, x, run.hidden, run.slopes)
     wanted = (tuple(deltas), tuple(weights))
-    c, status, num_steps = empty_like(x), empty_like(plan.status), empty_like(plan.num_steps)
-    residual = empty_like(plan.residual)
+    c = empty_like(x)
+    status, num_steps, residual = map(empty_like, plan.account)
     worst = plan.solve_adjoint(*at, v, c, status, num_steps, residual, *wanted)
-    if worst == CONVERGED:
-        run.record.stats = Stats(status, num_steps, residual)
-        return with_biases(found, deltas, needed)
     if worst == UNFIT:
         return differentiated(run, x, tensors, needed, v)
+    if worst == CONVERGED:
+        run.record.stats = Stats(status, num_steps, residual)
+    else:
+        first = SolveResult(c, status, num_steps, residual.double())
+        solution = looked_after(run, at, first if worst != DECLINED else None, v)
+        plan.gradients(*at, solution, *wanted)
+    for layer, delta in enumerate(deltas):
+        place = 4 * layer
+        if needed[place + 1]:
+            assert delta is not None
+            found[place + 1] = delta.sum(0)  # as FusedEvaluation does it
+        if needed[place + 2]:
+            found[place + 2] = delta
+    return found
+
+
+def looked_after(run: Run, at: At, first: SolveResult | None, v: Tensor) -> Tensor:
+    """c = J^T c + v where not every sample has one at once: scaled, or told of.
+
+    Args:
+        first: a solution for v; None where its numbers have to be scaled.
+    """
+    plan = run.plan
 
     def solve(_: object, b: Tensor, __: Tensor) -> SolveResult:
-        if worst != DECLINED:
-            return SolveResult(c, status, num_steps, residual.double())
-        told = map(empty_like, (c, status, num_steps, residual.double()))
-        scaled = SolveResult(*told)
-        plan.solve_adjoint(*at, b, *scaled, plan.nobody, plan.nobody)
-        return scaled
+        if first is not None:
+            return first
+        c = empty_like(b, memory_format=torch.contiguous_format)
+        status, num_steps, rounded = map(empty_like, plan.account)
+        result = SolveResult(c, status, num_steps, rounded.double())
+        plan.solve_adjoint(*at, b, *result, plan.nobody, plan.nobody)
+        return result
 
     strategy = Strategy(
         Account(run.status, run.record), plan.dtype, rtol=plan.adjoint_rtol, on_device=solve
     )
-    solution, _ = strategy.solve(v.contiguous().resolve_neg(), NO_MATRIX, transpose=True)
-    plan.gradients(*at, solution, *wanted)
-    return with_biases(found, deltas, needed)
-
-
-def with_biases(
-    found: list[Tensor | None], deltas: list[Tensor | None], needed: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """`found` with the gradients of biases, summed as FusedEvaluation does."""
-    for layer, delta in enumerate(deltas):
-        if needed[4 * layer + 1]:
-            assert delta is not None
-            found[4 * layer + 1] = delta.sum(0)
-    return found
+    return strategy.solve(v.contiguous().resolve_neg(), NO_MATRIX, transpose=True)[0]
 
 
 def differentiated(

@@ -555,6 +555,7 @@ def bias_and_shift(x: Tensor, width: int, *terms: Any) -> tuple[Tensor | None, T
         bias = x.new_full((width,), bias)
     if bias is not None and bias.shape != (width,):
         bias = bias.expand(width).contiguous()
-    if shift is not None and shift.shape != (len(x), width):
-        shift = shift.expand(len(x), width).contiguous()
+    rows = (x.shape[0], width)  # in less time than by len()
+    if shift is not None and shift.shape != rows:
+        shift = shift.expand(rows).contiguous()
     return bias, shift

@@ -425,3 +425,40 @@ def test_a_torch_with_other_insides_is_no_error(monkeypatch: pytest.MonkeyPatch)
         solution = fpi.fixed_point(function_of(orthogonal()), torch.zeros_like(z), z)
         assert solution.converged.all()
         assert solution.adjoint_record.route.name == "host"
+
+
+@each_kind
+def test_where_a_plan_was_made_and_first_used_leaves_no_trace(make: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    layer, z = fpi.FPILayer(make()), torch.randn(B, D, dtype=F64)
+    with torch.device("meta"):
+        layer(z)
+    with torch.inference_mode():
+        layer(z)
+        layer(z)
+    solved(layer, z)
+    found = solved(layer, z)
+    assert is_kept(layer, z.clone().requires_grad_())
+    assert all(t.device.type == "cpu" and not t.is_inference() for t in found)
+    expected = solved(fpi.FPILayer(layer.g, route="host"), z)
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.shape == other.shape
+        assert mine.dtype is other.dtype
+
+
+def test_a_gradient_that_lies_in_another_way_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And one that native code cannot read goes the way of any other."""
+    layer, z = fpi.FPILayer(Map(), **TIGHT), torch.randn(B, D, dtype=F64, requires_grad=True)
+    layer(z)
+    v = torch.randn(D, B, dtype=F64).mT
+    inputs = [z, *layer.g.parameters()]
+    assert is_kept(layer, z)
+    expected = torch.autograd.grad(layer(z), inputs, v.contiguous())
+    for mine, other in zip(torch.autograd.grad(layer(z), inputs, v), expected, strict=True):
+        assert torch.equal(mine, other)
+    (plan,) = kept.known[Map]
+    monkeypatch.setattr(plan, "solve_adjoint", lambda *_: kept.UNFIT)
+    for mine, other in zip(torch.autograd.grad(layer(z), inputs, v), expected, strict=True):
+        close(mine, other)
