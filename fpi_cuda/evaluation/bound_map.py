@@ -182,6 +182,7 @@ class BoundMap:
         autocast_is_on, strided = torch.is_autocast_enabled, torch.strided
         shape, dtype, device = layout.shape, layout.dtype, layout.device
         known: Tensor | None = None
+        instead: Callable[[Tensor], Any] | None = None
         state: Any = None
         read = (self.read,) if self.hoisted else self.read
         read_only, versions = self._read_only, [0]
@@ -205,7 +206,7 @@ class BoundMap:
             return gx
 
         def evaluate(x: Tensor, rows: Tensor | None) -> Any:
-            nonlocal call, known, stand_in, state, read_only, versions, read
+            nonlocal instead, known, stand_in, state, read_only, versions, read
             if (
                 x is not known
                 or type(weight_cache()) is not WeightCache
@@ -229,11 +230,9 @@ class BoundMap:
             else:
                 if stand_in is not None:  # now that there is a second evaluation
                     instead, stand_in = stand_in(state), None
-                    if instead is not None:
-                        call, read = instead, ()
                 version = counted_version(x)  # which steps by torch's own operations raise
                 # A view of its own each time: g may do to it what is not done to its numbers.
-                gx = call(state.detach(), *read)
+                gx = instead(state.detach()) if instead else call(state.detach(), *read)
                 if [*map(counted_version, read_only.counted)] != versions:
                     read_only.require(versions)
                 if counted_version(x) != version:

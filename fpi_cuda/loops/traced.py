@@ -6,8 +6,8 @@ matter from which solve on it is used.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import math
 import time
 from collections.abc import Callable
 from types import FunctionType
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpi_cuda.autograd import BoundMap
@@ -108,7 +109,7 @@ MOST_HELD = 8
 def bytes_of(node: fx.Node) -> int:
     """Memory of what a node gives, where that is a tensor."""
     t = node.meta["example_value"]
-    return int(t.numel()) * t.element_size() if isinstance(t, Tensor) else 0
+    return math.prod(map(hint_of, t.shape)) * t.element_size() if isinstance(t, Tensor) else 0
 
 
 def may_write(graph: fx.Graph, inputs: list[fx.Node]) -> bool:
@@ -119,14 +120,26 @@ def may_write(graph: fx.Graph, inputs: list[fx.Node]) -> bool:
     Raises:
         NotLowered: it writes over what it is given, or draws random numbers.
     """
-    from torch._guards import detect_fake_mode
-
-    examples = [node.meta["example_value"] for node in inputs]
-    mode = detect_fake_mode(examples)
-    watch = Watch(examples)
-    with contextlib.nullcontext() if mode is None else mode, watch:
-        fx.Interpreter(fx.GraphModule(nn.Module(), graph)).run(*examples)
+    with FakeTensorMode():
+        examples = [without_numbers(node.meta["example_value"]) for node in inputs]
+        with Watch(examples) as watch:
+            fx.Interpreter(fx.GraphModule(nn.Module(), graph)).run(*examples)
     return watch.writes
+
+
+def without_numbers(example: Any) -> Any:
+    """The like of what an input was in a trace; of sizes that it leaves open, what they were."""
+    if not isinstance(example, Tensor):
+        return hint_of(example)
+    shape, strides = map(hint_of, example.shape), map(hint_of, example.stride())
+    return torch.empty_strided(
+        tuple(shape), tuple(strides), dtype=example.dtype, device=example.device
+    )
+
+
+def hint_of(number: Any) -> Any:
+    """A number as it was in a trace that leaves it open."""
+    return number.node.hint if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
 
 
 class Watch(TorchDispatchMode):

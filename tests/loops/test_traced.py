@@ -170,30 +170,7 @@ def test_dynamo_is_not_imported_for_short_work() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-seen: list[int] = []
-
-
-def appends(x: Tensor, z: Tensor) -> Tensor:
-    seen.append(1)
-    return 0.5 * x.flip(1) + z
-
-
-def counts(counter: dict[str, int]) -> Callable[..., Tensor]:
-    def g(x: Tensor, z: Tensor) -> Tensor:
-        counter["calls"] = counter.get("calls", 0) + 1
-        return 0.5 * x.flip(1) + z
-
-    return g
-
-
-def test_what_else_g_does_is_done_in_every_evaluation() -> None:
-    z = torch.randn(B, 4)
-    seen.clear()
-    solution = fpi.fixed_point(appends, torch.zeros_like(z), z)
-    assert len(seen) >= int(solution.num_steps.max())
-    counter: dict[str, int] = {}
-    solution = fpi.fixed_point(counts(counter), torch.zeros_like(z), z)
-    assert counter["calls"] >= int(solution.num_steps.max())
+seen: list[Any] = []
 
 
 @torch.library.custom_op("fpi_traced_tests::halved", mutates_args=())
@@ -241,21 +218,219 @@ def that_draws(x: Tensor, z: Tensor) -> Tensor:
     return 0.5 * F.dropout(x.flip(1), 0.5) + z
 
 
-@pytest.mark.parametrize(
-    "g", [of_branches, of_its_own_gradient, of_torch_func, of_numpy, that_draws]
-)
-def test_what_a_trace_cannot_tell_is_left_to_g(
+def that_draws_a_constant(x: Tensor, z: Tensor) -> Tensor:
+    return 0.1 * x @ projection(4) + z
+
+
+@functools.lru_cache
+def projection(n: int) -> Tensor:
+    return torch.randn(n, n)
+
+
+def that_writes_a_list(x: Tensor, z: Tensor) -> Tensor:
+    value = 0.5 * x.flip(1) + z
+    seen.append(value.clone())
+    return value
+
+
+def that_knows_of_traces(x: Tensor, z: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        seen.append(x.clone())
+    return 0.5 * x.flip(1) + z
+
+
+def that_is_profiled(x: Tensor, z: Tensor) -> Tensor:
+    with torch.profiler.record_function("mine"):
+        return 0.5 * x.flip(1) + z
+
+
+def that_counts(x: Tensor, z: Tensor) -> Tensor:
+    COUNTER.add_(1)
+    return 0.5 * x.flip(1) + z
+
+
+COUNTER = torch.zeros(())
+
+
+def that_keeps_statistics(x: Tensor, z: Tensor) -> Tensor:
+    return 0.2 * x.flip(1) + F.batch_norm(z, MEAN, VARIANCE, training=True)
+
+
+def that_keeps_statistics_of_x(x: Tensor, z: Tensor) -> Tensor:
+    return 0.2 * F.batch_norm(x, MEAN, VARIANCE, training=True) + z
+
+
+MEAN, VARIANCE = torch.zeros(4), torch.ones(4)
+
+
+def that_marks(x: Tensor, z: Tensor) -> Tensor:
+    mask = z > 0
+    mask |= x > 0.3
+    return 0.3 * torch.where(mask, x, -x.flip(1)) + z
+
+
+def that_unmarks(x: Tensor, z: Tensor) -> Tensor:
+    mask = z > 0
+    mask &= x < 0.9
+    return 0.3 * torch.where(mask, x, -x.flip(1)) + z
+
+
+def that_shifts(x: Tensor, z: Tensor) -> Tensor:
+    number = (z > 0).int() + 1
+    number <<= (x > 0.3).int()
+    return 0.1 * x.flip(1) * number + z
+
+
+def that_marks_by_name(x: Tensor, z: Tensor) -> Tensor:
+    mask = (z > 0).__ior__(z < -1)
+    mask.__ixor__(x > 0.3)
+    return 0.3 * torch.where(mask, x, -x.flip(1)) + z
+
+
+def that_marks_what_lasts(x: Tensor, z: Tensor) -> Tensor:
+    LASTING[:] = LASTING | (x[0] > 0.3)
+    return 0.3 * x.flip(1) + z
+
+
+LASTING = torch.zeros(4, dtype=torch.bool)
+
+
+def of_a_domain(x: Tensor, z: Tensor) -> Tensor:
+    return 0.1 * F.binary_cross_entropy(x, torch.sigmoid(z), reduction="none") + 0.4
+
+
+def of_positive_definite(x: Tensor, z: Tensor) -> Tensor:
+    return 0.3 * torch.linalg.cholesky(torch.diag_embed(x)).diagonal(dim1=-2, dim2=-1) + 0.4
+
+
+def of_a_view(x: Tensor, z: Tensor) -> Tensor:
+    halves = z.clone()
+    halves[:, :2] += 0.2 * x[:, 2:]
+    return halves
+
+
+LEFT_TO_G = [
+    of_branches, of_its_own_gradient, of_torch_func, of_numpy, that_draws, that_draws_a_constant,
+    that_writes_a_list, that_knows_of_traces, that_is_profiled, that_counts, that_keeps_statistics,
+    that_keeps_statistics_of_x, that_marks_what_lasts, of_a_view,
+]  # fmt: skip
+TRACED = [
+    that_marks, that_unmarks, that_shifts, that_marks_by_name, of_a_domain, of_positive_definite,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("g", [*LEFT_TO_G, *TRACED])
+def test_nothing_shows_of_a_trace(
     g: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    z = torch.randn(B, 4).abs()
+    z = torch.randn(B, 4)
+    lasting = (COUNTER, MEAN, VARIANCE, LASTING)
+    begin = [t.clone() for t in lasting]
+    projection(4)
     found = []
-    for switch in "110":
+    for switch in "001":  # at first a solve looks twice at what g draws
         monkeypatch.setenv(SWITCH, switch)
+        seen.clear()
+        for t, value in zip(lasting, begin, strict=True):
+            t.copy_(value)
         torch.manual_seed(3)
         with torch.no_grad():
-            found.append(fpi.fixed_point(g, torch.zeros_like(z), z, rtol=1e-5).value)
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[2])
+            told = [
+                fpi.fixed_point(g, torch.full_like(z, 0.5), z, rtol=1e-5, route="host")
+                for _ in range(3)
+            ]
+        numbers = [t for s in told for t in (s.value, s.residual, s.num_steps, s.status)]
+        found.append([*numbers, *seen, *(t.clone() for t in lasting), torch.get_rng_state()])
+    _, plain, by_trace = found
+    assert len(plain) == len(by_trace)
+    assert all(map(torch.equal, plain, by_trace))
+    assert bool(traced.steps.kind_of(g).captures) == (g in TRACED)
+
+
+@pytest.mark.parametrize("place", ["g", "callee"])
+def test_compiled_functions_are_called(place: str) -> None:
+    calls = []
+
+    def backend(module: Any, _: Any) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            calls.append(1)
+            return module.forward(*given)
+
+        return run
+
+    @torch.compile(backend=backend)
+    def inner(x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * x.flip(1) + z
+
+    def outer(x: Tensor, z: Tensor) -> Tensor:
+        return inner(x, z) * 1.0
+
+    z = torch.randn(B, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            calls.clear()
+            s = fpi.fixed_point(inner if place == "g" else outer, torch.zeros_like(z), z)
+            assert len(calls) >= int(s.num_steps.max()) > 2
+
+
+def test_a_g_that_changes_pays_longer_for_each_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traced, "WORTH_A_TRACE", 1e-3)
+    g, (z,), *_ = cases()["norm"]
+    layer = fpi.FPILayer(g)
+    for number in range(200):
+        g.norm.eps = 1e-5 + number * 1e-9
+        layer(z)
+    assert sum(traced.steps.kind_of(g).traces.values()) <= 4
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_trace_is_asked_for_by_a_second_evaluation(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g, (z,), *_ = cases()["norm"]
+    with torch.no_grad():
+        fpi.fixed_point(g, torch.zeros_like(z), z, max_steps=steps, atol=1e9 if steps == 1 else 0)
+    assert bool(traced.steps.kind_of(g).captures) == (steps > 1)
+
+
+@pytest.mark.filterwarnings("ignore::fpi_cuda.FixedPointWarning")
+@pytest.mark.parametrize("terms", [3, 30])
+def test_what_is_kept_of_z_is_bounded(terms: int) -> None:
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        for i in range(terms):
+            x = 0.9 * torch.sin(0.5 * x + z * (0.1 + 0.01 * i))
+        return x
+
+    z = torch.randn(B, 4)
+    with torch.no_grad():
+        fpi.fixed_point(g, torch.zeros_like(z), z)
+    (capture,) = traced.steps.kind_of(g).captures
+    assert capture.found.hoisted == (terms if terms == 3 else 0)
+
+
+def test_functions_that_were_traced_are_let_go_of() -> None:
+    gone = []
+    for _ in range(3):
+        names: dict[str, Any] = {"torch": torch}
+        exec("def g(x, z):\n    return 0.5 * x.flip(1) + z", names)
+        z = torch.randn(B, 4)
+        fpi.fixed_point(names["g"], torch.zeros_like(z), z)
+        assert traced.steps.kind_of(names["g"]).captures
+        gone.append(weakref.ref(names["g"].__code__))
+    del names
+    gc.collect()
+    assert [code() for code in gone[1:]] == [None] * 2  # Dynamo keeps the first that it meets
+
+
+def test_a_refusal_that_passes_is_not_kept() -> None:
+    g, (z,), *_ = cases()["norm"]
+    layer = fpi.FPILayer(g)
+    with torch.no_grad():
+        with torch.compiler.set_stance("fail_on_recompile"):
+            layer(z)
+        assert not traced.steps.kind_of(g).captures
+        layer(z)
+    assert traced.steps.kind_of(g).captures
 
 
 def test_compiled_modules_are_called() -> None:
