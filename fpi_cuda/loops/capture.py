@@ -424,7 +424,7 @@ class Trace:
             if code.co_filename == os.getenv.__code__.co_filename:
                 raise NotLowered("it reads what the operating system has")
             seen = SEES_TRACES.intersection(code.co_names)
-            if seen and not code.co_filename.startswith(TORCH):
+            if seen and not code.co_filename.startswith(EXEMPT):
                 raise NotLowered(f"it calls {min(seen)}, which a trace has another answer to")
         self._guards = list(context.guards_context.dynamo_guards)
         if any(COMPILED in guard.name for guard in self._guards):
@@ -453,7 +453,9 @@ SEES_TRACES = frozenset(
 )  # fmt: skip
 """Functions of torch that answer otherwise, or do nothing, where they are traced."""
 
-TORCH = os.path.dirname(torch.__file__)
+EXEMPT = (os.path.dirname(torch.__file__), os.path.dirname(_extension.__file__))
+"""Where the answer decides how something is computed, not what."""
+
 COMPILED = "_torchdynamo_"
 """In the names of what torch.compile puts around a function."""
 
