@@ -123,6 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
             device=given.device,
             modules=given.peers,
             only=only,
+            resume=given.resume,
         )
         print("written:", BEST)
         return
@@ -186,7 +187,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", action="store_true", help="find each library's best settings")
     parser.add_argument("--only", default="", help="what --search searches, by commas")
     parser.add_argument("--data", type=Path, help="folder that holds bibtex/; adds Bibtex layers")
-    parser.add_argument("--resume", action="store_true", help="keep the rows already measured")
+    parser.add_argument("--resume", action="store_true", help="keep what is measured or found already")
     given = options.parse(parser, arguments, MODULES)
     if given.short + given.full + given.search > 1:
         parser.error("--short, --full and --search exclude one another")
@@ -343,6 +344,7 @@ def search(
     modules: tuple[str, ...] = MODULES,
     path: Path = BEST,
     only: tuple[str, ...] = (),
+    resume: bool = False,
 ) -> None:
     """Try every setting of every "(best)" row, and keep the names of the fastest in `path`.
 
@@ -350,6 +352,7 @@ def search(
 
     Args:
         only: families of problems, as `path` names them; all by default.
+        resume: leave out what `path` holds.
     """
     device = device or torch.device("cpu")
     entries, missing = load_entries(modules)
@@ -365,6 +368,10 @@ def search(
         if len(entry.candidates) > 1 and entry.pick == "fastest"
         if not only or family(comparison.problem) in only
         for batch in SEARCHED
+        if not (
+            resume
+            and str(batch) in kind.get(family(comparison.problem), {}).get(entry.label, {})
+        )
     ]
     for comparison, entry, batch in tqdm(jobs, unit="search"):
         rows = kind.setdefault(family(comparison.problem), {}).setdefault(entry.label, {})
