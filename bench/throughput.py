@@ -187,7 +187,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--search", action="store_true", help="find each library's best settings")
     parser.add_argument("--only", default="", help="what --search searches, by commas")
     parser.add_argument("--data", type=Path, help="folder that holds bibtex/; adds Bibtex layers")
-    parser.add_argument("--resume", action="store_true", help="keep what is measured or found already")
+    parser.add_argument("--resume", action="store_true", help="keep what is there already")
     given = options.parse(parser, arguments, MODULES)
     if given.short + given.full + given.search > 1:
         parser.error("--short, --full and --search exclude one another")
@@ -369,8 +369,7 @@ def search(
         if not only or family(comparison.problem) in only
         for batch in SEARCHED
         if not (
-            resume
-            and str(batch) in kind.get(family(comparison.problem), {}).get(entry.label, {})
+            resume and str(batch) in kind.get(family(comparison.problem), {}).get(entry.label, {})
         )
     ]
     for comparison, entry, batch in tqdm(jobs, unit="search"):
