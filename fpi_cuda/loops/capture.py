@@ -260,6 +260,16 @@ numbers = itertools.count()
 lock = threading.RLock()
 
 
+def make_lock_anew() -> None:
+    """In a process that was forked while another thread traced."""
+    global lock
+    lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=make_lock_anew)
+
+
 def key_of_kind(g: Any) -> Any:
     """The class of a module or object, the code of a function."""
     kind = type(g)

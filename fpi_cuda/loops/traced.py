@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpi_cuda.autograd import BoundMap
+from fpi_cuda.evaluation.context import being_captured
 from fpi_cuda.evaluation.modules import modules_of
 from fpi_cuda.evaluation.shortcuts import why_modes_matter
 from fpi_cuda.loops.capture import Capture, Captures, is_wanted, key_of
@@ -348,8 +349,10 @@ def same_bits(a: Any, b: Any) -> bool:
 
 def stand_in(bound_map: BoundMap) -> StandIn | None:
     """What may stand for g in a solve; None where nothing may."""
-    plain = not bound_map.hoisted and not bound_map.layout.is_tuple
-    return StandIn(bound_map) if plain and is_wanted() else None
+    layout = bound_map.layout
+    if bound_map.hoisted or layout.is_tuple or not is_wanted():
+        return None
+    return None if being_captured(layout.device) else StandIn(bound_map)
 
 
 def words_of(g: Any) -> str | None:

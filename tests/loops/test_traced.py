@@ -170,6 +170,32 @@ def test_dynamo_is_not_imported_for_short_work() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_fork_while_another_thread_traces_can_trace() -> None:
+    code = (
+        "import os, signal, threading, torch, fpi_cuda\n"
+        "from fpi_cuda.loops import capture\n"
+        "held = threading.Event()\n"
+        "def hold():\n"
+        "    with capture.lock:\n"
+        "        held.set(); threading.Event().wait(30)\n"
+        "threading.Thread(target=hold, daemon=True).start()\n"
+        "held.wait()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    signal.alarm(20)\n"
+        "    fpi_cuda.FPILayer(lambda x, z: torch.tanh(0.1 * x @ z.T @ z) + z)(torch.eye(3))\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-uc", code],
+        capture_output=True, text=True, check=False, env=os.environ | {SWITCH: "1"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "0", done.stderr
+
+
 seen: list[Any] = []
 
 
