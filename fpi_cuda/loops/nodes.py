@@ -8,6 +8,7 @@ import sys
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import fx
 
 
@@ -63,3 +64,8 @@ def read_for(*answers: Any) -> set[fx.Node]:
             found.add(node)
             left += node.all_input_nodes
     return found
+
+
+def hint_of(number: Any) -> Any:
+    """A number as it was in a trace that leaves it open."""
+    return number.node.hint if isinstance(number, (torch.SymInt, torch.SymFloat)) else number

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Mapping
+from types import FunctionType, MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,8 @@ from fpi_cuda.evaluation.context import being_captured
 from fpi_cuda.evaluation.modules import modules_of
 from fpi_cuda.evaluation.shortcuts import why_modes_matter
 from fpi_cuda.loops.capture import Capture, Captures, is_wanted, key_of
-from fpi_cuda.loops.nodes import has_value, read_for, writes
+from fpi_cuda.loops.nodes import has_value, hint_of, read_for, writes
+from fpi_cuda.loops.overwriting import overwriting
 from fpi_cuda.lowered import NotLowered
 
 WORTH_A_TRACE = 1.0
@@ -69,23 +70,27 @@ def split(graph: fx.Graph, x: fx.Node, plain: bool = False) -> Split:
     operations = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
     for node in operations:
         require_function(node)
+        let_call_its_core(node)
     of_x = {x}
     for node in operations:
         if any(n in of_x for n in node.all_input_nodes):
             of_x.add(node)
     if not isinstance(answer, fx.Node) or answer not in of_x or answer is x:
         raise NotLowered("its value is not one tensor that is computed from x")
-    if may_write(graph, inputs) or any(isinstance(n.target, OF_LIBRARIES) for n in operations):
-        of_x.update(operations)
-    else:
+    memory = memory_of(graph, inputs)
+    alone = not memory.written and not any(isinstance(n.target, OF_LIBRARIES) for n in operations)
+    if alone:
         needed = read_for(answer)
         operations = [n for n in operations if n in needed]
+    else:
+        of_x.update(operations)
     before, inner, given = parted(operations, of_x)
     if sum(map(bytes_of, given)) > MOST_HELD * bytes_of(x) + sum(map(bytes_of, inputs)):
         before, inner, given = parted(operations, {*of_x, *operations})
+    over = overwriting(inner, answer, memory.places) if alone else {}
     return Split(
         part_of(inputs, before, tuple(given)),
-        part_of([x, *given], inner, answer),
+        part_of([x, *given], inner, answer, over),
         len(before),
         len(operations),
     )
@@ -113,19 +118,45 @@ def bytes_of(node: fx.Node) -> int:
     return math.prod(map(hint_of, t.shape)) * t.element_size() if isinstance(t, Tensor) else 0
 
 
-def may_write(graph: fx.Graph, inputs: list[fx.Node]) -> bool:
-    """Whether a graph writes over something that it has computed.
+class Memory(fx.Interpreter):
+    """Where the values of a graph lie, seen while it runs.
 
-    It is run, without numbers, and torch's schemas say so.
+    Attributes:
+        places: by node; None for what is no tensor.
+        written: something that it has computed is written over.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.places: dict[fx.Node, int] = {}
+        self.written = False
+        self._values: list[Any] = []  # the memory of one that is gone may be another's
+
+    def run_node(self, n: fx.Node) -> Any:
+        """See fx.Interpreter."""
+        value = super().run_node(n)
+        self._values.append(value)
+        if isinstance(value, Tensor):
+            self.places[n] = place_of(value)
+        return value
+
+
+def memory_of(graph: fx.Graph, inputs: list[fx.Node]) -> Memory:
+    """Where values lie, and whether any is written over, by a run without numbers.
 
     Raises:
         NotLowered: it writes over what it is given, or draws random numbers.
     """
+    module = fx.GraphModule(nn.Module(), graph)  # with a copy of it
+    memory = Memory(module)
     with FakeTensorMode():
         examples = [without_numbers(node.meta["example_value"]) for node in inputs]
         with Watch(examples) as watch:
-            fx.Interpreter(fx.GraphModule(nn.Module(), graph)).run(*examples)
-    return watch.writes
+            memory.run(*examples)
+    memory.written = watch.writes
+    pairs = zip(graph.nodes, module.graph.nodes, strict=True)
+    memory.places = {n: memory.places[copy] for n, copy in pairs if copy in memory.places}
+    return memory
 
 
 def without_numbers(example: Any) -> Any:
@@ -136,11 +167,6 @@ def without_numbers(example: Any) -> Any:
     return torch.empty_strided(
         tuple(shape), tuple(strides), dtype=example.dtype, device=example.device
     )
-
-
-def hint_of(number: Any) -> Any:
-    """A number as it was in a trace that leaves it open."""
-    return number.node.hint if isinstance(number, (torch.SymInt, torch.SymFloat)) else number
 
 
 class Watch(TorchDispatchMode):
@@ -217,15 +243,28 @@ def let_call_its_core(node: fx.Node) -> None:
         node.kwargs, node.target = {}, CORES[function]
 
 
-def part_of(inputs: list[fx.Node], nodes: list[fx.Node], outputs: Any) -> Callable[..., Any]:
-    """The function of `inputs` that computes these nodes, in turn, and returns `outputs`."""
+def part_of(
+    inputs: list[fx.Node],
+    nodes: list[fx.Node],
+    outputs: Any,
+    over: Mapping[fx.Node, tuple[str, tuple[Any, ...]]] = MappingProxyType({}),
+) -> Callable[..., Any]:
+    """The function of `inputs` that computes these nodes, in turn, and returns `outputs`.
+
+    Args:
+        over: which of them are computed by a method, and its arguments.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in inputs:
         copies[node] = graph.placeholder(node.name)
     for node in nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        let_call_its_core(copies[node])
+        if node in over:
+            method, given = over[node]
+            args = fx.node.map_arg(given, copies.__getitem__)
+            copies[node] = graph.call_method(method, args)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
         copies[node].meta = {}  # which holds what the trace was made with
     graph.output(fx.node.map_arg(outputs, copies.__getitem__))
     # Its function alone: a call of the module would look for hooks.
