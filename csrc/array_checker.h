@@ -57,6 +57,12 @@ struct ArrayChecker {
     require(t.is_contiguous(), op, ": ", name, " must be contiguous");
     type(name, t, dtype);
     device(name, t);
+    present(name, t);
+  }
+
+  // Whether it has the memory that it should have.
+  void present(const char* name, const Tensor& t) const {
+    require(t.numel() == 0 || t.const_data_ptr(), op, ": the memory of ", name, " was freed");
   }
 
   // Of the dtype of x, or null.
@@ -74,6 +80,7 @@ struct ArrayChecker {
             " must be (outputs, ", inputs, "), got ", weight.sizes());
     type(names.weight, weight, x.scalar_type());
     device(names.weight, weight);
+    present(names.weight, weight);
     require(t.activation >= 0 && t.activation < kActivations, op, ": ", names.activation,
             " must be from 0 to ", kActivations - 1, ", got ", t.activation);
     const int64_t outputs = weight.size(0), batch = x.size(0);

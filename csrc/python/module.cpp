@@ -141,7 +141,7 @@ int solve(const CellPlan& plan, std::int64_t batch, py::handle tensors, py::hand
   call.batch = batch;
   read_map(plan, tensors, reader, call);
   const void* const start = reader.read(x0.ptr(), {batch, plan.dim()});
-  if (!reader.fits()) return kUnfit;
+  if (!reader.fits() || (batch && !start)) return kUnfit;
   address(x, &call.x);
   address(status, &call.status);
   address(num_steps, &call.num_steps);

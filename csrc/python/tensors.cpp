@@ -24,6 +24,7 @@ struct Torch {
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
   PyObject* contiguous = PyUnicode_InternFromString("contiguous");
   PyObject* resolve_neg = PyUnicode_InternFromString("resolve_neg");
+  PyObject* detach = PyUnicode_InternFromString("detach");
   PyObject* stride = PyUnicode_InternFromString("stride");
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
 
@@ -70,6 +71,9 @@ const void* TensorReader::read(PyObject* tensor, std::initializer_list<std::int6
             has(tensor, t.dtype, float64_ ? t.float64 : t.float32) &&
             has(tensor, t.is_cpu, Py_True) && has(tensor, t.layout, t.strided);
     if (!fits_) return nullptr;
+    // What holds this memory while Python runs on: .data of a parameter may be exchanged.
+    held_.push_back(call(tensor, t.detach));
+    tensor = held_.back().ptr();
     const py::object found = get(tensor, t.shape);
     fits_ = PyTuple_GET_SIZE(found.ptr()) == static_cast<Py_ssize_t>(shape.size());
     std::int64_t size = 1;
@@ -79,8 +83,8 @@ const void* TensorReader::read(PyObject* tensor, std::initializer_list<std::int6
     }
     if (!fits_) return nullptr;
     if (!(strides || says(tensor, t.is_contiguous)) || says(tensor, t.is_neg)) {
-      copies_.push_back(call(call(tensor, t.contiguous).ptr(), t.resolve_neg));
-      tensor = copies_.back().ptr();
+      held_.push_back(call(call(tensor, t.contiguous).ptr(), t.resolve_neg));
+      tensor = held_.back().ptr();
     }
     if (strides) {
       const py::object steps = call(tensor, t.stride);

@@ -9,7 +9,7 @@
 
 namespace fpi {
 
-// Checks the tensors of a call, and tells where their numbers lie.
+// Checks the tensors of a call, tells where their numbers lie, and holds that memory.
 //
 // float64: their dtype, else float32. They lie on the CPU, and are of no subclass.
 class TensorReader {
@@ -17,7 +17,7 @@ class TensorReader {
   explicit TensorReader(bool float64) : float64_(float64) {}
 
   // The address of a tensor of this shape, null for None. Where `strides` has no place for those of
-  // its dimensions, and it is not contiguous, the address of a copy, which this object holds.
+  // its dimensions, and it is not contiguous, the address of a copy.
   const void* read(PyObject* tensor, std::initializer_list<std::int64_t> shape,
                    std::int64_t* const* strides = nullptr);
 
@@ -27,7 +27,7 @@ class TensorReader {
  private:
   const bool float64_;
   bool fits_ = true;
-  std::vector<pybind11::object> copies_;
+  std::vector<pybind11::object> held_;
 };
 
 // The address of a tensor that this package has made for a call; null for None.

@@ -153,6 +153,7 @@ class Classes:
         self._newest = 0
         self._methods = operator.attrgetter(*methods, "__add__", "__radd__")
         self._known_methods = self._methods(Tensor)
+        self._orders = [(kind, kind.__mro__) for kind in kinds]
         self._held: list[tuple[Any, int, Callable[[Any], Any], tuple[Any, ...]]] = []
         self._functions: list[tuple[types.FunctionType, types.CodeType]] = []
         for kind in dict.fromkeys(base for each in kinds for base in each.__mro__):
@@ -188,6 +189,8 @@ class Classes:
                     return False
         except Exception:
             return False  # it holds that no longer, or what does not like to be compared
+        if any(kind.__mro__ != order for kind, order in self._orders):
+            return False
         return all(map(operator.is_, self._methods(Tensor), self._known_methods))
 
 
@@ -480,6 +483,11 @@ class Refusal(str):
     __slots__ = ()
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without where."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def traced(
     look: Callable[[Any, Any, bool], Any],
     evaluation: types.FunctionType,
@@ -504,9 +512,9 @@ def traced(
         try:
             trace.look_at_graph(module.graph)
             found.append(look(module.graph, state_in(module.graph), plain))
-        except NotLowered as reason:
+        except Exception as error:
             # In words, for Dynamo keeps this function, and an exception the frames of its making.
-            found.append(Refusal(str(reason)))
+            found.append(Refusal(first_line(error)))
 
         def given(*given: Any) -> Any:
             if not running:  # what else an evaluation does comes behind this
@@ -525,8 +533,7 @@ def traced(
     except NotLowered:
         raise
     except Exception as error:
-        cause = getattr(error, "inner_exception", None) or error
-        said = (str(cause).splitlines() or [""])[0]
+        said = first_line(getattr(error, "inner_exception", None) or error)
         kind = NotTraced if "stance" in said else NotLowered
         raise kind(f"it was not traced ({type(error).__name__}: {said})") from error
     finally:

@@ -49,12 +49,14 @@ class Split(NamedTuple):
         before: called as the trace is, it returns what `step` is given besides x.
         step: g's value, given x and these.
         hoisted, total: operations in `before`, and in both.
+        saves: it is faster than g even where that calls no modules.
     """
 
     before: Callable[..., tuple[Any, ...]]
     step: Callable[..., Tensor]
     hoisted: int
     total: int
+    saves: bool
 
 
 def split(graph: fx.Graph, x: fx.Node, plain: bool = False) -> Split:
@@ -93,6 +95,7 @@ def split(graph: fx.Graph, x: fx.Node, plain: bool = False) -> Split:
         part_of([x, *given], inner, answer, over),
         len(before),
         len(operations),
+        bool(before) or (bool(over) and bytes_of(x) >= LARGE),
     )
 
 
@@ -107,6 +110,9 @@ def parted(
     given.pop(x, None)
     return [n for n in operations if n not in of_x], inner, list(given)
 
+
+LARGE = 1 << 16
+"""Bytes of a state from which on it shows where the values of a step lie."""
 
 MOST_HELD = 8
 """So many times the state, and what g is given, may be kept of what does not depend on x."""
@@ -277,7 +283,12 @@ def why_not_traced(g: Any) -> str | None:
     for part in modules_of(g):
         if isinstance(part, torch.jit.ScriptModule):
             return "it is in TorchScript"
-        if part.__dict__.get("_compiled_call_impl") is not None or "_orig_mod" in part._modules:
+        called = getattr(type(part), "forward", None)
+        if (
+            part.__dict__.get("_compiled_call_impl") is not None
+            or "_orig_mod" in part._modules
+            or hasattr(called, "_torchdynamo_orig_callable")
+        ):
             return f"{type(part).__name__} is compiled"
     return None
 
@@ -314,6 +325,9 @@ class StandIn:
             try:
                 capture = steps.of(g, state, z)
             except NotLowered:
+                return None
+            if not saves_time(capture.found, g):
+                steps.refuse(capture, g, state, z, "its trace would save nothing")
                 return None
         step = bound(capture, capture.reads(g, state, z))
         return step if step is None or capture.verified else self._compared(capture, step)
@@ -356,6 +370,11 @@ class StandIn:
 
 COMPARISONS = 2
 """Evaluations of g that a trace must have the numbers of."""
+
+
+def saves_time(found: Split, g: Any) -> bool:
+    """Whether a trace of g is faster than g: it is where g calls modules."""
+    return found.saves or bool(modules_of(g))
 
 
 def bound(capture: Capture, given: tuple[Any, ...]) -> Callable[[Tensor], Tensor] | None:

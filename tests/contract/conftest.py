@@ -20,6 +20,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(SWITCH, "1" if request.param == KEPT else "0")
     if request.param == KEPT:
         monkeypatch.setattr("fpi_cuda.loops.traced.WORTH_A_TRACE", -1.0)
+        monkeypatch.setattr("fpi_cuda.loops.traced.saves_time", lambda *_: True)
         keep_beforehand(monkeypatch)
     return str(request.param)
 

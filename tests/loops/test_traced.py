@@ -23,13 +23,15 @@ from fpi_cuda.loops import traced
 from fpi_cuda.loops.capture import SWITCH
 
 B = 3
+saves_time = traced.saves_time
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trace at the first solve."""
+    """Trace at the first solve, and every g."""
     monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setattr(traced, "WORTH_A_TRACE", -1.0)
+    monkeypatch.setattr(traced, "saves_time", lambda *_: True)
     traced.steps.clear()
     yield
     traced.steps.clear()
@@ -115,7 +117,7 @@ def test_a_trace_has_the_numbers_of_g(
     found = [solved(), solved()]
     (capture,) = traced.steps.kind_of(g).captures
     assert capture.verified
-    assert capture.found[2:] == (hoisted, total)
+    assert capture.found[2:4] == (hoisted, total)
     monkeypatch.setenv(SWITCH, "0")
     for one in found:
         assert all(map(torch.equal, one, solved()))
@@ -407,6 +409,38 @@ def test_a_g_that_changes_pays_longer_for_each_trace(monkeypatch: pytest.MonkeyP
         g.norm.eps = 1e-5 + number * 1e-9
         layer(z)
     assert sum(traced.steps.kind_of(g).traces.values()) <= 4
+
+
+def test_what_a_trace_cannot_run_without_numbers_is_refused_in_silence(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    k = torch.tensor(1)
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return 0.3 * torch.tanh(x.flip(1)) + z + 0.1 * x[:, k][:, None]
+
+    z = torch.randn(B, 4)
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        fpi.fixed_point(g, torch.zeros_like(z), z)
+    assert not caplog.text
+    assert not capfd.readouterr().err
+    (reason,) = traced.steps.kind_of(g).refusals.values()
+    assert "\n" not in reason
+
+
+def test_what_a_trace_would_not_save_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traced, "saves_time", saves_time)
+
+    def g(x: Tensor, z: Tensor) -> Tensor:
+        return 0.5 * x.flip(1) + z
+
+    z = torch.randn(B, 4)
+    with torch.no_grad():
+        fpi.fixed_point(g, torch.zeros_like(z), z)
+        assert not traced.steps.kind_of(g).captures
+        z = torch.randn(B, 20_000)
+        fpi.fixed_point(g, torch.zeros_like(z), z)
+    assert traced.steps.kind_of(g).captures
 
 
 @pytest.mark.parametrize("steps", [1, 2])

@@ -16,6 +16,9 @@ from torch._C import (
     _len_torch_function_stack,
     _set_grad_enabled,
 )
+from torch._functorch.pyfunctorch import (
+    temporarily_clear_interpreter_stack as outside_transforms,
+)
 from torch.nn import functional
 
 from fpi_cuda import _extension
@@ -276,7 +279,7 @@ class KeptPlan:
         x = empty_like(x0, memory_format=torch.contiguous_format)
         status, num_steps, residual = map(empty_like, self.account)
         hidden: Tensor | None = None
-        slopes = self.nobody
+        slopes, given = self.nobody, parts
         if grad:
             layers = zip(self._activations, self._widths, strict=True)
             slopes = tuple(
@@ -284,8 +287,10 @@ class KeptPlan:
             )
             if len(slopes) == 2:
                 hidden = x.new_empty(batch, self._widths[0])
+            # Of the moment: a thread may exchange the .data of a parameter meanwhile.
+            given = tuple([None if t is None else t.detach() for t in parts])
         worst = self.solve_natively(
-            batch, parts, x0, x, status, num_steps, residual, hidden, slopes
+            batch, given, x0, x, status, num_steps, residual, hidden, slopes
         )
         if worst == UNFIT:
             return None
@@ -299,7 +304,7 @@ class KeptPlan:
         record.route, record.form = self.route, self.form
         if grad:
             record.adjoint_route = ROUTE
-            weights = tuple([t.detach() for t in parts[:-1:4]])  # type: ignore[union-attr]
+            weights: Any = given[:-1:4]
             x = attached(Run(self, record, status, x, hidden, slopes, weights), *parts)
         return Solution(x, status, num_steps, residual, record), worst
 
@@ -460,7 +465,7 @@ def differentiated(
     What was solved is attached again, by what serves any map, to the map in torch.
     """
     plan = run.plan.plan
-    with torch.enable_grad():
+    with outside_transforms(), torch.enable_grad():  # v alone may be of a transform
         # Aliases: one of them may have been computed from another.
         aliases = [None if t is None else t.view_as(t) for t in tensors]
     present = [t for t in aliases if t is not None]
@@ -481,7 +486,7 @@ def differentiated(
     strategy = strategy_for(
         plan.options, plan.engine, account, bound_map, x.detach(), None, plan.adjoint_solver
     )
-    with torch.enable_grad():
+    with outside_transforms(), torch.enable_grad():
         value = attach(bound_map, x.detach(), None, strategy, born_after)
     inputs = [t for t, wanted in zip(aliases, needed, strict=True) if wanted and t is not None]
     grads = iter(

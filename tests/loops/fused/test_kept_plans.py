@@ -462,3 +462,86 @@ def test_a_gradient_that_lies_in_another_way_is_the_same(
     monkeypatch.setattr(plan, "solve_adjoint", lambda *_: kept.UNFIT)
     for mine, other in zip(torch.autograd.grad(layer(z), inputs, v), expected, strict=True):
         close(mine, other)
+
+
+class Tanh:
+    act = staticmethod(torch.tanh)
+
+
+class Sigmoid:
+    act = staticmethod(torch.sigmoid)
+
+
+@pytest.mark.parametrize("route", [None, "host"])
+def test_bases_exchanged(route: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fpi_cuda.loops.traced.WORTH_A_TRACE", -1.0)
+
+    class Acted(Tanh, nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(D, D, dtype=F64)
+            nn.init.orthogonal_(self.linear.weight, 0.5)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return self.act(self.linear(x) + z)
+
+    g, z = Acted(), torch.randn(B, D, dtype=F64)
+    layer = fpi.FPILayer(g, rtol=1e-11, route=route)
+    for _ in range(3):
+        close(layer(z), by_hand(g, z))
+    Acted.__bases__ = (Sigmoid, nn.Module)
+    for _ in range(3):
+        close(layer(z), by_hand(g, z))
+
+
+@each_kind
+def test_many_gradients_of_one_value_by_vmap(make: Callable[[], Any]) -> None:
+    layer = fpi.FPILayer(make(), **TIGHT)
+    z = torch.randn(B, D, dtype=F64, requires_grad=True)
+    v = torch.randn(4, B, D, dtype=F64)
+    for _ in range(3):
+        value = layer(z)
+
+        def pulled(v: Tensor, value: Tensor = value) -> Tensor:
+            return torch.autograd.grad(value, z, v, retain_graph=True)[0]
+
+        close(torch.func.vmap(pulled)(v), torch.stack([*map(pulled, v)]))
+
+
+def test_weights_that_a_thread_exchanges_during_a_solve() -> None:
+    layer = fpi.FPILayer(Wide().requires_grad_(False), rtol=1e-4)
+    z = torch.randn(16, 256)
+    weight = layer.g.linear.weight
+    known, stop = weight.data.clone(), threading.Event()
+
+    def exchange() -> None:
+        while not stop.wait(1e-4):
+            weight.data = known.clone()
+
+    expected = layer(z)
+    thread = threading.Thread(target=exchange)
+    thread.start()
+    try:
+        assert all(torch.equal(layer(z), expected) for _ in range(200))
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(256, 256)
+        nn.init.orthogonal_(self.linear.weight, 0.8)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x) + z)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_memory_that_was_freed_is_not_read(name: str) -> None:
+    cell = cells.Dense(D, D)
+    x, z = torch.zeros(B, D), torch.randn(B, D)
+    getattr(cell.A if name == "weight" else cell.B, name).detach().untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"freed|out of bounds|storage"), torch.no_grad():
+        fpi.fixed_point(cell, x, z)

@@ -1015,6 +1015,7 @@ def test_a_changed_g_is_solved_as_it_is_now(
     stack: ExitStack,
 ) -> None:
     monkeypatch.setattr(traced, "WORTH_A_TRACE", -1.0)  # the host's loop has one at once
+    monkeypatch.setattr(traced, "saves_time", lambda *_: True)
     case = Case(kind, route, monkeypatch, stack)
     case.warm()
     with case.unless_unavailable():
