@@ -508,9 +508,11 @@ def test_many_gradients_of_one_value_by_vmap(make: Callable[[], Any]) -> None:
         close(torch.func.vmap(pulled)(v), torch.stack([*map(pulled, v)]))
 
 
+@pytest.mark.filterwarnings("ignore::fpi_cuda.FixedPointWarning")
 def test_weights_that_a_thread_exchanges_during_a_solve() -> None:
-    layer = fpi.FPILayer(Wide().requires_grad_(False), rtol=1e-4)
-    z = torch.randn(16, 256)
+    layer = fpi.FPILayer(Wide().requires_grad_(False), rtol=0.0)  # all steps, for time to do so
+    z = torch.randn(64, 1024)
+    layer(z)
     weight = layer.g.linear.weight
     known, stop = weight.data.clone(), threading.Event()
 
@@ -522,7 +524,7 @@ def test_weights_that_a_thread_exchanges_during_a_solve() -> None:
     thread = threading.Thread(target=exchange)
     thread.start()
     try:
-        assert all(torch.equal(layer(z), expected) for _ in range(200))
+        assert all(torch.equal(layer(z), expected) for _ in range(100))
     finally:
         stop.set()
         thread.join()
@@ -531,7 +533,7 @@ def test_weights_that_a_thread_exchanges_during_a_solve() -> None:
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(256, 256)
+        self.linear = nn.Linear(1024, 1024)
         nn.init.orthogonal_(self.linear.weight, 0.8)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
