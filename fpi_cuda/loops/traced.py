@@ -20,11 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fpi_cuda.autograd import BoundMap
+from fpi_cuda.evaluation.bound_map import bits_of
 from fpi_cuda.evaluation.context import being_captured
 from fpi_cuda.evaluation.modules import modules_of
 from fpi_cuda.evaluation.shortcuts import why_modes_matter
 from fpi_cuda.loops.capture import Capture, Captures, is_wanted, key_of
-from fpi_cuda.loops.nodes import has_value, hint_of, read_for, writes
+from fpi_cuda.loops.nodes import has_value, hint_of, named, read_for, writes
 from fpi_cuda.loops.overwriting import overwriting
 from fpi_cuda.lowered import NotLowered
 
@@ -128,7 +129,7 @@ class Memory(fx.Interpreter):
     """Where the values of a graph lie, seen while it runs.
 
     Attributes:
-        places: by node; None for what is no tensor.
+        places: by node, of those that give a tensor.
         written: something that it has computed is written over.
     """
 
@@ -224,10 +225,10 @@ def require_function(node: fx.Node) -> None:
     if node.op not in ("call_function", "call_method"):
         raise NotLowered(f"it holds {target}, which is no input of its trace")
     if not has_value(node):
-        raise NotLowered(f"{getattr(target, '__name__', target)} is called for what it does")
+        raise NotLowered(f"{named(target)} is called for what it does")
     home = getattr(target, "__module__", None) or "torch"
     if node.op == "call_function" and not isinstance(target, OF_LIBRARIES) and home not in HOMES:
-        raise NotLowered(f"it calls {home}.{getattr(target, '__name__', target)}")
+        raise NotLowered(f"it calls {home}.{named(target)}")
 
 
 CORES: dict[Any, Callable[..., Tensor]] = {
@@ -394,14 +395,12 @@ def bound(capture: Capture, given: tuple[Any, ...]) -> Callable[[Tensor], Tensor
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Whether two values of g are the same tensor to the bit, but for which NaN a NaN is."""
+    """Whether two values of g are the same tensor to the bit."""
     return (
         type(a) is type(b) is Tensor
         and a.shape == b.shape
         and a.dtype is b.dtype
-        and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
-        and torch.equal(a.isnan(), b.isnan())
-        and torch.equal(a.signbit(), b.signbit())
+        and torch.equal(bits_of(a), bits_of(b))
     )
 
 
