@@ -464,6 +464,15 @@ def test_a_gradient_that_lies_in_another_way_is_the_same(
         close(mine, other)
 
 
+@each_kind
+def test_a_first_solve_may_be_one_that_a_checkpoint_repeats(make: Callable[[], Any]) -> None:
+    forms.clear()
+    layer, z = fpi.FPILayer(make(), **TIGHT), torch.randn(B, D, dtype=F64, requires_grad=True)
+    value = torch.utils.checkpoint.checkpoint(layer, z, use_reentrant=False)
+    (found,) = torch.autograd.grad(value.sum(), z)
+    close(found, torch.autograd.grad(layer(z).sum(), z)[0])
+
+
 class Tanh:
     act = staticmethod(torch.tanh)
 
